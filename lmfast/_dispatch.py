@@ -1,0 +1,233 @@
+"""One operator, one contract, several implementations: the registry and the choice.
+
+An ``Op`` is a name, a public function, a ``reference`` in plain PyTorch (also the ``torch``
+backend), the ``check`` that validates and normalises arguments, and ``sample_inputs``. An
+``Implementation`` is (op, backend) with a ``supports`` that returns None or the reason why not.
+
+The choice, strongest first: the ``backend=`` argument, ``with use_backend(...)``, the variable
+LMFAST_BACKEND, the op's own order for the device. A request that cannot be met raises; the
+automatic choice passes over what does not fit, and ``explain`` prints why.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+BACKENDS = ("torch", "cpu", "triton", "cuda")
+
+# Best first. An op whose measurements say otherwise overrides this with `order=`.
+DEFAULT_ORDER = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpu", "torch")}
+
+_ALL_OPS = "*"
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run this call."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One op on one backend.
+
+    Attributes:
+        forward, backward: called with the op's normalised arguments; backward is None for an op
+            without one.
+        supports: normalised arguments -> None, or the reason why this backend cannot run them.
+    """
+
+    op: str
+    backend: str
+    devices: tuple[str, ...]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None
+    supports: Callable[..., str | None]
+
+
+@dataclass
+class Op:
+    """A name, its contract and its implementations.
+
+    Attributes:
+        public: the function users call.
+        reference: plain PyTorch on normalised arguments; differentiable by autograd.
+        check: the public arguments without ``backend`` -> normalised positional arguments, the
+            first of which is a tensor that names the device. Raises TypeError or ValueError.
+        sample_inputs: (device, dtype) -> samples for tests and benchmarks.
+        order: device type -> backends, best first.
+    """
+
+    name: str
+    public: Callable[..., Any]
+    reference: Callable[..., Any]
+    check: Callable[..., tuple[Any, ...]]
+    sample_inputs: Callable[..., Any]
+    order: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(DEFAULT_ORDER))
+    implementations: dict[str, Implementation] = field(default_factory=dict)
+
+
+_ops: dict[str, Op] = {}
+
+
+def register_op(op: Op) -> Op:
+    """Adds an op, with its reference as the ``torch`` backend."""
+    if op.name in _ops:
+        raise ValueError(f"op {op.name!r} is registered twice")
+    _ops[op.name] = op
+    register(op.name, "torch", (), op.reference, None, lambda *args: None)
+    return op
+
+
+def register(
+    op: str,
+    backend: str,
+    devices: tuple[str, ...],
+    forward: Callable[..., Any],
+    backward: Callable[..., Any] | None,
+    supports: Callable[..., str | None],
+) -> None:
+    """Adds an implementation. ``devices`` empty means any."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    if backend in _ops[op].implementations:
+        raise ValueError(f"{op} has a {backend} implementation already")
+    _ops[op].implementations[backend] = Implementation(
+        op, backend, devices, forward, backward, supports
+    )
+
+
+def ops() -> dict[str, Op]:
+    """The registered ops by name."""
+    return dict(_ops)
+
+
+def implementation(op: str, backend: str) -> Implementation:
+    """The implementation of ``op`` on ``backend``; KeyError when there is none."""
+    return _ops[op].implementations[backend]
+
+
+def _parse(request: str) -> dict[str, str]:
+    """'triton' or 'rms_norm=triton,attention=torch' -> {op or '*': backend}."""
+    wanted: dict[str, str] = {}
+    for part in filter(None, (p.strip() for p in request.split(","))):
+        op, _, backend = part.rpartition("=")
+        op, backend = op.strip() or _ALL_OPS, backend.strip()
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r} in {request!r}")
+        wanted[op] = backend
+    return wanted
+
+
+# What use_backend() or LMFAST_BACKEND ask for; replaced as a whole, never changed in place.
+_requested: dict[str, str] = _parse(os.environ.get("LMFAST_BACKEND", ""))
+
+
+@contextmanager
+def use_backend(request: str) -> Iterator[None]:
+    """Runs every op, or the ops named, on one backend inside a ``with`` block.
+
+    The choice holds for the whole process, like ``torch.set_num_threads``: other threads see it.
+
+    Args:
+        request: a backend (``"torch"``) or a list (``"rms_norm=triton,rope=torch"``).
+
+    Raises:
+        ValueError: an unknown backend or op.
+
+    Example:
+        >>> import lmfast, torch
+        >>> with lmfast.use_backend("torch"):
+        ...     y = lmfast.ops.rms_norm(torch.ones(2, 4))
+    """
+    global _requested
+    wanted = _parse(request)
+    for op in wanted:
+        if op != _ALL_OPS and op not in _ops:
+            raise ValueError(f"no op named {op!r}; the ops are {', '.join(sorted(_ops))}")
+    before = _requested
+    _requested = {**before, **wanted} if _ALL_OPS not in wanted else wanted
+    try:
+        yield
+    finally:
+        _requested = before
+
+
+def _reason_against(candidate: Implementation, device: str, args: tuple[Any, ...]) -> str | None:
+    if candidate.devices and device not in candidate.devices:
+        return f"runs on {' and '.join(candidate.devices)} tensors, not {device}"
+    return candidate.supports(*args)
+
+
+def select(op: Op, args: tuple[Any, ...], backend: str | None = None) -> Implementation:
+    """The implementation that runs ``op`` on normalised ``args``.
+
+    Raises:
+        BackendError: a backend was asked for (argument, context or variable) and cannot run it.
+        ValueError: ``backend`` is not a backend's name.
+    """
+    device = args[0].device.type
+    wanted = backend or _requested.get(op.name) or _requested.get(_ALL_OPS)
+    if wanted is not None:
+        return _select_requested(op, wanted, device, args)
+    for name in op.order.get(device, ("torch",)):
+        candidate = op.implementations.get(name)
+        if candidate is not None and _reason_against(candidate, device, args) is None:
+            return candidate
+    return op.implementations["torch"]
+
+
+def _select_requested(op: Op, wanted: str, device: str, args: tuple[Any, ...]) -> Implementation:
+    if wanted not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {wanted!r}")
+    candidate = op.implementations.get(wanted)
+    if candidate is None:
+        have = ", ".join(op.implementations)
+        raise BackendError(f"{op.name} has no {wanted} implementation; it has {have}")
+    reason = _reason_against(candidate, device, args)
+    if reason is not None:
+        raise BackendError(f"{op.name} cannot run on backend {wanted!r}: {reason}")
+    return candidate
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> str:
+    """Prints, for one call, every backend of an op: chosen, possible, or why not.
+
+    Args:
+        op: the op's name, e.g. ``"rms_norm"``.
+        *args, **kwargs: what the op would be called with.
+
+    Returns:
+        The name of the backend that would run the call.
+
+    Raises:
+        ValueError: no such op; TypeError or ValueError as the op itself for bad arguments.
+
+    Example:
+        >>> import lmfast, torch
+        >>> lmfast.explain("rms_norm", torch.ones(2, 4), backend="torch")
+        rms_norm on cpu tensors runs on: torch (asked for)
+        ...
+    """
+    if op not in _ops:
+        raise ValueError(f"no op named {op!r}; the ops are {', '.join(sorted(_ops))}")
+    entry = _ops[op]
+    backend = kwargs.pop("backend", None)
+    normalised = entry.check(*args, **kwargs)
+    device = normalised[0].device.type
+    chosen = select(entry, normalised, backend).backend
+    asked = backend or _requested.get(op) or _requested.get(_ALL_OPS)
+    lines = [f"{op} on {device} tensors runs on: {chosen}{' (asked for)' if asked else ''}"]
+    for name in BACKENDS:
+        candidate = entry.implementations.get(name)
+        if candidate is None:
+            state = "not written for this op"
+        else:
+            state = _reason_against(candidate, device, normalised) or (
+                "chosen" if name == chosen else "possible"
+            )
+        lines.append(f"  {name:<7} {state}")
+    print("\n".join(lines))
+    return chosen

@@ -1,0 +1,113 @@
+"""Loads the compiled modules, once, and keeps the reason when one is absent.
+
+``_cpu`` and ``_cuda`` register implementations of the operators with torch (no Python symbols);
+``_bpe`` is an ordinary extension module. A missing module is never an error here: operators fall
+back to PyTorch, and ``lmfast.info()`` and ``lmfast.explain()`` show the reason kept in this file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+_PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Extension:
+    """A compiled module: its name, its file, and why it is not loaded (None: it is)."""
+
+    name: str
+    path: Path | None
+    reason: str | None
+    library: ctypes.CDLL | None = None
+    module: ModuleType | None = None
+
+    @property
+    def loaded(self) -> bool:
+        return self.reason is None
+
+
+def _load_operators(name: str) -> Extension:
+    path = _PACKAGE / f"{name}.so"
+    if not path.exists():
+        return Extension(
+            name, None, f"{name} was not built (pip install . says why; needs a C++17 compiler)"
+        )
+    try:
+        torch.ops.load_library(str(path))
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return Extension(name, path, f"{path.name} does not load: {error}")
+    return Extension(name, path, None, library=library)
+
+
+def _load_cuda() -> Extension:
+    if torch.version.cuda is None:
+        return Extension("_cuda", None, "this torch is built without CUDA")
+    extension = _load_operators("_cuda")
+    if extension.path is None:
+        return Extension("_cuda", None, "_cuda was not built (needs nvcc and a CUDA torch)")
+    return extension
+
+
+def _load_module(name: str) -> Extension:
+    try:
+        module = importlib.import_module(f"lmfast.{name}")
+    except ImportError as error:
+        reason = f"{name} was not built" if error.name == f"lmfast.{name}" else str(error)
+        return Extension(name, None, reason)
+    file = module.__file__
+    return Extension(name, Path(file) if file else None, None, module=module)
+
+
+cpu = _load_operators("_cpu")
+cuda = _load_cuda()
+bpe = _load_module("_bpe")
+
+if cpu.library is not None:
+    cpu.library.lmfast_cpu_isa.restype = ctypes.c_char_p
+    cpu.library.lmfast_cpu_best_isa.restype = ctypes.c_char_p
+    cpu.library.lmfast_cpu_features.restype = ctypes.c_char_p
+    cpu.library.lmfast_set_cpu_isa.argtypes = [ctypes.c_char_p]
+
+CPU_ISA_LEVELS = ("default", "avx2", "avx512", "amx")
+
+
+def cpu_isa() -> str | None:
+    """The instruction-set level the CPU kernels run at; None without ``_cpu``."""
+    return cpu.library.lmfast_cpu_isa().decode() if cpu.library is not None else None
+
+
+def available_cpu_isas() -> tuple[str, ...]:
+    """The levels this machine can run, lowest first; empty without ``_cpu``."""
+    if cpu.library is None:
+        return ()
+    best = cpu.library.lmfast_cpu_best_isa().decode()
+    return CPU_ISA_LEVELS[: CPU_ISA_LEVELS.index(best) + 1]
+
+
+def cpu_features() -> str:
+    """What the processor offers, space separated; empty without ``_cpu``."""
+    return cpu.library.lmfast_cpu_features().decode() if cpu.library is not None else ""
+
+
+def set_cpu_isa(level: str) -> None:
+    """Lowers or restores the level of the CPU kernels in this process, as LMFAST_CPU_ISA does.
+
+    Raises:
+        ValueError: an unknown level, or one above what this machine has.
+        RuntimeError: ``_cpu`` is not loaded.
+    """
+    if cpu.library is None:
+        raise RuntimeError(f"no CPU kernels to set a level for: {cpu.reason}")
+    status = cpu.library.lmfast_set_cpu_isa(level.encode())
+    if status == 1:
+        raise ValueError(f"level must be one of {CPU_ISA_LEVELS}, got {level!r}")
+    if status == 2:
+        raise ValueError(f"level {level!r} is not available here: {available_cpu_isas()}")

@@ -1,0 +1,12 @@
+"""The operators: one public function each, several implementations behind it.
+
+Every function takes ``backend=`` and is differentiable wherever its formula is. ``lmfast.explain``
+says which implementation a call would use.
+"""
+
+from lmfast.ops.add_rms_norm import add_rms_norm
+from lmfast.ops.rms_norm import rms_norm
+from lmfast.ops.rope import rope
+from lmfast.ops.rope_tables import rope_tables
+
+__all__ = ["add_rms_norm", "rms_norm", "rope", "rope_tables"]

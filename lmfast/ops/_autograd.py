@@ -1,0 +1,45 @@
+"""Gradients of gradients: fused backward operators have none, the references do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def recording_backward() -> bool:
+    """Whether a backward is itself being differentiated (``create_graph=True``)."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def differentiate(
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    grad_outputs: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients of ``function(*inputs)`` by autograd, differentiable again.
+
+    Args:
+        function: plain PyTorch; returns a tensor or a tuple of them.
+        inputs: tensors or None; a tensor without ``requires_grad`` gets None.
+        grad_outputs: one gradient per output, None for an output that is not used.
+
+    Returns:
+        One gradient or None per input.
+    """
+    with torch.enable_grad():
+        outputs = function(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        used = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None]
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        found = torch.autograd.grad(
+            [o for o, _ in used],
+            wanted,
+            [g for _, g in used],
+            create_graph=True,
+            allow_unused=True,
+        )
+    by_id = {id(t): g for t, g in zip(wanted, found, strict=True)}
+    return [None if t is None else by_id.get(id(t)) for t in inputs]

@@ -1,0 +1,76 @@
+"""The torch library that holds every operator's schema, and what all ops share.
+
+Schemas and fake functions are defined here in Python, so they exist without a compiler; C++ and
+Triton only add implementations. Autograd is a ``torch.autograd.Function`` around forward and
+backward operators: measured cheaper than ``register_autograd`` and invisible to inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmfast import _extension
+
+LIBRARY = torch.library.Library("lmfast", "DEF")
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def define(schema: str, fake: Callable[..., Any]) -> Any:
+    """Defines ``lmfast::<schema>`` with its fake function; returns the callable overload."""
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema)
+    torch.library.register_fake(f"lmfast::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.lmfast, name).default
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd must record a call with these tensors."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def unsupported_by_cpu_kernels(*tensors: Tensor | None) -> str | None:
+    """Why the C++ kernels cannot take these tensors, or None."""
+    if not _extension.cpu.loaded:
+        return _extension.cpu.reason
+    for t in tensors:
+        if t is None:
+            continue
+        if t.dtype not in KERNEL_DTYPES:
+            return f"no kernel for {t.dtype}"
+        if t.layout != torch.strided:
+            return f"no kernel for layout {t.layout}"
+    return None
+
+
+def with_unit_last_stride(t: Tensor) -> Tensor:
+    """``t``, copied only when neighbours in its last dimension are not neighbours in memory."""
+    return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
+
+
+def check_tensor(name: str, value: object) -> Tensor:
+    """``value`` if it is a floating-point tensor; else TypeError."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
+    return value
+
+
+def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """ValueError unless both tensors are on one device."""
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} must be on {other_name}'s device {other.device}, got {value.device}"
+        )
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,105 @@
+"""What tests and benchmarks share: samples of an op's arguments, and the error rule.
+
+The rule, for every implementation: its error against fp64 is at most 1.5 times the error of plain
+PyTorch in the same dtype, plus one unit in the last place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# fp64 is compared with a reference that is fp64 itself: both differ from the exact value by a few
+# roundings, so the rule has no exact side and a fixed multiple of eps takes its place.
+FP64_TOLERANCE = 64 * torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an op: ``public(*args, **kwargs)``, under a name for test ids."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Sample:
+        """The sample with ``function`` applied to every tensor argument."""
+
+        def change(value: Any) -> Any:
+            return function(value) if isinstance(value, Tensor) else value
+
+        return Sample(
+            self.name,
+            tuple(change(a) for a in self.args),
+            {k: change(v) for k, v in self.kwargs.items()},
+        )
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor argument."""
+        for value in (*self.args, *self.kwargs.values()):
+            if isinstance(value, Tensor):
+                yield value
+
+    def to_fp64(self) -> Sample:
+        """The same values with every floating-point tensor in float64."""
+        return self.map(lambda t: t.detach().double() if t.is_floating_point() else t)
+
+
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    """Norm of the difference over the norm of ``exact``; 0 for empty tensors."""
+    if exact.numel() == 0:
+        return 0.0
+    exact = exact.double()
+    scale = exact.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    return ((value.double() - exact).norm() / scale).item()
+
+
+def unit_in_last_place(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """The spacing of ``dtype`` at each value of ``exact``."""
+    info = torch.finfo(dtype)
+    exponent = torch.floor(torch.log2(exact.double().abs().clamp_min(info.tiny)))
+    return torch.exp2(exponent) * info.eps
+
+
+def assert_within_error_rule(value: Tensor, plain: Tensor, exact: Tensor, what: str = "") -> None:
+    """Asserts the error rule, element by element and for the whole tensor.
+
+    Args:
+        value: the implementation's result.
+        plain: PyTorch's own result in the same dtype.
+        exact: the result in float64.
+        what: said in the message.
+
+    Raises:
+        AssertionError: another shape or dtype than ``plain``, other NaN or infinite elements, or
+            a larger error than the rule allows.
+    """
+    assert value.shape == plain.shape, f"{what}: shape {value.shape} != {plain.shape}"
+    assert value.dtype == plain.dtype, f"{what}: dtype {value.dtype} != {plain.dtype}"
+    dtype = value.dtype
+    finite = plain.isfinite() & exact.isfinite()
+    torch.testing.assert_close(
+        value[~finite], plain[~finite], rtol=0, atol=0, equal_nan=True, msg=f"{what}: NaN or inf"
+    )
+    value, plain, exact = value[finite].double(), plain[finite].double(), exact[finite].double()
+    if exact.numel() == 0:
+        return
+    if dtype == torch.float64:
+        scale = exact.abs().max().clamp_min(1.0)
+        assert (value - exact).abs().max() <= FP64_TOLERANCE * scale, f"{what}: fp64 differs"
+        return
+    error, plain_error = (value - exact).abs(), (plain - exact).abs()
+    allowed = 1.5 * plain_error.max() + unit_in_last_place(exact, dtype)
+    assert (error <= allowed).all(), (
+        f"{what}: error {error.max():.3e}, PyTorch's {plain_error.max():.3e}"
+    )
+    # Over the whole tensor a unit in the last place would hide a systematic loss; a quarter of
+    # it is what two correct roundings differ by.
+    whole, plain_whole = relative_error(value, exact), relative_error(plain, exact)
+    assert whole <= 1.5 * plain_whole + torch.finfo(dtype).eps / 4, (
+        f"{what}: relative error {whole:.3e}, PyTorch's {plain_whole:.3e}"
+    )
