@@ -8,9 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfast._dispatch import Op, implementation, register_op, select
+from lmfast._dispatch import Op, implementation, register, register_op, select
 from lmfast.ops._autograd import differentiate, recording_backward
-from lmfast.ops._library import check_same_device, check_tensor, needs_grad
+from lmfast.ops._library import (
+    check_same_device,
+    check_tensor,
+    define,
+    needs_grad,
+    unsupported_by_cpu_kernels,
+    with_unit_last_stride,
+)
 from lmfast.ops._linear_cross_entropy_chunked import (
     chunked_linear_cross_entropy,
     output_logits,
@@ -183,6 +190,9 @@ def _check(
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
     check_target_range(targets, weight.shape[0], ignore_index)
+    hidden = with_unit_last_stride(hidden)
+    if weight.stride(0) != 1:
+        weight = with_unit_last_stride(weight)
     device = hidden.device.type
     bf16 = False
     if torch.float64 not in (hidden.dtype, weight.dtype):
@@ -339,6 +349,107 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (dhidden, dweight, None, dbias, *rest)
 
 
+def _fake(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    dloss: Tensor | None,
+    mean: Tensor | None,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    bf16: bool,
+    want_dhidden: bool,
+    want_dweight: bool,
+    want_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, width = hidden.shape
+    return (
+        hidden.new_empty((rows,) if reduction == 0 else (), dtype=torch.float32),
+        hidden.new_empty((rows if want_dhidden else 0, width)),
+        torch.empty_like(weight) if want_dweight else weight.new_empty(0),
+        hidden.new_empty(weight.shape[0] if want_dbias else 0, dtype=torch.float32),
+    )
+
+
+# Rows and targets flattened; bias, dloss and mean in fp32. dloss: (N,) or for a scalar loss (1,),
+# None for ones. mean: with label_smoothing, of weight's rows, the mean bias behind it. Returns the
+# loss and the gradients wanted, empty tensors for the others.
+_op = define(
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
+    "Tensor? dloss, Tensor? mean, SymInt ignore_index, int reduction, "
+    "float label_smoothing, float z_loss, float softcap, bool bf16, bool want_dhidden, "
+    "bool want_dweight, bool want_dbias) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+)
+
+
+def _cpu(
+    dloss: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    bf16: bool,
+    wanted: tuple[bool, bool, bool] = (False, False, False),
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    mean = None
+    if label_smoothing:
+        mean_bias = rows.new_zeros((), dtype=torch.float32) if bias is None else bias.float().mean()
+        mean = torch.cat((weight.mean(0, dtype=torch.float32), mean_bias[None]))
+    loss, dhidden, dweight, dbias = _op(
+        rows,
+        weight,
+        targets.reshape(-1).contiguous(),
+        None if bias is None else bias.float().contiguous(),
+        None if dloss is None else dloss.reshape(-1).float().contiguous(),
+        mean,
+        ignore_index,
+        REDUCTIONS.index(reduction),
+        label_smoothing,
+        z_loss,
+        softcap,
+        bf16,
+        *wanted,
+    )
+    return (
+        loss.reshape(targets.shape) if reduction == "none" else loss,
+        dhidden.reshape(hidden.shape) if wanted[0] else None,
+        dweight if wanted[1] else None,
+        dbias.to(bias.dtype) if wanted[2] and bias is not None else None,
+    )
+
+
+def _cpu_supports(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    bf16: bool,
+) -> str | None:
+    if torch.float64 in (hidden.dtype, weight.dtype):
+        return "no kernel for torch.float64"
+    if hidden.shape[-1] == 0:
+        return "no kernel for rows of hidden without elements"
+    if label_smoothing and softcap:
+        return "label_smoothing together with softcap runs on the torch backend only"
+    return unsupported_by_cpu_kernels(hidden, weight, bias)
+
+
 OP = register_op(
     Op(
         name="linear_cross_entropy",
@@ -347,4 +458,8 @@ OP = register_op(
         check=_check,
         sample_inputs=_samples,
     )
+)
+
+register(
+    "linear_cross_entropy", "cpu", ("cpu",), lambda *args: _cpu(None, *args)[0], _cpu, _cpu_supports
 )
