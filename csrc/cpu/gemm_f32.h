@@ -19,6 +19,8 @@ constexpr int kGemmVecs = 4;
 constexpr int kGemmVecs = 2;
 #endif
 
+// With kAdd the products are summed before C is added: short chains of additions round less.
+//
 // A[m][k] is at a[m * stride + k], or with kColumns at a[k * stride + m].
 template <int kRows, int kVecs, bool kColumns, bool kAdd>
 inline __attribute__((noinline)) void gemm_tile(const float* a, int64_t a_stride, const float* b,
@@ -30,7 +32,7 @@ inline __attribute__((noinline)) void gemm_tile(const float* a, int64_t a_stride
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
-      sum[m][v] = kAdd ? VecF::load(c + m * c_stride + v * W) : VecF::zero();
+      sum[m][v] = VecF::zero();
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
@@ -49,7 +51,11 @@ inline __attribute__((noinline)) void gemm_tile(const float* a, int64_t a_stride
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) sum[m][v].store(c + m * c_stride + v * W);
+    for (int v = 0; v < kVecs; ++v) {
+      float* out = c + m * c_stride + v * W;
+      if constexpr (kAdd) sum[m][v] = sum[m][v] + VecF::load(out);
+      sum[m][v].store(out);
+    }
   }
 }
 

@@ -240,11 +240,14 @@ void pack_groups(const LceBlockArgs& a, int64_t begin, int64_t end) {
     const H* h = static_cast<const H*>(p.hidden) + p.row[token] * p.hidden_stride;
     const W* w = static_cast<const W*>(p.weight) + target * p.weight_row_stride;
     VecF logit = VecF::zero();
-    for (int64_t e = 0; e < p.width; ++e) {
-      const float x = scalar_at(h + e);
-      a.hidden_t[e * a.lanes + n] = x;
-      const float y = scalar_at(w + e * p.weight_column_stride);
-      logit = fmadd(VecF::set1(y), VecF::set1(x), logit);
+    for (int64_t block = 0; block < p.width; block += kDepth) {
+      VecF part = VecF::zero();
+      for (int64_t e = block; e < smaller(block + kDepth, p.width); ++e) {
+        const float x = scalar_at(h + e), y = scalar_at(w + e * p.weight_column_stride);
+        a.hidden_t[e * a.lanes + n] = x;
+        part = fmadd(VecF::set1(y), VecF::set1(x), part);
+      }
+      logit = logit + part;
     }
     if (p.bias != nullptr) logit = logit + VecF::set1(p.bias[target]);
     if (p.softcap > 0) logit = capped(logit, p.softcap);
