@@ -5,9 +5,19 @@ says which implementation a call would use.
 """
 
 from lmfast.ops.add_rms_norm import add_rms_norm
+from lmfast.ops.cross_entropy import cross_entropy
 from lmfast.ops.linear_cross_entropy import linear_cross_entropy
 from lmfast.ops.rms_norm import rms_norm
 from lmfast.ops.rope import rope
 from lmfast.ops.rope_tables import rope_tables
+from lmfast.ops.selected_log_probs import selected_log_probs
 
-__all__ = ["add_rms_norm", "linear_cross_entropy", "rms_norm", "rope", "rope_tables"]
+__all__ = [
+    "add_rms_norm",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rope",
+    "rope_tables",
+    "selected_log_probs",
+]
