@@ -19,8 +19,12 @@ from lmfast.ops._library import (
     unsupported_by_cpu_kernels,
     with_unit_last_stride,
 )
+from lmfast.ops._linear_cross_entropy_arguments import (
+    REDUCTIONS,
+    check_loss_settings,
+    check_target_range,
+)
 from lmfast.ops._linear_cross_entropy_chunked import reduce_losses, row_losses
-from lmfast.ops.linear_cross_entropy import REDUCTIONS, check_loss_settings, check_target_range
 from lmfast.testing import Sample
 
 
