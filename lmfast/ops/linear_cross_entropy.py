@@ -137,10 +137,10 @@ def _with_gradients(
     wanted: tuple[bool, bool, bool] = (False, False, False),
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     if backend == "torch":
-        return chunked_linear_cross_entropy(dloss, *args, wanted)
+        return chunked_linear_cross_entropy(dloss, *args, wanted=wanted)
     run = implementation("linear_cross_entropy", backend).backward
     assert run is not None
-    return run(dloss, *args, wanted)
+    return run(dloss, *args, wanted=wanted)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -246,6 +246,7 @@ def _cpu(
     z_loss: float,
     softcap: float,
     bf16: bool,
+    *,
     wanted: tuple[bool, bool, bool] = (False, False, False),
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     rows = hidden.reshape(-1, hidden.shape[-1])
