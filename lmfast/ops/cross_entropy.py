@@ -229,7 +229,6 @@ class _CrossEntropy(torch.autograd.Function):
         logits, targets, *settings, ctx.backend = inputs
         ctx.settings = tuple(settings)
         ctx.mark_non_differentiable(output[1])
-        ctx.used = False
         if settings[-1]:
             ctx.save_for_backward(None, targets, output[1])
         else:
@@ -252,9 +251,10 @@ class _CrossEntropy(torch.autograd.Function):
             assert run is not None
             return (run(dloss, logits, targets, *ctx.settings, want_dlogits=True)[1], *rest)
         if inplace and not torch.compiler.is_compiling():
-            if ctx.used:
-                raise RuntimeError("cross_entropy: only one backward with inplace=True")
-            ctx.used = True
+            # Once: a second backward finds another version of the saved gradient and says so.
+            if grad.device.type == "cpu" and dloss.item() == 1.0:
+                torch.autograd.graph.increment_version(grad)
+                return (grad, *rest)
             return (grad.mul_(dloss), *rest)
         return ((grad * dloss).to(grad.dtype), *rest)
 
