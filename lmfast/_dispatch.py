@@ -57,6 +57,7 @@ class Op:
         check: the public arguments without ``backend`` -> normalised positional arguments, the
             first of which is a tensor that names the device. Raises TypeError or ValueError.
         sample_inputs: (device, dtype) -> samples for tests and benchmarks.
+        differentiable: the tensor arguments that get gradients.
         order: device type -> backends, best first.
     """
 
@@ -65,6 +66,7 @@ class Op:
     reference: Callable[..., Any]
     check: Callable[..., tuple[Any, ...]]
     sample_inputs: Callable[..., Any]
+    differentiable: tuple[str, ...]
     order: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(DEFAULT_ORDER))
     implementations: dict[str, Implementation] = field(default_factory=dict)
 

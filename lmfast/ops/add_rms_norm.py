@@ -135,9 +135,10 @@ class _AddRMSNorm(torch.autograd.Function):
             return dsum, dsum, None, None, None
         if recording_backward():
             dx, dweight = differentiate(
-                lambda *t: RMS_NORM.reference(*t, ctx.eps), (total, weight), (dy,)
+                lambda x, w: RMS_NORM.reference(x, w, ctx.eps), (total, weight), (dy,)
             )
-            dx = dx if dsum is None else dx + dsum
+            if dsum is not None and dx is not None:
+                dx = dx + dsum
             return dx, dx, dweight, None, None
         backward = implementation("add_rms_norm", ctx.backend).backward
         assert backward is not None
@@ -160,6 +161,7 @@ OP = register_op(
         reference=_reference,
         check=_check,
         sample_inputs=_samples,
+        differentiable=("x", "residual", "weight"),
     )
 )
 

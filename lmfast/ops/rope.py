@@ -364,6 +364,7 @@ OP = register_op(
         reference=_reference,
         check=_check,
         sample_inputs=_samples,
+        differentiable=("q", "k"),
     )
 )
 
