@@ -44,7 +44,7 @@ def find_package(name: str) -> Path | None:
 
 def find_tool(name: str) -> str | None:
     """A program on the path or beside the interpreter (where pip puts cmake and ninja)."""
-    folders = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
+    folders = [os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")]
     return shutil.which(name, path=os.pathsep.join(folders))
 
 
