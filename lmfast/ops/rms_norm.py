@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lmfast._dispatch import Op, implementation, register, register_op, select
-from lmfast.ops._autograd import differentiate, recording_backward
+from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import (
     accumulation_dtype,
     check_same_device,
@@ -61,7 +61,7 @@ def rms_norm(
     if chosen.backend == "torch":
         return _reference(*args)
     if needs_grad(x, weight):
-        return _RMSNorm.apply(*args, chosen.backend)
+        return apply(_RMSNorm, *args, chosen.backend)
     return chosen.forward(*args)
 
 
