@@ -120,7 +120,8 @@ def main(out: str) -> None:
     compiled: dict[str, dict[str, Any]] = {}
     current = ""
 
-    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+    def compile_only(self: JITFunction, *args: Any, grid: Any, **options: Any) -> None:
+        del options["warmup"]
         named = dict(zip(self.arg_names, args, strict=False))
         named |= {k: options.pop(k) for k in self.arg_names if k in options}
         ast = source(self, named)

@@ -144,7 +144,7 @@ def _rms_norm_fwd_loop_kernel(
         tl.store(y_ptr + col, h.to(y_ptr.dtype.element_ty), mask=col < width)
 
 
-@triton.jit(do_not_specialize=["rows", "size1", "size2"])
+@triton.jit(do_not_specialize=["rows", "steps", "size1", "size2"])
 def _rms_norm_bwd_kernel(
     dy_ptr,
     x_ptr,
@@ -153,6 +153,7 @@ def _rms_norm_bwd_kernel(
     dx_ptr,
     partial_ptr,
     rows,
+    steps,
     width,
     eps,
     size1,
@@ -182,8 +183,8 @@ def _rms_norm_bwd_kernel(
         w = tl.load(weight_ptr + col, mask=col < width, other=0.0).to(tl.float32)[None, :]
     # Loads of the next rows are under way while these are worked on: with one or two programs per
     # multiprocessor nothing else would hide their latency.
-    for start in tl.range(program * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
-        row = start + tl.arange(0, ROWS)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        row = (step * tl.num_programs(0) + program) * ROWS + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & (col < width)[None, :]
         at = _offset(row, size1, size2, x0, x1, x2, NDIM)[:, None] + col[None, :]
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -206,7 +207,7 @@ def _rms_norm_bwd_kernel(
         tl.store(partial_ptr + at, tl.sum(dweight, axis=0), mask=col < width)
 
 
-@triton.jit(do_not_specialize=["rows", "size1", "size2"])
+@triton.jit(do_not_specialize=["rows", "steps", "size1", "size2"])
 def _rms_norm_bwd_loop_kernel(
     dy_ptr,
     x_ptr,
@@ -215,6 +216,7 @@ def _rms_norm_bwd_loop_kernel(
     dx_ptr,
     partial_ptr,
     rows,
+    steps,
     width,
     eps,
     size1,
@@ -236,7 +238,9 @@ def _rms_norm_bwd_loop_kernel(
 ):
     program = tl.program_id(0)
     eps = tl.full([], eps, tl.float32)
-    for row in range(program, rows, tl.num_programs(0)):
+    for step in range(0, steps):
+        row = step * tl.num_programs(0) + program
+        inside = row < rows
         x_row = x_ptr + _offset(row, size1, size2, x0, x1, x2, NDIM)
         dy_row = dy_ptr + _offset(row, size1, size2, g0, g1, g2, NDIM)
         dx_row = dx_ptr + _offset(row, size1, size2, d0, d1, d2, NDIM)
@@ -244,8 +248,9 @@ def _rms_norm_bwd_loop_kernel(
         products = tl.zeros([BLOCK], tl.float32)
         for start in range(0, width, BLOCK):
             col = start + tl.arange(0, BLOCK)
-            x = tl.load(x_row + col, mask=col < width, other=0.0).to(tl.float32)
-            dy = tl.load(dy_row + col, mask=col < width, other=0.0).to(tl.float32)
+            mask = inside & (col < width)
+            x = tl.load(x_row + col, mask=mask, other=0.0).to(tl.float32)
+            dy = tl.load(dy_row + col, mask=mask, other=0.0).to(tl.float32)
             if weight_ptr is not None:
                 dy *= tl.load(weight_ptr + col, mask=col < width, other=0.0).to(tl.float32)
             squares += x * x
@@ -254,20 +259,21 @@ def _rms_norm_bwd_loop_kernel(
         slope = scale * tl.sum(products, axis=0) / width
         for start in range(0, width, BLOCK):
             col = start + tl.arange(0, BLOCK)
-            x = tl.load(x_row + col, mask=col < width, other=0.0).to(tl.float32) * scale
-            dy = tl.load(dy_row + col, mask=col < width, other=0.0).to(tl.float32)
+            mask = inside & (col < width)
+            x = tl.load(x_row + col, mask=mask, other=0.0).to(tl.float32) * scale
+            dy = tl.load(dy_row + col, mask=mask, other=0.0).to(tl.float32)
             if partial_ptr is not None:
                 # This program's own partial row, started by its first row.
                 at = partial_ptr + program.to(tl.int64) * width + col
-                before = tl.load(at, mask=(col < width) & (row != program), other=0.0)
-                tl.store(at, before + dy * x, mask=col < width)
+                before = tl.load(at, mask=mask & (step > 0), other=0.0)
+                tl.store(at, before + dy * x, mask=mask)
             if weight_ptr is not None:
                 dy *= tl.load(weight_ptr + col, mask=col < width, other=0.0).to(tl.float32)
             dx = scale * (dy - x * slope)
             if dsum_ptr is not None:
                 dsum_row = dsum_ptr + _offset(row, size1, size2, s0, s1, s2, NDIM)
-                dx += tl.load(dsum_row + col, mask=col < width, other=0.0).to(tl.float32)
-            tl.store(dx_row + col, dx.to(dx_ptr.dtype.element_ty), mask=col < width)
+                dx += tl.load(dsum_row + col, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dx_row + col, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -390,9 +396,9 @@ def rms_norm_backward(
     tile = min(tile_rows * block, _BWD_BLOCK)
     # Enough elements per multiprocessor to cover the memory's latency with two tiles in flight,
     # few enough programs that their partial rows stay in the L2 cache.
-    programs = min(
-        triton.cdiv(rows, tile_rows), multiprocessors(x.device) * max(1, _BWD_BLOCK // tile)
-    )
+    blocks = triton.cdiv(rows, tile_rows)
+    programs = min(blocks, multiprocessors(x.device) * max(1, _BWD_BLOCK // tile))
+    steps = triton.cdiv(blocks, programs)
     partial = x.new_empty((programs, width), dtype=torch.float32) if wanted else None
     dweight = torch.empty_like(weight) if wanted else x.new_empty(0)
     pointers = (dy, x, weight, dsum, dx, partial)
@@ -400,7 +406,7 @@ def rms_norm_backward(
         if block > _BWD_BLOCK:
             _rms_norm_bwd_loop_kernel[(programs,)](
                 *pointers,
-                *(rows, width, eps, size1, size2, *strides),
+                *(rows, steps, width, eps, size1, size2, *strides),
                 NDIM=ndim,
                 BLOCK=_LOOP_BLOCK,
                 num_warps=_warps(_LOOP_BLOCK),
@@ -408,7 +414,7 @@ def rms_norm_backward(
         else:
             _rms_norm_bwd_kernel[(programs,)](
                 *pointers,
-                *(rows, width, eps, size1, size2, *strides),
+                *(rows, steps, width, eps, size1, size2, *strides),
                 NDIM=ndim,
                 ROWS=tile_rows,
                 BLOCK=block,
