@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 def test_kernels_in_the_interpreter() -> None:
     file = Path(__file__).with_name("triton_interpreted.py")
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", str(file), "-q", "-x", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", str(file), "-x", "-p", "no:cacheprovider"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=file.parent.parent,
         capture_output=True,
