@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,27 +37,27 @@ def call(op: Op, sample: Sample, backend: str) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def with_gradients(op: Op, sample: Sample) -> Sample:
-    """The sample with every differentiable tensor a leaf that keeps its strides."""
-    tables = set(map(id, sample.args[2:4])) if op.name == "rope" else set()
-
-    def leaf(t: Tensor) -> Tensor:
-        if not t.is_floating_point() or id(t) in tables:
-            return t
-        return t.detach().requires_grad_()
-
-    return sample.map(leaf)
+def with_gradients(op: Op, sample: Sample) -> tuple[dict[str, Any], list[Tensor]]:
+    """The sample's arguments by name, fresh leaves where the op is differentiable; the leaves."""
+    arguments = dict(inspect.signature(op.public).bind(*sample.args, **sample.kwargs).arguments)
+    leaves = []
+    for name in op.differentiable:
+        value = arguments.get(name)
+        if isinstance(value, Tensor):
+            arguments[name] = value.detach().requires_grad_()
+            leaves.append(arguments[name])
+    return arguments, leaves
 
 
 def gradients(op: Op, sample: Sample, backend: str) -> list[Tensor]:
     """Gradients of every differentiable argument for fixed, uneven output gradients."""
-    sample = with_gradients(op, sample)
-    outputs = call(op, sample, backend)
+    arguments, leaves = with_gradients(op, sample)
+    result = op.public(**arguments, backend=backend)
+    outputs = result if isinstance(result, tuple) else (result,)
     seeds = []
     for i, out in enumerate(outputs):
         steps = torch.arange(out.numel(), device=out.device).reshape(out.shape)
         seeds.append(((steps * 37 + 11 * i) % 64 / 32 - 1).to(out.dtype))
-    leaves = [t for t in sample.tensors() if t.requires_grad]
     return list(torch.autograd.grad(outputs, leaves, seeds))
 
 
