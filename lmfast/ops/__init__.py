@@ -4,6 +4,8 @@ Every function takes ``backend=`` and is differentiable wherever its formula is.
 says which implementation a call would use.
 """
 
+import lmfast.ops._gpu
+import lmfast.triton  # noqa: F401  (like _gpu, registers implementations)
 from lmfast.ops.add_rms_norm import add_rms_norm
 from lmfast.ops.rms_norm import rms_norm
 from lmfast.ops.rope import rope

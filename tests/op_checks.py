@@ -1,0 +1,99 @@
+"""Checks of one op on one backend, shared by the interpreter's and the GPU's tests."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmfast._dispatch import Op, ops
+from lmfast.testing import Sample, assert_within_error_rule, relative_error
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def ops_with(backend: str) -> list[Op]:
+    """The registered ops that have an implementation on ``backend``."""
+    return [op for op in ops().values() if backend in op.implementations]
+
+
+def cases(
+    backend: str, device: str, dtypes: tuple[torch.dtype, ...] = DTYPES
+) -> Iterator[tuple[str, Op, Sample]]:
+    """(id, op, sample) for every op of a backend, dtype and sample."""
+    for op in ops_with(backend):
+        for dtype in dtypes:
+            for sample in op.sample_inputs(device, dtype):
+                name = str(dtype).removeprefix("torch.")
+                yield f"{op.name}-{name}-{sample.name}".replace(" ", "_"), op, sample
+
+
+def call(op: Op, sample: Sample, backend: str) -> tuple[Tensor, ...]:
+    """The op's outputs as a tuple."""
+    result = op.public(*sample.args, **sample.kwargs, backend=backend)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def with_gradients(op: Op, sample: Sample) -> tuple[dict[str, Any], list[Tensor]]:
+    """The sample's arguments by name, fresh leaves where the op is differentiable; the leaves."""
+    arguments = dict(inspect.signature(op.public).bind(*sample.args, **sample.kwargs).arguments)
+    leaves = []
+    for name in op.differentiable:
+        value = arguments.get(name)
+        if isinstance(value, Tensor):
+            arguments[name] = value.detach().requires_grad_()
+            leaves.append(arguments[name])
+    return arguments, leaves
+
+
+def gradients(op: Op, sample: Sample, backend: str) -> list[Tensor]:
+    """Gradients of every differentiable argument for fixed, uneven output gradients."""
+    arguments, leaves = with_gradients(op, sample)
+    result = op.public(**arguments, backend=backend)
+    outputs = result if isinstance(result, tuple) else (result,)
+    seeds = []
+    for i, out in enumerate(outputs):
+        steps = torch.arange(out.numel(), device=out.device).reshape(out.shape)
+        seeds.append(((steps * 37 + 11 * i) % 64 / 32 - 1).to(out.dtype))
+    return list(torch.autograd.grad(outputs, leaves, seeds))
+
+
+def check_values(op: Op, sample: Sample, backend: str) -> None:
+    """Outputs are within the error rule, and no argument was written to."""
+    before = sample.map(Tensor.clone)
+    got = call(op, sample, backend)
+    for now, then in zip(sample.tensors(), before.tensors(), strict=True):
+        assert torch.equal(now, then), "an argument was written to"
+    plain, exact = call(op, sample, "torch"), call(op, sample.to_fp64(), "torch")
+    for i, (g, p, e) in enumerate(zip(got, plain, exact, strict=True)):
+        assert_within_error_rule(g, p, e, f"output {i}")
+
+
+def assert_gradient_within_rule(value: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
+    """The error rule with the unit in the last place of the largest element: weight gradients are
+    sums over rows, and the rounding of a sum follows its terms, not the element they cancel to."""
+    assert value.shape == plain.shape, what
+    assert value.dtype == plain.dtype, what
+    if exact.numel() == 0:
+        return
+    assert value.isfinite().all(), what
+    unit = torch.finfo(value.dtype).eps
+    error, plain_error = (value - exact).abs().max(), (plain - exact).abs().max()
+    assert error <= 1.5 * plain_error + unit * exact.abs().max(), (
+        f"{what}: error {error:.3e}, PyTorch's {plain_error:.3e}"
+    )
+    whole, plain_whole = relative_error(value, exact), relative_error(plain, exact)
+    assert whole <= 1.5 * plain_whole + unit / 4, (
+        f"{what}: relative error {whole:.3e}, PyTorch's {plain_whole:.3e}"
+    )
+
+
+def check_gradients(op: Op, sample: Sample, backend: str) -> None:
+    """Gradients are within the error rule."""
+    got = gradients(op, sample, backend)
+    plain, exact = gradients(op, sample, "torch"), gradients(op, sample.to_fp64(), "torch")
+    for i, (g, p, e) in enumerate(zip(got, plain, exact, strict=True)):
+        assert_gradient_within_rule(g, p, e, f"gradient {i}")
