@@ -1,0 +1,536 @@
+// Linear cross-entropy with fp32 products: logits, their exponentials and both gradients, a block
+// of tokens at a time.
+//
+// Floor: three matrix products of N x E x V, 2 N E V flops each: 247 ms for 3712 x 128 x 32011 at
+// 370 GF/s. The fourth one, logits again for the weight gradient, is saved by keeping exp(logit) of
+// one block (V x 192 floats, 24 MB, which stays in the last-level cache): recomputing it measured
+// 82 ms more, and blocks of 64 tokens 30 ms more, as each block reads and writes dweight once.
+//
+// Layout: tokens are the lanes of every vector and the vocabulary is streamed, so softmax sums are
+// vertical, nothing is transposed but a block of hidden, and weight is only ever the operand that
+// gemm_f32 reads one number at a time: it is used where it lies, as (V, E) or as the transpose of
+// (E, V). Threads own slices of the vocabulary, cut by the shape alone, and their partial sums are
+// added in order: the result does not depend on the number of threads.
+//
+// Exponentials are taken relative to the target's logit instead of the largest one, which would
+// need all logits first. The target's own exponential is then exactly 1 and is left out of the
+// sums: loss = log1p(sum of the others), and the target's gradient -others / (1 + others), both
+// without cancellation. Only a loss above 46 gets near overflow; such blocks are done again
+// relative to their largest logits.
+#include "linear_cross_entropy.h"
+
+#include "../gemm_f32.h"
+#include "../simd.h"
+#include "../simd_exp.h"
+#include "../simd_tanh.h"
+
+namespace lmfast::LMFAST_ISA {
+namespace {
+
+constexpr int64_t kDepth = 256;  // of E at a time: an operand panel of 64 lanes is 64 KB
+constexpr int64_t kChunk = 96;   // classes at a time: their logits, 72 KB, stay in L2
+constexpr int64_t kMaxLanes = 192;
+constexpr float kLargestSum = 1e20f;  // beyond, coefficients may become subnormal
+
+LMFAST_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T>
+LMFAST_INLINE float scalar_at(const T* p) {
+  if constexpr (sizeof(T) == 4) {
+    return *reinterpret_cast<const float*>(p);
+  } else {
+    float lanes[VecF::kWidth];
+    VecF::load(p, 1).store(lanes);
+    return lanes[0];
+  }
+}
+
+LMFAST_INLINE VecF capped(VecF logit, float softcap) {
+  return VecF::set1(softcap) * tanh(logit * VecF::set1(1.0f / softcap));
+}
+
+// The slice's part of the vocabulary, cut at whole chunks.
+LMFAST_INLINE void slice_range(const LceBlockArgs& a, int64_t slice, int64_t* begin, int64_t* end) {
+  const int64_t chunks = (a.p.classes + kChunk - 1) / kChunk;
+  *begin = chunks * slice / a.slices * kChunk;
+  *end = smaller(chunks * (slice + 1) / a.slices * kChunk, a.p.classes);
+}
+
+// A block of weight as fp32, where it lies if it is fp32, otherwise converted into `buffer`
+// (kChunk x kDepth). Element (class, column) is at [class * stride + column], or with kTransposed
+// at [column * stride + class].
+template <class W, bool kTransposed>
+LMFAST_INLINE const float* weight_block(const LceProblem& p, int64_t first_class, int64_t classes,
+                                        int64_t first_column, int64_t columns, float* buffer,
+                                        int64_t* stride) {
+  const int64_t outer = kTransposed ? p.weight_column_stride : p.weight_row_stride;
+  const W* from =
+      static_cast<const W*>(p.weight) +
+      (kTransposed ? first_column * outer + first_class : first_class * outer + first_column);
+  if constexpr (sizeof(W) == 4) {
+    *stride = outer;
+    return from;
+  } else {
+    const int64_t rows = kTransposed ? columns : classes, length = kTransposed ? classes : columns;
+    *stride = kTransposed ? kChunk : kDepth;
+    for (int64_t r = 0; r < rows; ++r) {
+      const W* row = from + r * outer;
+      float* out = buffer + r * *stride;
+      int64_t i = 0;
+      for (; i + VecF::kWidth <= length; i += VecF::kWidth) VecF::load(row + i).store(out + i);
+      if (i < length) {
+        VecF::load(row + i, static_cast<int>(length - i))
+            .store(out + i, static_cast<int>(length - i));
+      }
+    }
+    return buffer;
+  }
+}
+
+// logits[class][lane] of a chunk, without bias.
+template <class W, bool kTransposed>
+LMFAST_INLINE void chunk_logits(const LceBlockArgs& a, int64_t first, int64_t classes,
+                                float* logits, float* buffer) {
+  int64_t stride;
+  for (int64_t e = 0; e < a.p.width; e += kDepth) {
+    const int64_t depth = smaller(kDepth, a.p.width - e);
+    const float* w = weight_block<W, kTransposed>(a.p, first, classes, e, depth, buffer, &stride);
+    const float* h = a.hidden_t + e * a.lanes;
+    if (e == 0) {
+      gemm_f32<kTransposed, false>(classes, a.lanes, depth, w, stride, h, a.lanes, logits, a.lanes);
+    } else {
+      gemm_f32<kTransposed, true>(classes, a.lanes, depth, w, stride, h, a.lanes, logits, a.lanes);
+    }
+  }
+}
+
+// dhidden_t[column][lane] += sum over the chunk's classes of weight * probs.
+template <class W, bool kTransposed>
+LMFAST_INLINE void chunk_dhidden(const LceBlockArgs& a, int64_t first, int64_t classes,
+                                 const float* probs, float* dhidden_t, bool add, float* buffer) {
+  int64_t stride;
+  for (int64_t e = 0; e < a.p.width; e += kDepth) {
+    const int64_t rows = smaller(kDepth, a.p.width - e);
+    const float* w = weight_block<W, kTransposed>(a.p, first, classes, e, rows, buffer, &stride);
+    float* out = dhidden_t + e * a.lanes;
+    if (add) {
+      gemm_f32<!kTransposed, true>(rows, a.lanes, classes, w, stride, probs, a.lanes, out, a.lanes);
+    } else {
+      gemm_f32<!kTransposed, false>(rows, a.lanes, classes, w, stride, probs, a.lanes, out,
+                                    a.lanes);
+    }
+  }
+}
+
+// Logits of a chunk -> exp(logit - center), 0 for the targets, added to sums. With a cap, what is
+// stored is also multiplied by the cap's slope, which the gradients need and the sums must not
+// have.
+template <bool kBias, bool kCap>
+void chunk_exp(const LceBlockArgs& a, int64_t first, int64_t classes, float* logits, float* sums) {
+  constexpr float kGone = -1e30f;
+  constexpr int W = VecF::kWidth, kVecs = kLceGroup / W;
+  for (int64_t n = 0; n < a.tokens; ++n) {
+    const int64_t at = a.p.target[a.first_token + n] - first;
+    if (at >= 0 && at < classes) logits[at * a.lanes + n] = kGone;
+  }
+  for (int64_t n = 0; n < a.lanes; n += kVecs * W) {
+    VecF center[kVecs], sum[kVecs];
+    for (int i = 0; i < kVecs; ++i) {
+      center[i] = VecF::load(a.center + n + i * W);
+      sum[i] = VecF::zero();
+    }
+    for (int64_t v = 0; v < classes; ++v) {
+      float* at = logits + v * a.lanes + n;
+#pragma GCC unroll 4
+      for (int i = 0; i < kVecs; ++i) {
+        const VecF raw = VecF::load(at + i * W);
+        VecF z = raw;
+        if constexpr (kBias) z = z + VecF::set1(a.p.bias[first + v]);
+        if constexpr (kCap) z = capped(z, a.p.softcap);
+        VecF e = exp(z - center[i]);
+        if constexpr (kCap) {
+          e = select_less(raw, VecF::set1(kGone * 0.5f), VecF::zero(), e);
+          const VecF ratio = z * VecF::set1(1.0f / a.p.softcap);
+          sum[i] = sum[i] + e;
+          e = e * (VecF::set1(1.0f) - ratio * ratio);
+        } else {
+          sum[i] = sum[i] + e;
+        }
+        e.store(at + i * W);
+      }
+    }
+    // A chunk's sum is finished before it is added: short chains of additions stay exact longer.
+    for (int i = 0; i < kVecs; ++i) (VecF::load(sums + n + i * W) + sum[i]).store(sums + n + i * W);
+  }
+}
+
+template <bool kBias>
+LMFAST_INLINE void chunk_exp_capped(const LceBlockArgs& a, int64_t first, int64_t classes,
+                                    float* logits, float* sums) {
+  if (a.p.softcap > 0) {
+    chunk_exp<kBias, true>(a, first, classes, logits, sums);
+  } else {
+    chunk_exp<kBias, false>(a, first, classes, logits, sums);
+  }
+}
+
+template <class W, bool kTransposed>
+void forward_slices(const LceBlockArgs& a, int64_t begin, int64_t end) {
+  alignas(64) float scratch[kChunk * kMaxLanes];
+  alignas(64) float buffer[sizeof(W) == 4 ? 1 : kChunk * kDepth];
+  for (int64_t slice = begin; slice < end; ++slice) {
+    int64_t first, past;
+    slice_range(a, slice, &first, &past);
+    float* sums = a.sums + slice * a.lanes;
+    float* dhidden_t = a.dhidden_t == nullptr ? nullptr : a.dhidden_t + slice * a.p.width * a.lanes;
+    for (int64_t n = 0; n < a.lanes; ++n) sums[n] = 0.0f;
+    for (int64_t v = first; v < past; v += kChunk) {
+      const int64_t classes = smaller(kChunk, past - v);
+      float* probs = a.probs != nullptr ? a.probs + v * a.lanes : scratch;
+      chunk_logits<W, kTransposed>(a, v, classes, probs, buffer);
+      if (a.p.bias != nullptr) {
+        chunk_exp_capped<true>(a, v, classes, probs, sums);
+      } else {
+        chunk_exp_capped<false>(a, v, classes, probs, sums);
+      }
+      if (dhidden_t != nullptr) {
+        chunk_dhidden<W, kTransposed>(a, v, classes, probs, dhidden_t, v != first, buffer);
+      }
+    }
+  }
+}
+
+template <class W, bool kTransposed>
+void max_slices(const LceBlockArgs& a, int64_t begin, int64_t end) {
+  alignas(64) float logits[kChunk * kMaxLanes];
+  alignas(64) float buffer[sizeof(W) == 4 ? 1 : kChunk * kDepth];
+  for (int64_t slice = begin; slice < end; ++slice) {
+    int64_t first, past;
+    slice_range(a, slice, &first, &past);
+    float* largest = a.sums + slice * a.lanes;
+    for (int64_t n = 0; n < a.lanes; ++n) largest[n] = -INFINITY;
+    for (int64_t v = first; v < past; v += kChunk) {
+      const int64_t classes = smaller(kChunk, past - v);
+      chunk_logits<W, kTransposed>(a, v, classes, logits, buffer);
+      for (int64_t i = 0; i < classes; ++i) {
+        const VecF bias = VecF::set1(a.p.bias != nullptr ? a.p.bias[v + i] : 0.0f);
+        for (int64_t n = 0; n < a.lanes; n += VecF::kWidth) {
+          VecF z = VecF::load(logits + i * a.lanes + n) + bias;
+          if (a.p.softcap > 0) z = capped(z, a.p.softcap);
+          // A NaN logit as the second operand is what max returns.
+          max(VecF::load(largest + n), z).store(largest + n);
+        }
+      }
+    }
+  }
+}
+
+// hidden_t and the targets' logits. A target's logit is summed in gemm_f32's order, so that it is
+// the same number there.
+template <class H, class W>
+void pack_groups(const LceBlockArgs& a, int64_t begin, int64_t end) {
+  const LceProblem& p = a.p;
+  for (int64_t n = begin * kLceGroup; n < end * kLceGroup; ++n) {
+    if (n >= a.tokens) {
+      for (int64_t e = 0; e < p.width; ++e) a.hidden_t[e * a.lanes + n] = 0.0f;
+      a.target_logit[n] = a.center[n] = 0.0f;
+      continue;
+    }
+    const int64_t token = a.first_token + n, target = p.target[token];
+    const H* h = static_cast<const H*>(p.hidden) + p.row[token] * p.hidden_stride;
+    const W* w = static_cast<const W*>(p.weight) + target * p.weight_row_stride;
+    VecF logit = VecF::zero();
+    for (int64_t e = 0; e < p.width; ++e) {
+      const float x = scalar_at(h + e);
+      a.hidden_t[e * a.lanes + n] = x;
+      const float y = scalar_at(w + e * p.weight_column_stride);
+      logit = fmadd(VecF::set1(y), VecF::set1(x), logit);
+    }
+    if (p.bias != nullptr) logit = logit + VecF::set1(p.bias[target]);
+    if (p.softcap > 0) logit = capped(logit, p.softcap);
+    float lanes[VecF::kWidth];
+    logit.store(lanes);
+    a.target_logit[n] = a.center[n] = lanes[0];
+  }
+}
+
+// What the finished sums make of one token: its loss, and the factors of its gradients.
+struct Finished {
+  double loss;
+  float coefficient, target_gradient;
+};
+
+LMFAST_INLINE Finished finish_token(const LceProblem& p, float scale, float logit, float center,
+                                    float others, float mean_logit) {
+  const double target_prob = center == logit ? 1.0 : ::exp(double(logit) - center);
+  const double sum = target_prob + others;
+  const double above =
+      center == logit ? ::log1p(double(others)) : center - double(logit) + ::log(sum);
+  const double lse = logit + above;
+  const double slope = 1.0 + 2.0 * p.z_loss * lse;
+  Finished f;
+  f.loss = above + p.smoothing * (logit - double(mean_logit)) + p.z_loss * lse * lse;
+  f.coefficient = static_cast<float>(scale * slope / sum);
+  double target = ((slope - 1.0) * target_prob - others) / sum + p.smoothing;
+  if (p.softcap > 0) target *= 1.0 - double(logit) / p.softcap * (logit / p.softcap);
+  f.target_gradient = static_cast<float>(scale * target);
+  return f;
+}
+
+template <class H, class W>
+void finish_groups(const LceBlockArgs& a, int64_t begin, int64_t end) {
+  const LceProblem& p = a.p;
+  alignas(64) float tile[kLceGroup];
+  for (int64_t group = begin; group < end; ++group) {
+    const int64_t n0 = group * kLceGroup;
+    alignas(64) float others[kLceGroup] = {};
+    for (int64_t slice = 0; slice < a.slices; ++slice) {
+      const float* part = a.sums + slice * a.lanes + n0;
+      for (int64_t i = 0; i < kLceGroup; ++i) others[i] += part[i];
+    }
+    const int64_t count = a.tokens - n0 < kLceGroup ? a.tokens - n0 : kLceGroup;
+    bool overflow = false;
+    for (int64_t i = 0; i < count; ++i) {
+      const float logit = a.target_logit[n0 + i];
+      overflow = overflow || !(others[i] < kLargestSum) || !(logit - logit == 0.0f);
+    }
+    a.overflow[group] = overflow;
+    if (overflow && !a.redo) continue;
+    Finished done[kLceGroup] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t n = n0 + i, token = a.first_token + n;
+      float mean_logit = 0.0f;
+      if (p.mean_weight != nullptr) {
+        double sum = p.mean_bias;
+        for (int64_t e = 0; e < p.width; ++e) {
+          sum += double(p.mean_weight[e]) * a.hidden_t[e * a.lanes + n];
+        }
+        mean_logit = static_cast<float>(sum);
+      }
+      done[i] =
+          finish_token(p, p.scale[token], a.target_logit[n], a.center[n], others[i], mean_logit);
+      p.loss[token] = done[i].loss;
+    }
+    if (a.hidden_scaled != nullptr) {
+      for (int64_t i = 0; i < kLceGroup; ++i) {
+        const int64_t n = n0 + i;
+        a.coefficient[n] = done[i].coefficient;
+        a.target_gradient[n] = done[i].target_gradient;
+        float* row = a.hidden_scaled + n * a.padded_width;
+        for (int64_t e = 0; e < p.width; ++e) {
+          row[e] = a.hidden_t[e * a.lanes + n] * done[i].coefficient;
+        }
+        for (int64_t e = p.width; e < a.padded_width; ++e) row[e] = 0.0f;
+      }
+    }
+    if (a.dhidden_t == nullptr) continue;
+    for (int64_t e = 0; e < p.width; ++e) {
+      for (int64_t i = 0; i < kLceGroup; i += VecF::kWidth) {
+        VecF total = VecF::zero();
+        for (int64_t slice = 0; slice < a.slices; ++slice) {
+          const float* part = a.dhidden_t + (slice * p.width + e) * a.lanes + n0 + i;
+          total = total + VecF::load(part);
+        }
+        total.store(tile + i);
+      }
+      const float shared = p.mean_weight != nullptr ? p.smoothing * p.mean_weight[e] : 0.0f;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t token = a.first_token + n0 + i;
+        const W* w = static_cast<const W*>(p.weight) + p.target[token] * p.weight_row_stride +
+                     e * p.weight_column_stride;
+        const float grad = tile[i] * done[i].coefficient + done[i].target_gradient * scalar_at(w) -
+                           p.scale[token] * shared;
+        VecF::set1(grad).store(static_cast<H*>(p.dhidden) + p.row[token] * p.width + e, 1);
+      }
+    }
+  }
+}
+
+// The bias gradient of a range of classes: probs times coefficient, summed over the lanes.
+void chunk_dbias(const LceBlockArgs& a, int64_t first, int64_t classes) {
+  for (int64_t v = first; v < first + classes; ++v) {
+    const float* probs = a.probs + v * a.lanes;
+    VecF total = VecF::zero();
+    for (int64_t n = 0; n < a.lanes; n += VecF::kWidth) {
+      total = fmadd(VecF::load(probs + n), VecF::load(a.coefficient + n), total);
+    }
+    a.dbias[v] = sum(total) + (a.accumulate ? a.dbias[v] : a.uniform_bias);
+  }
+}
+
+template <class H>
+void sum_hidden(const LceHiddenSumArgs& a, int64_t begin, int64_t end) {
+  for (int64_t e = begin * kLceGroup; e < end * kLceGroup; e += VecF::kWidth) {
+    const int n = static_cast<int>(smaller(VecF::kWidth, a.p.width - e));
+    VecF total = VecF::zero();
+    for (int64_t i = 0; n > 0 && i < a.p.tokens; ++i) {
+      const H* h = static_cast<const H*>(a.p.hidden) + a.p.row[i] * a.p.hidden_stride;
+      total = fmadd(VecF::set1(a.p.scale[i] * a.factor), VecF::load(h + e, n), total);
+    }
+    total.store(a.out + e);
+  }
+}
+
+template <class T>
+void convert(const LceConvertArgs& a, int64_t begin, int64_t end) {
+  constexpr int64_t kTile = 64;  // keeps both the rows read and the columns written in L1
+  T* to = static_cast<T*>(a.to);
+  for (int64_t v0 = begin; v0 < end; v0 += kTile) {
+    const int64_t past = smaller(v0 + kTile, end);
+    if (a.column_stride == 1) {
+      for (int64_t v = v0; v < past; ++v) {
+        for (int64_t e = 0; e < a.width; e += VecF::kWidth) {
+          const int n = static_cast<int>(smaller(VecF::kWidth, a.width - e));
+          VecF::load(a.from + v * a.padded_width + e).store(to + v * a.row_stride + e, n);
+        }
+      }
+      continue;
+    }
+    for (int64_t e = 0; e < a.width; ++e) {
+      for (int64_t v = v0; v < past; v += VecF::kWidth) {
+        const int n = static_cast<int>(smaller(VecF::kWidth, past - v));
+        float lanes[VecF::kWidth] = {};
+        for (int i = 0; i < n; ++i) lanes[i] = a.from[(v + i) * a.padded_width + e];
+        VecF::load(lanes).store(to + e * a.column_stride + v, n);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+// Calls FUNCTION<weight type, kTransposed>.
+#define LMFAST_LCE_WEIGHT(FUNCTION)                              \
+  const bool transposed = a.p.weight_column_stride != 1;         \
+  switch (a.p.weight_dtype) {                                    \
+    case DType::kF32:                                            \
+      return transposed ? FUNCTION<float, true>(a, begin, end)   \
+                        : FUNCTION<float, false>(a, begin, end); \
+    case DType::kBF16:                                           \
+      return transposed ? FUNCTION<bf16, true>(a, begin, end)    \
+                        : FUNCTION<bf16, false>(a, begin, end);  \
+    case DType::kF16:                                            \
+      return transposed ? FUNCTION<f16, true>(a, begin, end)     \
+                        : FUNCTION<f16, false>(a, begin, end);   \
+    case DType::kF64:                                            \
+      return;                                                    \
+  }
+
+// Calls FUNCTION<H, weight type>.
+#define LMFAST_LCE_WEIGHT_OF(FUNCTION, H)       \
+  switch (a.p.weight_dtype) {                   \
+    case DType::kF32:                           \
+      return FUNCTION<H, float>(a, begin, end); \
+    case DType::kBF16:                          \
+      return FUNCTION<H, bf16>(a, begin, end);  \
+    case DType::kF16:                           \
+      return FUNCTION<H, f16>(a, begin, end);   \
+    case DType::kF64:                           \
+      return;                                   \
+  }
+
+// Calls FUNCTION<hidden type, weight type>.
+#define LMFAST_LCE_HIDDEN(FUNCTION)         \
+  switch (a.p.hidden_dtype) {               \
+    case DType::kF32:                       \
+      LMFAST_LCE_WEIGHT_OF(FUNCTION, float) \
+      return;                               \
+    case DType::kBF16:                      \
+      LMFAST_LCE_WEIGHT_OF(FUNCTION, bf16)  \
+      return;                               \
+    case DType::kF16:                       \
+      LMFAST_LCE_WEIGHT_OF(FUNCTION, f16)   \
+      return;                               \
+    case DType::kF64:                       \
+      return;                               \
+  }
+
+void lce_block_pack(const LceBlockArgs& a, int64_t begin, int64_t end) {
+  LMFAST_LCE_HIDDEN(pack_groups)
+}
+
+void lce_block_max(const LceBlockArgs& a, int64_t begin, int64_t end) {
+  LMFAST_LCE_WEIGHT(max_slices)
+}
+
+void lce_block_center(const LceBlockArgs& a, int64_t begin, int64_t end) {
+  for (int64_t n = begin * kLceGroup; n < end * kLceGroup; n += VecF::kWidth) {
+    VecF largest = VecF::load(a.sums + n);
+    for (int64_t slice = 1; slice < a.slices; ++slice) {
+      largest = max(largest, VecF::load(a.sums + slice * a.lanes + n));
+    }
+    largest.store(a.center + n);
+  }
+}
+
+void lce_block_forward(const LceBlockArgs& a, int64_t begin, int64_t end) {
+  LMFAST_LCE_WEIGHT(forward_slices)
+}
+
+void lce_block_finish(const LceBlockArgs& a, int64_t begin, int64_t end) {
+  LMFAST_LCE_HIDDEN(finish_groups)
+}
+
+void lce_block_dweight(const LceBlockArgs& a, int64_t begin, int64_t end) {
+  for (int64_t slice = begin; slice < end; ++slice) {
+    int64_t first, past;
+    slice_range(a, slice, &first, &past);
+    for (int64_t v = first; v < past; v += kChunk) {
+      const int64_t classes = smaller(kChunk, past - v);
+      if (a.dbias != nullptr) chunk_dbias(a, v, classes);
+      if (a.dweight == nullptr) continue;
+      float* out = a.dweight + v * a.padded_width;
+      const float* probs = a.probs + v * a.lanes;
+      if (!a.accumulate && a.uniform == nullptr) {
+        gemm_f32<false, false>(classes, a.padded_width, a.lanes, probs, a.lanes, a.hidden_scaled,
+                               a.padded_width, out, a.padded_width);
+        continue;
+      }
+      if (!a.accumulate) {
+        for (int64_t i = 0; i < classes; ++i) {
+          memcpy(out + i * a.padded_width, a.uniform, sizeof(float) * a.padded_width);
+        }
+      }
+      gemm_f32<false, true>(classes, a.padded_width, a.lanes, probs, a.lanes, a.hidden_scaled,
+                            a.padded_width, out, a.padded_width);
+    }
+    for (int64_t n = 0; n < a.tokens; ++n) {
+      const int64_t target = a.p.target[a.first_token + n];
+      if (target < first || target >= past) continue;
+      if (a.dbias != nullptr) a.dbias[target] += a.target_gradient[n];
+      if (a.dweight == nullptr) continue;
+      float* row = a.dweight + target * a.padded_width;
+      for (int64_t e = 0; e < a.p.width; ++e) {
+        row[e] += a.target_gradient[n] * a.hidden_t[e * a.lanes + n];
+      }
+    }
+  }
+}
+
+void lce_hidden_sum(const LceHiddenSumArgs& a, int64_t begin, int64_t end) {
+  switch (a.p.hidden_dtype) {
+    case DType::kF32:
+      return sum_hidden<float>(a, begin, end);
+    case DType::kBF16:
+      return sum_hidden<bf16>(a, begin, end);
+    case DType::kF16:
+      return sum_hidden<f16>(a, begin, end);
+    case DType::kF64:
+      return;
+  }
+}
+
+void lce_convert(const LceConvertArgs& a, int64_t begin, int64_t end) {
+  switch (a.dtype) {
+    case DType::kF32:
+      return convert<float>(a, begin, end);
+    case DType::kBF16:
+      return convert<bf16>(a, begin, end);
+    case DType::kF16:
+      return convert<f16>(a, begin, end);
+    case DType::kF64:
+      return;
+  }
+}
+
+}  // namespace lmfast::LMFAST_ISA

@@ -1,0 +1,29 @@
+// What the two CPU implementations of linear_cross_entropy share: the checked call, and the buffers
+// of its results.
+#pragma once
+
+#include <vector>
+
+#include "../common/tensor.h"
+#include "kernels/linear_cross_entropy.h"
+
+namespace lmfast {
+
+struct LceCall {
+  LceProblem p{};
+  std::vector<int64_t> row, target;
+  std::vector<float> scale;
+  Tensor dweight;             // empty unless wanted; the weight's dtype and stride order
+  float* dbias = nullptr;     // (V,) or null
+  bool want_dweight = false;  // p.dhidden says the same of dhidden
+  Tensor like;                // a CPU tensor, to allocate from
+};
+
+Tensor lce_floats(const LceCall& call, int64_t count);
+
+// dweight in fp32 [V][padded_width] -> call.dweight.
+void lce_store_dweight(const LceCall& call, const float* from, int64_t padded_width);
+
+void lce_run_f32(LceCall& call);
+
+}  // namespace lmfast

@@ -1,0 +1,465 @@
+"""The output layer and its loss in one operator, forward and backward, without the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmfast._dispatch import Op, implementation, register, register_op, select
+from lmfast.ops._autograd import differentiate, recording_backward
+from lmfast.ops._library import (
+    check_same_device,
+    check_tensor,
+    define,
+    needs_grad,
+    unsupported_by_cpu_kernels,
+    with_unit_last_stride,
+)
+from lmfast.ops._linear_cross_entropy_chunked import (
+    chunked_linear_cross_entropy,
+    output_logits,
+    reduce_losses,
+    row_losses,
+)
+from lmfast.testing import Sample
+
+REDUCTIONS = ("none", "mean", "sum")  # in the order of torch's own enumeration
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Cross-entropy of ``hidden @ weight.T + bias``, without storing these logits.
+
+    With ``y = hidden @ weight.T + bias`` (``y = softcap * tanh(y / softcap)`` if capped),
+    ``lse = log(sum(exp(y)))`` and ``s = label_smoothing``, the loss of a row is
+    ``lse - (1 - s) * y[target] - s * mean(y) + z_loss * lse^2``. It equals
+    ``F.cross_entropy(F.linear(hidden, weight, bias), targets)``.
+
+    Sums and gradients accumulate in fp32 (fp64 for fp64). fp32 products stay fp32 unless
+    ``torch.set_float32_matmul_precision("medium")`` or autocast to bf16 allow bf16 ones. When a
+    gradient is needed, it is computed together with the loss. Rows whose target is
+    ``ignore_index`` are left out of the computation.
+
+    Args:
+        hidden: (..., E), float32, bfloat16, float16 or float64; any strides.
+        weight: (V, E); the transposed view of an (E, V) parameter is as fast. Its gradient has
+            its own strides and dtype.
+        targets: (...) int64, the leading dimensions of hidden; in [0, V) or ``ignore_index``.
+        bias: (V,) or None.
+        ignore_index: target of the rows without a loss and without a gradient.
+        reduction: "mean" over the rows that are not ignored (0 if there are none), "sum", or
+            "none" for one loss per row, 0 where ignored.
+        label_smoothing: share of the target spread evenly over the vocabulary, in [0, 1].
+        z_loss: weight of the squared logsumexp, which keeps logits from drifting.
+        softcap: bound of the logits, as Gemma 2 has it; None for none.
+        backend: overrides the choice of implementation, see ``lmfast.use_backend``.
+
+    Returns:
+        A scalar, or targets' shape for "none"; float32 (float64 for float64 input): a loss
+        rounded to bf16 would have two digits.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: shapes that do not fit, a target outside the vocabulary, an unknown reduction.
+        BackendError: the backend asked for cannot run this call.
+
+    Backends:
+        cpu (C++), torch (in chunks of rows). Gradients on all; gradients of gradients through
+        PyTorch with full logits.
+
+    Source:
+        Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2024,
+        arXiv:2411.09009; Hsu et al., Liger Kernel, 2024, arXiv:2410.10989. z-loss: Chowdhery et
+        al., PaLM, 2022, arXiv:2204.02311.
+
+    Example:
+        >>> import lmfast, torch
+        >>> hidden, weight = torch.eye(2, 3), torch.eye(4, 3)
+        >>> lmfast.ops.linear_cross_entropy(hidden, weight, torch.tensor([0, 1]))
+        tensor(0.7437)
+    """
+    args = _check(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+    )
+    chosen = select(OP, args, backend)
+    if needs_grad(hidden, weight, bias):
+        wanted = tuple(t is not None and t.requires_grad for t in (hidden, weight, bias))
+        return _LinearCrossEntropy.apply(*args, chosen.backend, wanted)[0]
+    return _with_gradients(chosen.backend, None, args)[0]
+
+
+def check_loss_settings(
+    targets: object, ignore_index: object, reduction: object, label_smoothing: float, z_loss: float
+) -> None:
+    """The checks that the operators with a cross-entropy share."""
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets must be a torch.Tensor, got {type(targets).__name__}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets must have dtype torch.int64, got {targets.dtype}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if not z_loss >= 0.0:
+        raise ValueError(f"z_loss must not be negative, got {z_loss}")
+
+
+def check_target_range(targets: Tensor, classes: int, ignore_index: int) -> None:
+    """ValueError for a target outside the vocabulary; on the CPU only, as reading it would make
+    a GPU wait."""
+    if targets.device.type != "cpu" or torch.compiler.is_compiling() or targets.numel() == 0:
+        return
+    bad = ((targets < 0) | (targets >= classes)) & (targets != ignore_index)
+    if bad.any():
+        raise ValueError(
+            f"targets must be in [0, {classes}) or ignore_index {ignore_index}, "
+            f"got {targets[bad][0].item()}"
+        )
+
+
+@torch.compiler.assume_constant_result
+def _bf16_products_allowed() -> bool:
+    # A compiled graph keeps the answer; torch traces it again when the setting goes to or from
+    # "highest", which it guards on.
+    return torch.get_float32_matmul_precision() == "medium"
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> tuple[Any, ...]:
+    check_tensor("hidden", hidden)
+    check_tensor("weight", weight)
+    check_loss_settings(targets, ignore_index, reduction, label_smoothing, z_loss)
+    if hidden.dim() == 0:
+        raise ValueError("hidden must have at least one dimension, got a scalar tensor")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight must have shape (V, {hidden.shape[-1]}), the last dimension that of hidden, "
+            f"got {tuple(weight.shape)}"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError("weight must have at least one row, got none")
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets must have hidden's leading dimensions {tuple(hidden.shape[:-1])}, "
+            f"got {tuple(targets.shape)}"
+        )
+    check_same_device("weight", weight, "hidden", hidden)
+    check_same_device("targets", targets, "hidden", hidden)
+    if bias is not None:
+        check_tensor("bias", bias)
+        check_same_device("bias", bias, "hidden", hidden)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"bias must have shape ({weight.shape[0]},), one value per row of weight, "
+                f"got {tuple(bias.shape)}"
+            )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    check_target_range(targets, weight.shape[0], ignore_index)
+    hidden = with_unit_last_stride(hidden)
+    if weight.stride(0) != 1:
+        weight = with_unit_last_stride(weight)
+    device = hidden.device.type
+    bf16 = False
+    if torch.float64 not in (hidden.dtype, weight.dtype):
+        if torch.is_autocast_enabled(device):
+            lower = torch.get_autocast_dtype(device)
+            if lower == torch.bfloat16:
+                bf16 = True
+            else:
+                hidden, weight = hidden.to(lower), weight.to(lower)
+        elif device == "cpu":
+            bf16 = _bf16_products_allowed()
+    return (
+        hidden,
+        weight,
+        targets,
+        bias,
+        ignore_index,
+        reduction,
+        float(label_smoothing),
+        float(z_loss),
+        float(softcap or 0.0),
+        bf16,
+    )
+
+
+def _reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    bf16: bool,
+) -> Tensor:
+    flat = targets.reshape(-1)
+    keep = flat != ignore_index
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    logits = output_logits(rows, weight, bias, softcap, bf16)
+    losses, _ = row_losses(logits, torch.where(keep, flat, 0), label_smoothing, z_loss)
+    return reduce_losses(losses, keep, reduction, targets.shape)
+
+
+def _samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    def ids(classes: int, *shape: int) -> Tensor:
+        return torch.randint(classes, shape, generator=generator, device=device)
+
+    # One, primes, a vector more or less, sizes around the kernels' blocks.
+    for n, e, v in ((1, 1, 1), (3, 7, 5), (7, 33, 17), (67, 16, 131), (130, 40, 257), (5, 131, 67)):
+        yield Sample(f"{n}x{e}x{v}", (normal(n, e), normal(v, e) / e**0.5, ids(v, n)))
+    some = ids(19, 2, 9)
+    some[:, 5:] = -100
+    yield Sample("ignored", (normal(2, 9, 8), normal(19, 8), some))
+    yield Sample(
+        "all ignored",
+        (normal(3, 8), normal(19, 8), torch.full((3,), 4, device=device)),
+        {"ignore_index": 4},
+    )
+    yield Sample("no rows", (normal(0, 8), normal(19, 8), ids(19, 0)))
+    yield Sample("bias", (normal(9, 8), normal(19, 8), ids(19, 9)), {"bias": normal(19)})
+    yield Sample("transposed weight", (normal(9, 24), normal(24, 35).t(), ids(35, 9)))
+    yield Sample(
+        "strided", (normal(9, 2, 12)[:, :, 1:9].transpose(0, 1), normal(38, 8)[::2], ids(19, 2, 9))
+    )
+    yield Sample("sum", (normal(9, 8), normal(19, 8), ids(19, 9)), {"reduction": "sum"})
+    yield Sample("none", (normal(2, 9, 8), normal(19, 8), some), {"reduction": "none"})
+    yield Sample(
+        "smoothing",
+        (normal(9, 8), normal(19, 8), ids(19, 9)),
+        {"label_smoothing": 0.1, "bias": normal(19)},
+    )
+    yield Sample("z-loss", (normal(9, 8), normal(19, 8), ids(19, 9)), {"z_loss": 0.01})
+    yield Sample(
+        "softcap", (normal(9, 8), normal(19, 8), ids(19, 9)), {"softcap": 3.0, "bias": normal(19)}
+    )
+    yield Sample(
+        "softcap and smoothing",
+        (normal(9, 8), normal(19, 8), ids(19, 9)),
+        {"softcap": 3.0, "label_smoothing": 0.2, "z_loss": 0.01},
+    )
+    yield Sample("large logits", (normal(9, 8) * 40, normal(19, 8) * 40, ids(19, 9)))
+
+
+def _with_gradients(
+    backend: str,
+    dloss: Tensor | None,
+    args: tuple[Any, ...],
+    wanted: tuple[bool, bool, bool] = (False, False, False),
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    if backend == "torch":
+        return chunked_linear_cross_entropy(dloss, *args, wanted)
+    run = implementation("linear_cross_entropy", backend).backward
+    assert run is not None
+    return run(dloss, *args, wanted)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradients come with the loss, for an incoming gradient of one, and are scaled by the
+    real one later. With reduction "none" that one has a value per row, so they wait for it.
+
+    Eager mode gives the gradients away in the backward: an accumulating parameter can then keep
+    them without a copy. A second backward through a retained graph computes them again.
+    """
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        *args, backend, wanted = inputs
+        if args[5] == "none":
+            return (_with_gradients(backend, None, tuple(args))[0], None, None, None)
+        return _with_gradients(backend, None, tuple(args), wanted)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        hidden, weight, targets, bias, *settings, ctx.backend, ctx.wanted = inputs
+        ctx.settings = tuple(settings)
+        grads = output[1:]
+        ctx.mark_non_differentiable(*(g for g in grads if g is not None))
+        ctx.compiled = torch.compiler.is_compiling()
+        ctx.grads = None if ctx.compiled or settings[1] == "none" else grads
+        ctx.save_for_backward(hidden, weight, targets, bias, *(grads if ctx.compiled else ()))
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor, *unused: Any) -> tuple[Any, ...]:
+        hidden, weight, targets, bias, *grads = ctx.saved_tensors
+        rest = (None,) * (len(ctx.settings) + 2)
+        if recording_backward():
+            dhidden, dweight, dbias = differentiate(
+                lambda h, w, b: _reference(h, w, targets, b, *ctx.settings),
+                (hidden, weight, bias),
+                (dloss,),
+            )
+            return (dhidden, dweight, None, dbias, *rest)
+        if ctx.grads is not None:
+            grads, ctx.grads = ctx.grads, None
+            if not (dloss.device.type == "cpu" and dloss.item() == 1.0):
+                for g in grads:
+                    if g is not None:
+                        g.mul_(dloss)
+            dhidden, dweight, dbias = grads
+        elif ctx.compiled and ctx.settings[1] != "none":
+            dhidden, dweight, dbias = (
+                None if g is None else (g * dloss).to(g.dtype) for g in grads
+            )
+        else:
+            args = (hidden, weight, targets, bias, *ctx.settings)
+            _, dhidden, dweight, dbias = _with_gradients(ctx.backend, dloss, args, ctx.wanted)
+        return (dhidden, dweight, None, dbias, *rest)
+
+
+def _fake(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    dloss: Tensor | None,
+    mean: Tensor | None,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    bf16: bool,
+    want_dhidden: bool,
+    want_dweight: bool,
+    want_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, width = hidden.shape
+    return (
+        hidden.new_empty((rows,) if reduction == 0 else (), dtype=torch.float32),
+        hidden.new_empty((rows if want_dhidden else 0, width)),
+        torch.empty_like(weight) if want_dweight else weight.new_empty(0),
+        hidden.new_empty(weight.shape[0] if want_dbias else 0, dtype=torch.float32),
+    )
+
+
+# Rows and targets flattened; bias, dloss and mean in fp32. dloss: (N,) or for a scalar loss (1,),
+# None for ones. mean: with label_smoothing, of weight's rows, the mean bias behind it. Returns the
+# loss and the gradients wanted, empty tensors for the others.
+_op = define(
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
+    "Tensor? dloss, Tensor? mean, SymInt ignore_index, int reduction, "
+    "float label_smoothing, float z_loss, float softcap, bool bf16, bool want_dhidden, "
+    "bool want_dweight, bool want_dbias) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+)
+
+
+def _cpu(
+    dloss: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    bf16: bool,
+    wanted: tuple[bool, bool, bool] = (False, False, False),
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    mean = None
+    if label_smoothing:
+        mean_bias = rows.new_zeros((), dtype=torch.float32) if bias is None else bias.float().mean()
+        mean = torch.cat((weight.mean(0, dtype=torch.float32), mean_bias[None]))
+    loss, dhidden, dweight, dbias = _op(
+        rows,
+        weight,
+        targets.reshape(-1).contiguous(),
+        None if bias is None else bias.float().contiguous(),
+        None if dloss is None else dloss.reshape(-1).float().contiguous(),
+        mean,
+        ignore_index,
+        REDUCTIONS.index(reduction),
+        label_smoothing,
+        z_loss,
+        softcap,
+        bf16,
+        *wanted,
+    )
+    return (
+        loss.reshape(targets.shape) if reduction == "none" else loss,
+        dhidden.reshape(hidden.shape) if wanted[0] else None,
+        dweight if wanted[1] else None,
+        dbias.to(bias.dtype) if wanted[2] and bias is not None else None,
+    )
+
+
+def _cpu_supports(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    bf16: bool,
+) -> str | None:
+    if torch.float64 in (hidden.dtype, weight.dtype):
+        return "no kernel for torch.float64"
+    if hidden.shape[-1] == 0:
+        return "no kernel for rows of hidden without elements"
+    if label_smoothing and softcap:
+        return "label_smoothing together with softcap runs on the torch backend only"
+    return unsupported_by_cpu_kernels(hidden, weight, bias)
+
+
+OP = register_op(
+    Op(
+        name="linear_cross_entropy",
+        public=linear_cross_entropy,
+        reference=_reference,
+        check=_check,
+        sample_inputs=_samples,
+    )
+)
+
+register(
+    "linear_cross_entropy", "cpu", ("cpu",), lambda *args: _cpu(None, *args)[0], _cpu, _cpu_supports
+)
