@@ -66,6 +66,8 @@ class DecoderLanguageModel(LanguageModel):
     """
 
     kind = "decoder"
+    output: nn.Parameter | None
+    output_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -88,11 +90,15 @@ class DecoderLanguageModel(LanguageModel):
     ) -> None:
         super().__init__()
         check_sizes(vocab_size, emb_dim, pad_idx)
-        if num_blocks < 1:
-            raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
+        if num_blocks < 1 or num_heads < 1:
+            raise ValueError(
+                f"num_blocks and num_heads must be at least 1, got {num_blocks} and {num_heads}"
+            )
         self.vocab_size = vocab_size
         self.emb_dim = emb_dim
         self.pad_idx = pad_idx
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.head_dim = emb_dim // num_heads if head_dim is None else head_dim
         self.options = {
             "vocab_size": vocab_size,
             "emb_dim": emb_dim,
@@ -174,25 +180,24 @@ class DecoderLanguageModel(LanguageModel):
 
     def new_state(self, batch: int, capacity: int | None = None) -> KVCache:
         """Return an empty key/value cache for `batch` rows."""
-        attn = self.layers[0].attn
         return KVCache(
             len(self.layers),
             batch,
-            attn.num_kv_heads,
-            attn.head_dim,
+            self.num_kv_heads,
+            self.head_dim,
             max_length=capacity,
-            dtype=attn.W_QKV.dtype,
-            device=attn.W_QKV.device,
+            dtype=self.embedding.weight.dtype,
+            device=self.embedding.weight.device,
         )
 
     def advance(
         self, ids: Tensor, state: KVCache, lengths: Tensor | None = None
     ) -> tuple[Tensor, KVCache]:
         """Append the tokens to the cache and return their features (B, T, E) and the cache."""
-        before = state.lengths if lengths is not None else None
+        wanted = None if lengths is None else state.lengths + lengths
         x = self.embedding(ids)
         for index, layer in enumerate(self.layers):
             x = layer(x, None, state.layer(index), None)
-        if lengths is not None:  # what was appended behind a row's end is forgotten again
-            state.truncate(before + lengths)
+        if wanted is not None:  # what was appended behind a row's end is forgotten again
+            state.truncate(wanted)
         return (x if self.norm is None else self.norm(x)), state

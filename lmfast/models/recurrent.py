@@ -82,6 +82,6 @@ class RecurrentLanguageModel(LanguageModel):
     def reset_parameters_legacy(self) -> None:
         """Initialise as older textbook code does: Xavier embedding, recurrent biases in [0, 1)."""
         nn.init.xavier_uniform_(self.embedding.weight)
-        for unit in self.rnn.rnn_units:
+        for unit in self.rnn.units():
             nn.init.uniform_(unit.b)
         self._clear_padding()

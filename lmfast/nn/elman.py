@@ -94,6 +94,10 @@ class ElmanRNN(nn.Module):
         self.num_layers = num_layers
         self.rnn_units = nn.ModuleList(ElmanUnit(emb_dim) for _ in range(num_layers))
 
+    def units(self) -> list[ElmanUnit]:
+        """Return the layers, bottom first."""
+        return [unit for unit in self.rnn_units if isinstance(unit, ElmanUnit)]
+
     def forward(self, x: Tensor, h0: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """Return the top layer's states (B, T, E); arguments as in `forward_with_state`."""
         return self.forward_with_state(x, h0, lengths)[0]
@@ -128,7 +132,7 @@ class ElmanRNN(nn.Module):
             valid = (torch.arange(steps, device=x.device)[:, None] < lengths)[..., None]
         y = x.transpose(0, 1)  # (T, B, E): one step is one contiguous block
         final = []
-        for unit, h in zip(self.rnn_units, h0.unbind(0)):
+        for unit, h in zip(self.units(), h0.unbind(0)):
             y, h = unit.scan(y, h, valid)
             final.append(h)
         return y.transpose(0, 1), torch.stack(final)
