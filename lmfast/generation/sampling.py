@@ -34,7 +34,7 @@ def penalise(
     """
     seen = counts > 0
     out = logits - _column(frequency_penalty, logits) * counts.to(logits.dtype)
-    out = out - _column(presence_penalty, logits) * seen
+    out = out - _column(presence_penalty, logits) * seen.to(logits.dtype)
     factor = _column(repetition_penalty, logits)
     repeated = torch.where(out > 0, out / factor, out * factor)
     return torch.where(seen, repeated, out)
