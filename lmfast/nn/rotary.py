@@ -68,11 +68,13 @@ class RotaryEmbedding(nn.Module):
         self.base = float(base)
         self.interleaved = interleaved
         self.scaling = None if scaling is None else dict(scaling)
+        kind = None if scaling is None else scaling.get("rope_type", scaling.get("type"))
+        self._depends_on_length = kind == "dynamic"
         self._scaling_key = None if scaling is None else json.dumps(self.scaling, sort_keys=True)
 
     def tables(self, length: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Return cosines and sines, each (at least `length`, dim/2), on `device`."""
-        if self.scaling is None:
+        if not self._depends_on_length:
             # Powers of two: a growing cache asks for new tables only log2(length) times.
             length = max(256, 1 << (length - 1).bit_length())
         return _tables(length, self.dim, self.base, self._scaling_key, torch.device(device))
