@@ -2,6 +2,7 @@
 
 from lmfast.training.checkpoint import CheckpointError, latest_checkpoint, load_model, save_model
 from lmfast.training.data import (
+    SPECIAL_TOKENS,
     Batches,
     PackedBatches,
     PaddedBatches,
@@ -16,6 +17,7 @@ from lmfast.training.seeding import seed_everything
 from lmfast.training.trainer import Trainer, TrainingDiverged, TrainingReport
 
 __all__ = [
+    "SPECIAL_TOKENS",
     "Batches",
     "CheckpointError",
     "Evaluation",

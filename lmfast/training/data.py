@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# The ids of a new tokenizer begin with these; padding has id 0.
+SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>")
+
 
 class Tokenizer(Protocol):
     """What is needed of a tokenizer; `lmfast.BPETokenizer` has it."""
