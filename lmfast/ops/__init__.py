@@ -5,8 +5,9 @@ says which implementation a call would use.
 """
 
 from lmfast.ops.add_rms_norm import add_rms_norm
+from lmfast.ops.attention import attention
 from lmfast.ops.rms_norm import rms_norm
 from lmfast.ops.rope import rope
 from lmfast.ops.rope_tables import rope_tables
 
-__all__ = ["add_rms_norm", "rms_norm", "rope", "rope_tables"]
+__all__ = ["add_rms_norm", "attention", "rms_norm", "rope", "rope_tables"]
