@@ -27,8 +27,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                      const std::optional<Tensor>& mask, int64_t window,
                                      double softcap, const std::optional<Tensor>& sinks,
                                      const std::optional<Tensor>& alibi, double scale) {
-  AttentionCall call(q, k, v,
-                     {causal, offset, offsets, lengths, mask, window, softcap, sinks, alibi, scale});
+  AttentionCall call(
+      q, k, v, {causal, offset, offsets, lengths, mask, window, softcap, sinks, alibi, scale});
   AttentionArgs& a = call.args;
   Tensor out = empty_like(q);
   Tensor lse = new_empty(q, {a.batch, a.heads, a.length}, ScalarType::Float);
@@ -47,8 +47,6 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lmfast, CPU, m) { 
-  m.impl("attention", TORCH_BOX(&attention));
-}
+STABLE_TORCH_LIBRARY_IMPL(lmfast, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }
 
 }  // namespace lmfast

@@ -12,10 +12,10 @@ namespace lmfast {
 // The arguments every attention operator takes besides its tensors of values.
 struct AttentionOptions {
   bool causal;
-  std::optional<int64_t> offset;   // of all rows; or
-  std::optional<Tensor> offsets;   // (B) int64; neither: lengths - T
-  std::optional<Tensor> lengths;   // (B) int64
-  std::optional<Tensor> mask;      // (B, H, T, S), bool or floating point, any strides
+  std::optional<int64_t> offset;  // of all rows; or
+  std::optional<Tensor> offsets;  // (B) int64; neither: lengths - T
+  std::optional<Tensor> lengths;  // (B) int64
+  std::optional<Tensor> mask;     // (B, H, T, S), bool or floating point, any strides
   int64_t window;
   double softcap;
   std::optional<Tensor> sinks, alibi;  // (H) float

@@ -49,16 +49,16 @@ struct AttentionBwdArgs {
   int64_t dq_width;
 };
 
+struct AttentionReduceArgs {
+  AttentionBwdArgs bwd;
+};
+
 // Partial results of decoding: every split of the keys leaves, per query row, its maximum, sum and
 // unnormalised output; attention_combine adds them in order.
 struct AttentionDecodeArgs {
   AttentionArgs fwd;
   int64_t splits, keys_per_split;
   float* partial;  // (B, Hkv, splits, rows, head_dim + 2)
-};
-
-struct AttentionReduceDqArgs {
-  AttentionBwdArgs bwd;
 };
 
 constexpr int64_t kAttentionLanes = 64;   // query rows (forward) or keys (backward) of a block
@@ -73,12 +73,14 @@ static inline int64_t attention_fwd_scratch_bytes(const AttentionArgs& a) {
   return 2 * keys * width * 4 + lanes * (4 * width + 4 * chunk) * 4 + 64 * 1024;
 }
 static inline int64_t attention_bwd_scratch_bytes(const AttentionArgs& a) {
-  const int64_t group = a.heads / a.kv_heads, width = round_up(a.head_dim, 32);
-  const int64_t rows = (round_up(a.length, 32) + 32) * group, lanes = kAttentionLanes;
-  return rows * width * 4 * 5 + rows * 8 + lanes * (8 * width + 8 * kAttentionChunk) * 4 +
-         64 * 1024;
+  const int64_t width = round_up(a.head_dim, 32), lanes = kAttentionLanes;
+  const int64_t rows = round_up(a.length, 32) + 32, keys = round_up(a.keys, lanes) + lanes;
+  return rows * (width * 3 * 4 + 2 * 4) + keys * width * 3 * 4 +
+         lanes * (4 * width + 5 * kAttentionChunk) * 4 + 64 * 1024;
 }
 
-LMFAST_DECLARE_KERNEL(attention_fwd, AttentionArgs)      // range: units, (B, Hkv, ranges)
+LMFAST_DECLARE_KERNEL(attention_fwd, AttentionArgs)           // range: units, (B, Hkv, ranges)
+LMFAST_DECLARE_KERNEL(attention_bwd, AttentionBwdArgs)        // range: units, (B, Hkv, ranges)
+LMFAST_DECLARE_KERNEL(attention_reduce, AttentionReduceArgs)  // range: query rows, (B, H, T)
 
 }  // namespace lmfast

@@ -93,14 +93,6 @@ LMFAST_INLINE T* mutable_row_of(const AttentionTensor& x, int64_t b, int64_t hea
   return const_cast<T*>(row_of<T>(x, b, head, row));
 }
 
-template <class T>
-LMFAST_INLINE void to_float_row(const T* in, int64_t n, float* out) {
-  constexpr int W = VecF::kWidth;
-  int64_t i = 0;
-  for (; i + W <= n; i += W) VecF::load(in + i).store(out + i);
-  if (i < n) VecF::load(in + i, static_cast<int>(n - i)).store(out + i, static_cast<int>(n - i));
-}
-
 // tanh with a relative error of a few 1e-8 everywhere: near 0 an odd polynomial (Cephes), since
 // 1 - 2 / (e^2x + 1) cancels there.
 LMFAST_INLINE VecF tanh(VecF x) {

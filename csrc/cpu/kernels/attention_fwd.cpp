@@ -1,7 +1,8 @@
 // Attention, forward: out = softmax(scale q k^T + ...) v, and the log-sum-exp per query row.
 //
-// Floor: arithmetic, 4 T S D operations per head (half of it when causal), of which no (T, S) matrix
-// is ever stored. Blocks of 64 query rows, as vector lanes, walk through the keys in chunks of 128:
+// Floor: arithmetic, 4 T S D operations per head (half of it when causal), of which no (T, S)
+// matrix is ever stored. Blocks of 64 query rows, as vector lanes, walk through the keys in chunks
+// of 128:
 //   S^T (keys x lanes) = K Q^T;  P^T = 2^(S^T - m);  O^T (D x lanes) += V^T P^T.
 // With query rows as lanes no sum or maximum crosses lanes, and K and V are read where they lie, as
 // the side of the product that is broadcast (fp32) or the tile A (AMX). Only the 64 query rows are
@@ -14,6 +15,7 @@
 // Formulas: Dao et al. 2022, https://arxiv.org/abs/2205.14135 (tiling, online softmax).
 #include "../gemm_f32.h"
 #include "../simd_transpose.h"
+#include "attention_rows.h"
 #include "attention_softmax.h"
 #if defined(__AMX_BF16__)
 #include "attention_fwd_amx.h"
@@ -21,26 +23,6 @@
 
 namespace lmfast::LMFAST_ISA {
 namespace {
-
-// fp32 rows of a tensor: where they are, or a copy.
-struct FloatRows {
-  const float* data;
-  int64_t stride;
-};
-
-template <class T>
-FloatRows float_rows(const AttentionTensor& x, int64_t b, int64_t head, Span rows, int64_t width,
-                     float* copy) {
-  const T* first = row_of<T>(x, b, head, 0);
-  if constexpr (sizeof(T) == sizeof(float)) {
-    // Rows far apart share few sets of the first-level cache.
-    if (x.row == width) return {reinterpret_cast<const float*>(first), width};
-  }
-  for (int64_t j = rows.lo; j < rows.hi; ++j) {
-    to_float_row(first + j * x.row, width, copy + (j - rows.lo) * width);
-  }
-  return {copy - rows.lo * width, width};
-}
 
 // P^T in place of S^T, and its sums.
 LMFAST_INLINE void exponentials(QueryBlock& q, int n, float* s, VecF unit, float* out,

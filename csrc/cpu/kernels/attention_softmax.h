@@ -20,11 +20,11 @@ struct QueryBlock {
   int vecs;  // vectors of lanes in use; lanes behind `rows` repeat lane 0's limits
   int64_t b;
   Row row[kLanes];
-  alignas(64) float lo[kLanes], hi[kLanes];   // keys lane sees: [lo, hi)
+  alignas(64) float lo[kLanes], hi[kLanes];     // keys lane sees: [lo, hi)
   alignas(64) float slope[kLanes], at[kLanes];  // ALiBi, in log2 units; position
   alignas(64) float m[kLanes], l[kLanes];
-  int64_t first, last;            // keys any row sees lie in [first, last)
-  int64_t all_first, all_last;    // every row sees [all_first, all_last)
+  int64_t first, last;          // keys any row sees lie in [first, last)
+  int64_t all_first, all_last;  // every row sees [all_first, all_last)
 };
 
 LMFAST_INLINE void describe_block(const AttentionArgs& a, const Unit& u, int64_t row, int rows,
