@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -122,6 +123,8 @@ def _backward_fake(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
+# The second result is the log-sum-exp of each row's scores in base 2, float32 (B, H, T); inf for a
+# row that sees no key. In base 2 the backward rounds once less.
 _forward_op = define(
     f"attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)", _forward_fake
 )
@@ -208,8 +211,8 @@ def _cpu_backward(
     grads = _backward_op(dout, q, k, v, out, lse, *_kernel_options(options))
     if o.sinks is None or not o.sinks.requires_grad:
         return *grads, None
-    # A sink takes the share exp(sink - lse) of each row and gives it no value.
-    share = torch.exp(o.sinks.float()[:, None] - lse)
+    # A sink takes the share e^sink / 2^lse of each row and gives it no value.
+    share = torch.exp2(o.sinks.float()[:, None] * math.log2(math.e) - lse)
     dsinks = -(share * (dout.float() * out.float()).sum(-1)).sum((0, 2))
     return *grads, dsinks.to(o.sinks.dtype)
 

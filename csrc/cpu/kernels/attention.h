@@ -18,7 +18,7 @@ struct AttentionArgs {
   DType dtype;  // of q, k, v, out, dout, dq, dk, dv
   int64_t batch, heads, kv_heads, length, keys, head_dim;
   AttentionTensor q, k, v, out;
-  float* lse;  // (B, H, T) log-sum-exp; inf where a row sees no key
+  float* lse;  // (B, H, T) log2 of the sum of e^score; inf where a row sees no key
 
   // What a query sees: query t of batch row b is at position p = offsets[b] + t; of the first
   // lengths[b] keys it sees those up to p when causal, and those nearer than `window` to p.

@@ -11,7 +11,6 @@ namespace {
 constexpr int kLanes = static_cast<int>(kAttentionLanes);
 constexpr int kChunk = static_cast<int>(kAttentionChunk);
 constexpr float kLog2e = 1.44269504088896341f;
-constexpr float kLn2 = 0.693147180559945309f;
 constexpr float kLowest = -3.402823466e38f;
 constexpr float kInfinity = __builtin_inff();
 

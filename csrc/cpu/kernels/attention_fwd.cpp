@@ -29,7 +29,7 @@ LMFAST_INLINE void exponentials(QueryBlock& q, int n, float* s, VecF unit, float
                                 int64_t width) {
   for (int i = 0; i < q.vecs * VecF::kWidth; i += VecF::kWidth) {
     const VecF m = VecF::zero() - update_maximum(q, i, n, s + i, unit, out, width);
-    VecF l0 = VecF::load(q.l + i), l1 = VecF::zero();
+    VecF l0 = VecF::zero(), l1 = l0;
     int j = 0;
     for (; j + 2 <= n; j += 2) {
       float* p = s + j * kLanes + i;
@@ -46,7 +46,7 @@ LMFAST_INLINE void exponentials(QueryBlock& q, int n, float* s, VecF unit, float
       p0.store(p);
       l0 = l0 + p0;
     }
-    (l0 + l1).store(q.l + i);
+    (VecF::load(q.l + i) + (l0 + l1)).store(q.l + i);
   }
 }
 

@@ -18,7 +18,7 @@ LMFAST_INLINE void exponential_tiles(QueryBlock& q, int steps, const float* s, V
   for (int v = 0; v < q.vecs; ++v) {
     const int i = v * VecF::kWidth;
     const VecF m = VecF::zero() - update_maximum(q, i, 32 * steps, s + i, unit, out, width);
-    VecF l0 = VecF::load(q.l + i), l1 = VecF::zero();
+    VecF l0 = VecF::zero(), l1 = l0;
     for (int t = 0; t < steps; ++t) {
       const float* row = s + t * 32 * kLanes + i;
       char* tile = p + (t * kLaneTiles + v) * kTileBytes;
@@ -31,7 +31,7 @@ LMFAST_INLINE void exponential_tiles(QueryBlock& q, int steps, const float* s, V
         _mm512_storeu_si512(tile + 64 * j, interleave_rounded(p0.v, p1.v));
       }
     }
-    (l0 + l1).store(q.l + i);
+    (VecF::load(q.l + i) + (l0 + l1)).store(q.l + i);
   }
 }
 

@@ -8,7 +8,7 @@
 namespace lmfast::LMFAST_ISA {
 namespace {
 
-// One query head of a unit, row by row: log2(e) * lse (inf for rows of padding), and dout . out.
+// One query head of a unit, row by row: lse (inf for rows of padding), and dout . out.
 struct HeadRows {
   int64_t head;
   float *lse, *delta;
@@ -44,7 +44,7 @@ void describe_head(const AttentionBwdArgs& a, int64_t b, HeadRows& h, int64_t pa
       total = fmadd(VecF::load(out + d, n), VecF::load(dout + d, n), total);
     }
     h.delta[t] = sum(total);
-    h.lse[t] = lse[t] * kLog2e;
+    h.lse[t] = lse[t];
   }
   for (int64_t t = f.length; t < padded; ++t) {
     h.delta[t] = 0.0f;

@@ -134,7 +134,7 @@ LMFAST_INLINE VecF update_maximum(QueryBlock& q, int i, int n, const float* s, V
   return moved;
 }
 
-// Adds the sinks, writes the log-sum-exp, and leaves in q.l what the output is to be divided by,
+// Adds the sinks, writes the log-sum-exp (base 2), and leaves in q.l what the output is to be divided by,
 // inverted: 0 for a row that saw nothing.
 LMFAST_INLINE void finish_block(const AttentionArgs& a, QueryBlock& q) {
   constexpr int W = VecF::kWidth;
@@ -153,7 +153,7 @@ LMFAST_INLINE void finish_block(const AttentionArgs& a, QueryBlock& q) {
     // An empty row has l == 0; a NaN stays one.
     const VecF empty = select_less(zero, l, zero, select_less(l, one, one, zero));
     const VecF safe = select_less(zero, empty, one, l);
-    const VecF value = (m + log2(safe)) * VecF::set1(kLn2);
+    const VecF value = m + log2(safe);
     select_less(zero, empty, VecF::set1(kInfinity), value).store(lse + i);
     select_less(zero, empty, zero, factor / safe).store(q.l + i);
   }
