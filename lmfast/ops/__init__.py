@@ -7,9 +7,17 @@ says which implementation a call would use.
 import lmfast.ops._gpu
 import lmfast.triton  # noqa: F401  (like _gpu, registers implementations)
 from lmfast.ops.add_rms_norm import add_rms_norm
+from lmfast.ops.attention import attention
 from lmfast.ops.linear_cross_entropy import linear_cross_entropy
 from lmfast.ops.rms_norm import rms_norm
 from lmfast.ops.rope import rope
 from lmfast.ops.rope_tables import rope_tables
 
-__all__ = ["add_rms_norm", "linear_cross_entropy", "rms_norm", "rope", "rope_tables"]
+__all__ = [
+    "add_rms_norm",
+    "attention",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rope",
+    "rope_tables",
+]
