@@ -12,7 +12,7 @@ from lmfast._dispatch import Op, implementation, register, register_op, select
 from lmfast.ops._attention_arguments import check
 from lmfast.ops._attention_reference import Options, reference
 from lmfast.ops._attention_samples import samples
-from lmfast.ops._autograd import differentiate, recording_backward
+from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import (
     define,
     needs_grad,
@@ -103,7 +103,7 @@ def attention(
     if chosen.backend == "torch":
         return reference(*args)
     if needs_grad(q, k, v, sinks):
-        return _Attention.apply(*args, chosen.backend)[0]
+        return apply(_Attention, *args, chosen.backend)[0]
     return chosen.forward(*args)[0]
 
 
@@ -224,6 +224,7 @@ OP = register_op(
         reference=reference,
         check=check,
         sample_inputs=samples,
+        differentiable=("q", "k", "v", "sinks"),
     )
 )
 
