@@ -5,8 +5,8 @@
 #include <string>
 
 #include "kernels.h"
-#include "scanner.h"
 #include "python_text.h"
+#include "scanner.h"
 #include "unicode.h"
 
 namespace py = pybind11;

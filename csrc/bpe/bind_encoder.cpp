@@ -164,8 +164,8 @@ std::unique_ptr<EncoderBinding> make_encoder(int pattern, bool characters, bool 
   const int32_t* m = merges.data();
   data.merges.resize(static_cast<size_t>(merges.shape(0)));
   for (Merge& merge : data.merges) {
-    merge = {static_cast<uint32_t>(m[0]), static_cast<uint32_t>(m[1]),
-             static_cast<uint32_t>(m[2]), static_cast<uint32_t>(m[3])};
+    merge = {static_cast<uint32_t>(m[0]), static_cast<uint32_t>(m[1]), static_cast<uint32_t>(m[2]),
+             static_cast<uint32_t>(m[3])};
     m += 4;
   }
   const std::string name = level.is_none() ? "" : py::cast<std::string>(level);
@@ -188,7 +188,8 @@ py::array_t<int32_t> to_array(IdBuffer&& ids) {
   const py::ssize_t n = static_cast<py::ssize_t>(ids.size());
   if (n < 1 << 12) {
     py::array_t<int32_t> small(n);
-    if (n > 0) std::copy(ids.data(), ids.data() + n, reinterpret_cast<uint32_t*>(small.mutable_data()));
+    if (n > 0)
+      std::copy(ids.data(), ids.data() + n, reinterpret_cast<uint32_t*>(small.mutable_data()));
     return small;
   }
   ids.trim();

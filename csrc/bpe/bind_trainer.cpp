@@ -81,12 +81,13 @@ class Counter {
   WordCounter counter_;
 };
 
-// Returns (symbols as bytes, merges as an (n, 2) array, counts): a merge's entry below the number of
-// symbols is a symbol, any other the product of an earlier merge.
+// Returns (symbols as bytes, merges as an (n, 2) array, counts): a merge's entry below the number
+// of symbols is a symbol, any other the product of an earlier merge.
 py::tuple learn(const Counter& counter, const py::object& byte_ids, const std::string& marker,
                 uint32_t first_symbol_id, int tie_break, size_t vocabulary_left,
                 uint64_t min_frequency, uint32_t max_token_length, int64_t first_new_id,
-                const std::unordered_map<std::string, uint32_t>& taken, const py::object& progress) {
+                const std::unordered_map<std::string, uint32_t>& taken,
+                const py::object& progress) {
   const std::vector<WordCounter::Word> words = counter.counter().words();
   TrainCorpus corpus;
   std::vector<LearnedMerge> merges;
@@ -96,7 +97,8 @@ py::tuple learn(const Counter& counter, const py::object& byte_ids, const std::s
   if (!characters && ids.size() != 256) throw py::value_error("byte_ids must have 256 entries");
   {
     py::gil_scoped_release release;
-    corpus = characters ? character_corpus(words, marker, first_symbol_id) : byte_corpus(words, ids);
+    corpus =
+        characters ? character_corpus(words, marker, first_symbol_id) : byte_corpus(words, ids);
     TrainOptions options;
     options.tie_break = static_cast<TieBreak>(tie_break);
     const size_t symbols = characters ? corpus.strings.size() : 0;

@@ -21,7 +21,8 @@ Decoder::Decoder(const std::vector<std::string>& bytes, const std::vector<bool>&
       continue;
     }
     const uint32_t at = static_cast<uint32_t>(long_.size());
-    long_.push_back({static_cast<uint32_t>(long_bytes_.size()), static_cast<uint32_t>(token.size())});
+    long_.push_back(
+        {static_cast<uint32_t>(long_bytes_.size()), static_cast<uint32_t>(token.size())});
     long_bytes_ += token;
     std::memcpy(slot.bytes, &at, sizeof(at));
     slot.bytes[kShort] = static_cast<char>(255);

@@ -1,4 +1,5 @@
-// The loop over pieces: key, hash, prefetch; then probe and emit. Included once per instruction set.
+// The loop over pieces: key, hash, prefetch; then probe and emit. Included once per instruction
+// set.
 //
 // Bound: about 12 cycles for a piece of 4.3 bytes; instructions, not memory, while the table stays
 // in L2. Measured on prose: two loops instead of one +10 to 26 %; one branch for everything that is

@@ -48,8 +48,8 @@ void Encoder::encode_text(WordCache& cache, const uint8_t* text, size_t n, IdBuf
   const EncodeContext context = cache.context();
   size_t pos = 0;
   while (n - pos >= kChunk + kPadding) {
-    const size_t count =
-        kernels_.scan(vocabulary_.pattern(), text + pos, kChunk, starts, words ? word_ends : nullptr);
+    const size_t count = kernels_.scan(vocabulary_.pattern(), text + pos, kChunk, starts,
+                                       words ? word_ends : nullptr);
     if (count < 2) {
       const Piece piece = next_piece(vocabulary_.pattern(), text, pos, n);
       if (piece.end > piece.start) {
@@ -94,8 +94,8 @@ void Encoder::encode_tail(WordCache& cache, const uint8_t* text, size_t n, IdBuf
   }
 }
 
-void Encoder::encode_with(WordCache& cache, const uint8_t* text, size_t n,
-                          const Specials& specials, IdBuffer* out) const {
+void Encoder::encode_with(WordCache& cache, const uint8_t* text, size_t n, const Specials& specials,
+                          IdBuffer* out) const {
   if (specials.empty()) return encode_text(cache, text, n, out);
   for (size_t pos = 0; pos < n;) {
     const SpecialMatch special = specials.find(text, pos, n);

@@ -81,9 +81,10 @@ void Merger::note(uint32_t rank, uint32_t at) {
   list_[rank] = node;
 }
 
-// In an ordered vocabulary a merge of rank r can only create pairs of higher rank, so the heap holds
-// ranks instead of positions: all positions of a rank are worked off from left to right at once.
-// One character a million times needs a handful of ranks; a heap of positions took 192 ms for it.
+// In an ordered vocabulary a merge of rank r can only create pairs of higher rank, so the heap
+// holds ranks instead of positions: all positions of a rank are worked off from left to right at
+// once. One character a million times needs a handful of ranks; a heap of positions took 192 ms for
+// it.
 size_t Merger::merge_by_rank(uint32_t* ids, size_t n) {
   link(ids, n);
   if (list_.size() < vocabulary_.rank_count()) list_.assign(vocabulary_.rank_count(), kEnd);

@@ -40,7 +40,7 @@ class Merger {
   std::vector<uint32_t> next_, previous_, rank_;  // per symbol; rank of the pair it begins
   std::vector<uint32_t> list_;                    // per rank: its last node, a circular list
   std::vector<Node> nodes_;
-  std::vector<uint32_t> ranks_;     // heap of the ranks that have a list, smallest first
+  std::vector<uint32_t> ranks_;  // heap of the ranks that have a list, smallest first
   std::vector<uint32_t> positions_;
   std::vector<uint64_t> heap_;
 };

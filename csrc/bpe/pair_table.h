@@ -10,7 +10,7 @@
 namespace lmfast::bpe {
 
 constexpr uint32_t kNoRank = 0xFFFFFFFFu;
-constexpr uint32_t kMaxIds = 1u << 21;    // ids fit 21 bits, ranks 22
+constexpr uint32_t kMaxIds = 1u << 21;  // ids fit 21 bits, ranks 22
 constexpr uint32_t kMaxRanks = (1u << 22) - 1;
 
 class PairTable {

@@ -84,8 +84,8 @@ size_t symbols_or_space(const Text& t, size_t pos, bool slash, bool whole_at_end
   if (t.bytes[pos] == ' ' && pos + 1 < t.n) start = pos + 1;
   if (!is_other(t.kind(start, &next))) return whitespace(t, pos, true, whole_at_end);
   size_t end = t.skip(next, is_other);
-  while (end < t.n && (t.bytes[end] == '\r' || t.bytes[end] == '\n' ||
-                       (slash && t.bytes[end] == '/'))) {
+  while (end < t.n &&
+         (t.bytes[end] == '\r' || t.bytes[end] == '\n' || (slash && t.bytes[end] == '/'))) {
     ++end;
   }
   return end;

@@ -7,9 +7,8 @@ namespace lmfast::bpe {
 
 Specials::Specials(std::vector<std::pair<std::string, uint32_t>> tokens)
     : tokens_(std::move(tokens)) {
-  std::stable_sort(tokens_.begin(), tokens_.end(), [](const auto& a, const auto& b) {
-    return a.first.size() > b.first.size();
-  });
+  std::stable_sort(tokens_.begin(), tokens_.end(),
+                   [](const auto& a, const auto& b) { return a.first.size() > b.first.size(); });
   for (const auto& token : tokens_) begins_[static_cast<uint8_t>(token.first[0])] = true;
   if (std::count(begins_, begins_ + 256, true) == 1) {
     only_first_ = static_cast<int>(std::find(begins_, begins_ + 256, true) - begins_);
@@ -18,7 +17,8 @@ Specials::Specials(std::vector<std::pair<std::string, uint32_t>> tokens)
 
 bool Specials::match(const uint8_t* text, size_t pos, size_t n, SpecialMatch* found) const {
   for (const auto& [token, id] : tokens_) {
-    if (token.size() > n - pos || std::memcmp(text + pos, token.data(), token.size()) != 0) continue;
+    if (token.size() > n - pos || std::memcmp(text + pos, token.data(), token.size()) != 0)
+      continue;
     *found = {pos, pos + token.size(), id};
     return true;
   }

@@ -42,7 +42,8 @@ void for_each_character(std::string_view text, Use use) {
 void reserve(TrainCorpus* corpus, const std::vector<WordCounter::Word>& words, size_t marker) {
   size_t total = 1;
   for (const auto& word : words) total += word.bytes.size() + marker + 1;
-  if (total >= 0xFFFFFFF0u) throw std::length_error("the distinct words have more than 4 G symbols");
+  if (total >= 0xFFFFFFF0u)
+    throw std::length_error("the distinct words have more than 4 G symbols");
   corpus->symbols.reserve(total);
   corpus->symbols.push_back(TrainCorpus::kBoundary);
   corpus->weights.reserve(words.size());

@@ -3,9 +3,9 @@
 // Symbols lie in one array, each token's id at both ends of its span, so that both neighbours of a
 // token are one load away and no list is linked. A pair's occurrences all appear in the round that
 // creates the newer of its two tokens and only vanish afterwards. So its count is an upper bound
-// from then on: it is taken from the queue, recounted over its list of positions, and put back if it
-// fell. There is no table of pairs and no decrement. 31,744 merges of 3.5 MB of English need 35,727
-// such looks and 744,000 checks of a position.
+// from then on: it is taken from the queue, recounted over its list of positions, and put back if
+// it fell. There is no table of pairs and no decrement. 31,744 merges of 3.5 MB of English need
+// 35,727 such looks and 744,000 checks of a position.
 #include "trainer.h"
 
 #include <algorithm>
@@ -219,8 +219,8 @@ class Learner {
       for (int side = 0; side < 2; ++side) {
         if (sum.size[side] == 0) continue;
         sum.fill[side] = arena_.size();
-        const Pair pair = side == 0 ? Pair{id, token, arena_.size(), 0}
-                                    : Pair{token, id, arena_.size(), 0};
+        const Pair pair =
+            side == 0 ? Pair{id, token, arena_.size(), 0} : Pair{token, id, arena_.size(), 0};
         arena_.resize(arena_.size() + sum.size[side]);
         pairs_.push_back(pair);
         pairs_.back().size = sum.size[side];

@@ -17,21 +17,21 @@ enum class TieBreak : int { kFirst, kIds, kLexicographic };
 
 struct TrainOptions {
   TieBreak tie_break = TieBreak::kFirst;
-  size_t new_tokens = 0;        // stop after so many
-  uint64_t min_count = 1;       // stop when no pair is as frequent
-  uint32_t max_length = 0;      // only tokens of fewer symbols, 0: any; pairs of single symbols always
-  uint32_t first_id = 0;        // id of the first new token, for ties
+  size_t new_tokens = 0;    // stop after so many
+  uint64_t min_count = 1;   // stop when no pair is as frequent
+  uint32_t max_length = 0;  // only tokens of fewer symbols, 0: any; pairs of single symbols always
+  uint32_t first_id = 0;    // id of the first new token, for ties
   std::unordered_map<std::string, uint32_t> taken;  // strings that have an id already
-  std::function<bool(size_t)> go_on;  // called now and then with the number of merges
+  std::function<bool(size_t)> go_on;                // called now and then with the number of merges
 };
 
 // The words of a corpus as symbols, one after the other with a boundary around each.
 struct TrainCorpus {
   static constexpr uint32_t kBoundary = 0xFFFFFFFFu;
   std::vector<uint32_t> symbols;
-  std::vector<uint64_t> weights;      // per word
-  std::vector<std::string> strings;   // per symbol
-  std::vector<uint32_t> ids;          // per symbol, for ties
+  std::vector<uint64_t> weights;     // per word
+  std::vector<std::string> strings;  // per symbol
+  std::vector<uint32_t> ids;         // per symbol, for ties
 };
 
 struct LearnedMerge {

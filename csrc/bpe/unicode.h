@@ -37,8 +37,7 @@ inline Char decode_char(const uint8_t* text, size_t pos, size_t n) {
     if (code >= 0x800 && (code < 0xD800 || code > 0xDFFF)) return {code, 3, true};
   }
   if (a >= 0xF0 && a <= 0xF4 && left > 3 && tail(1) && tail(2) && tail(3)) {
-    const uint32_t code =
-        (a & 7) << 18 | (p[1] & 63u) << 12 | (p[2] & 63u) << 6 | (p[3] & 63u);
+    const uint32_t code = (a & 7) << 18 | (p[1] & 63u) << 12 | (p[2] & 63u) << 6 | (p[3] & 63u);
     if (code >= 0x10000 && code < kCodePoints) return {code, 4, true};
   }
   return {a, 1, false};

@@ -22,8 +22,8 @@ std::string entry(size_t index, const Merge& m) {
 
 Vocabulary::Vocabulary(VocabularyData data) : data_(std::move(data)), pairs_(data_.merges.size()) {
   const size_t size = data_.tokens.size();
-  require(size < kMaxIds, "the vocabulary has " + std::to_string(size) +
-                              " ids, at most 2097151 are possible");
+  require(size < kMaxIds,
+          "the vocabulary has " + std::to_string(size) + " ids, at most 2097151 are possible");
   if (data_.characters) {
     low_characters_.assign(kLowCharacters, data_.unk);
     require(data_.symbols.size() % 2 == 0, "symbols must be pairs of code point and id");

@@ -23,9 +23,9 @@ struct VocabularyData {
   bool whole_piece = false;  // a piece that is a token is that token, whatever the merges say
   uint32_t marker = kNoId;   // id put before each word (characters mode)
   uint32_t unk = kNoId;      // id of a character outside the alphabet (characters mode)
-  std::vector<std::string> tokens;     // id -> bytes; an unused id and a special token are empty
-  std::vector<uint32_t> symbols;       // 256 byte ids, or code point, id, code point, id, ...
-  std::vector<Merge> merges;           // ascending by rank
+  std::vector<std::string> tokens;  // id -> bytes; an unused id and a special token are empty
+  std::vector<uint32_t> symbols;    // 256 byte ids, or code point, id, code point, id, ...
+  std::vector<Merge> merges;        // ascending by rank
 };
 
 class Vocabulary {

@@ -5,24 +5,17 @@ from __future__ import annotations
 import base64
 import os
 import zlib
-from types import ModuleType
+
+from lmfast import _extension
 
 from . import reference, unicode_classes
 
 BACKENDS = ("auto", "cpu", "reference")
 
 
-def _load() -> tuple[ModuleType | None, str | None]:
-    try:
-        from lmfast import _bpe
-    except ImportError as error:
-        return None, str(error)
-    runs = zlib.decompress(base64.b85decode(unicode_classes.RUNS))
-    _bpe.set_character_classes(runs)
-    return _bpe, None
-
-
-_compiled, missing_reason = _load()
+_compiled, missing_reason = _extension.bpe.module, _extension.bpe.reason
+if _compiled is not None:
+    _compiled.set_character_classes(zlib.decompress(base64.b85decode(unicode_classes.RUNS)))
 
 
 def engine(backend: str = "auto"):

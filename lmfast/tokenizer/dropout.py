@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from .model import Model
 from .patterns import splitter
@@ -25,9 +26,7 @@ def merge_with_dropout(
     """
     ids = list(symbols)
     while len(ids) > 1:
-        found = sorted(
-            (ranks[pair][0], i) for i, pair in enumerate(zip(ids, ids[1:])) if pair in ranks
-        )
+        found = sorted((ranks[pair][0], i) for i, pair in enumerate(pairwise(ids)) if pair in ranks)
         kept = next((i for _, i in found if draw.random() >= dropout), None)
         if kept is None:
             break

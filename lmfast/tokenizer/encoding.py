@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -176,7 +177,7 @@ class Coding:
         if flat:
             return ids, offsets
         bounds = offsets.tolist()
-        return [ids[a:b] for a, b in zip(bounds, bounds[1:])]
+        return [ids[a:b] for a, b in pairwise(bounds)]
 
     def _encode_by_expression(self, text: str | bytes, specials: Allowed) -> list[int]:
         """Pieces from the regex package, ids from the engine."""

@@ -257,7 +257,9 @@ def read_tiktoken(
         if type(id) is not int or not 0 <= id < 1 << 21:
             raise ValueError(f"{name}: the rank of {token!r} must be in [0, 2^21), got {id!r}")
     specials = dict(special_tokens or {})
-    tokens: list[bytes | None] = [None] * (1 + max([*table.values(), *specials.values()], default=-1))
+    tokens: list[bytes | None] = [None] * (
+        1 + max([*table.values(), *specials.values()], default=-1)
+    )
     for token, id in table.items():
         if tokens[id] is not None:
             raise ValueError(f"{name}: {tokens[id]!r} and {token!r} have the same rank {id}")

@@ -84,7 +84,9 @@ def read(source: Any) -> Model:
     if kinds == ["Split", "Metaspace"]:
         return _read_characters(model, pairs, steps, specials, name)
     if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
-        raise ValueError(f"{name}: the pre-tokenizer {' + '.join(map(str, kinds))} is not supported")
+        raise ValueError(
+            f"{name}: the pre-tokenizer {' + '.join(map(str, kinds))} is not supported"
+        )
     level = steps[-1]
     if level.get("add_prefix_space"):
         raise ValueError(f"{name}: ByteLevel has add_prefix_space, which is not supported")
@@ -197,5 +199,3 @@ def build(model: Model) -> Any:
         ]
     )
     return tokenizer
-
-

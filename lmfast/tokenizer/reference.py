@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -21,7 +22,7 @@ def pair_counts(words: Mapping[Word, int]) -> dict[tuple[Symbol, Symbol], int]:
     """Occurrences of every adjacent pair, overlapping ones too, weighted by the word's count."""
     counts: dict[tuple[Symbol, Symbol], int] = {}
     for word, weight in words.items():
-        for pair in zip(word, word[1:]):
+        for pair in pairwise(word):
             counts[pair] = counts.get(pair, 0) + weight
     return counts
 
@@ -116,7 +117,7 @@ def apply_merges(
     ids = list(symbols)
     absent = (float("inf"), -1)
     while len(ids) > 1:
-        found = [ranks.get(pair, absent) for pair in zip(ids, ids[1:])]
+        found = [ranks.get(pair, absent) for pair in pairwise(ids)]
         rank, new = min(found, key=lambda f: f[0])
         if new < 0:
             break
@@ -227,9 +228,7 @@ class Encoder:
     ) -> np.ndarray:
         return np.array(self.encode(text, specials, ends), dtype=np.int32)
 
-    def count(
-        self, text: str | bytes, specials: Specials, ends: np.ndarray | None = None
-    ) -> int:
+    def count(self, text: str | bytes, specials: Specials, ends: np.ndarray | None = None) -> int:
         return len(self.encode(text, specials, ends))
 
     def encode_batch(

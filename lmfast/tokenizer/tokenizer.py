@@ -34,8 +34,8 @@ class BPETokenizer(Coding):
         backend: "auto", "cpu" (the compiled engine) or "reference" (Python, the same answers).
 
     Example:
-        >>> import lmfast
-        >>> t = lmfast.BPETokenizer.train(["low low lower"], 8, mode="char", special_tokens=["<unk>"])
+        >>> from lmfast import BPETokenizer
+        >>> t = BPETokenizer.train(["low low lower"], 8, mode="char")
         >>> t.decode(t.encode("low lower"))
         'low lower'
     """
@@ -52,7 +52,9 @@ class BPETokenizer(Coding):
 
     def __init__(self, model: Model, *, backend: str = "auto") -> None:
         if not isinstance(model, Model):
-            raise TypeError(f"model must be a Model, got {type(model).__name__}; see train and load")
+            raise TypeError(
+                f"model must be a Model, got {type(model).__name__}; see train and load"
+            )
         self._model, self._backend = model, backend
         self._engine = engine(backend)
         self._encoder = self._make_encoder()
@@ -350,5 +352,3 @@ def _decoder_tables(model: Model) -> tuple[list[bytes], list[bool]]:
         texts[id] = (b" " if spaced else b"") + text.encode()
         unknown[id] = False
     return texts, unknown
-
-

@@ -12,9 +12,7 @@ from .model import MODES, Model, make_merges
 from .patterns import canonical_pattern, safe_cut, scanner_code, splitter
 from .reference import TIE_BREAKS, sound_text, to_bytes
 
-Corpus = (
-    str | bytes | os.PathLike | Iterable[str | bytes | os.PathLike] | Mapping[str | bytes, int]
-)
+Corpus = str | bytes | os.PathLike | Iterable[str | bytes | os.PathLike] | Mapping[str | bytes, int]
 CHAR_SPECIALS = ("<pad>", "<unk>", "<bos>", "<eos>")
 MARKER = "▁"
 _BLOCK = 4 << 20
