@@ -7,6 +7,7 @@
 #include "kernels.h"
 #include "python_text.h"
 #include "scanner.h"
+#include "split.h"
 #include "unicode.h"
 
 namespace py = pybind11;
@@ -21,17 +22,39 @@ void set_classes(const py::bytes& runs) {
   }
 }
 
-// The (start, end) byte offsets of the pieces of a text, by the scalar scanner.
-py::list pieces(const py::object& text, int pattern) {
+const Kernels& named_kernels(const std::string& level) {
+  const Kernels* found = kernels_by_name(level.c_str());
+  if (found == nullptr) throw py::value_error("this machine does not have the level " + level);
+  return *found;
+}
+
+// The pieces of a text, by the scanner of a level or, for the level
+// "scalar", by next_piece alone.
+py::list pieces(const py::object& text, int pattern, const std::string& level) {
   PythonText view(text.ptr(), "text");
   view.prepare();
-  py::list spans;
-  for (size_t pos = 0; pos < view.size();) {
-    const Piece piece = next_piece(static_cast<Pattern>(pattern), view.data(), pos, view.size());
-    if (piece.end > piece.start) spans.append(py::make_tuple(piece.start, piece.end));
-    pos = piece.end;
+  const Pattern by = static_cast<Pattern>(pattern);
+  py::list found;
+  const auto append = [&](const uint8_t* piece, size_t size) {
+    found.append(py::bytes(reinterpret_cast<const char*>(piece), size));
+  };
+  if (level == "scalar") {
+    for (size_t pos = 0; pos < view.size();) {
+      const Piece piece = next_piece(by, view.data(), pos, view.size());
+      if (piece.end > piece.start) append(view.data() + piece.start, piece.end - piece.start);
+      pos = piece.end;
+    }
+    return found;
   }
-  return spans;
+  split_text(
+      named_kernels(level), by, view.data(), view.size(),
+      [&](const uint8_t* chunk, const PieceSpans& s) {
+        for (size_t i = 0; i < s.count; ++i) {
+          append(chunk + s.start[i], static_cast<size_t>(s.end[i] - s.start[i]));
+        }
+      },
+      append);
+  return found;
 }
 
 py::list levels() {
@@ -47,7 +70,7 @@ py::list levels() {
 PYBIND11_MODULE(_bpe, module) {
   module.doc() = "Byte-pair encoding: training, encoding and decoding.";
   module.def("set_character_classes", &set_classes, py::arg("runs"));
-  module.def("pieces", &pieces, py::arg("text"), py::arg("pattern"));
+  module.def("pieces", &pieces, py::arg("text"), py::arg("pattern"), py::arg("level"));
   module.def("level", [] { return kernels().name; });
   module.def("levels", &levels);
   bind_encoder(module);

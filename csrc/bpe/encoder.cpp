@@ -1,8 +1,9 @@
 #include "encoder.h"
 
-#include <cstring>
 #include <stdexcept>
 #include <string>
+
+#include "split.h"
 
 namespace lmfast::bpe {
 
@@ -42,56 +43,14 @@ void Encoder::encode_long(WordCache& cache, const uint8_t* piece, size_t size,
 }
 
 void Encoder::encode_text(WordCache& cache, const uint8_t* text, size_t n, IdBuffer* out) const {
-  uint16_t starts[kChunk + kPadding], word_ends[kChunk + kPadding];
-  const bool words = vocabulary_.pattern() == Pattern::kWords;
-  const uint16_t* const ends = words ? word_ends : starts + 1;
   const EncodeContext context = cache.context();
-  size_t pos = 0;
-  while (n - pos >= kChunk + kPadding) {
-    const size_t count = kernels_.scan(vocabulary_.pattern(), text + pos, kChunk, starts,
-                                       words ? word_ends : nullptr);
-    if (count < 2) {
-      const Piece piece = next_piece(vocabulary_.pattern(), text, pos, n);
-      if (piece.end > piece.start) {
-        encode_long(cache, text + piece.start, piece.end - piece.start, out);
-      }
-      pos = piece.end;
-      continue;
-    }
-    uint32_t* const to = out->room(2 * kChunk + 16);
-    out->set_end(kernels_.encode(context, text + pos, {starts, ends, count - 1}, to));
-    pos += starts[count - 1];
-  }
-  encode_tail(cache, text + pos, n - pos, out);
-}
-
-// The last bytes of a text, copied to where reading beyond them is harmless. Spaces follow them, so
-// that pieces which end before the trailing whitespace are final; the rest is left to next_piece,
-// which knows where the text ends.
-void Encoder::encode_tail(WordCache& cache, const uint8_t* text, size_t n, IdBuffer* out) const {
-  if (n == 0) return;
-  const Pattern pattern = vocabulary_.pattern();
-  uint8_t padded[kChunk + 3 * kPadding];
-  std::memcpy(padded, text, n);
-  std::memset(padded + n, ' ', 2 * kPadding);
-  size_t solid = n;
-  while (solid > 0 && padded[solid - 1] <= ' ') --solid;
-  uint16_t starts[kChunk + 2 * kPadding], word_ends[kChunk + 2 * kPadding];
-  const bool words = pattern == Pattern::kWords;
-  size_t count = kernels_.scan(pattern, padded, n, starts, words ? word_ends : nullptr);
-  const uint16_t* const ends = words ? word_ends : starts + 1;
-  size_t pieces = count == 0 ? 0 : count - 1;
-  while (pieces > 0 && ends[pieces - 1] >= solid) --pieces;
-  uint32_t* const to = out->room(2 * n + 16);
-  out->set_end(kernels_.encode(cache.context(), padded, {starts, ends, pieces}, to));
-  size_t pos = pieces == 0 ? 0 : ends[pieces - 1];
-  while (pos < n) {
-    const Piece piece = next_piece(pattern, padded, pos, n);
-    if (piece.end > piece.start) {
-      encode_long(cache, padded + piece.start, piece.end - piece.start, out);
-    }
-    pos = piece.end;
-  }
+  split_text(
+      kernels_, vocabulary_.pattern(), text, n,
+      [&](const uint8_t* chunk, const PieceSpans& pieces) {
+        uint32_t* const to = out->room(2 * (kChunk + kPadding) + 16);
+        out->set_end(kernels_.encode(context, chunk, pieces, to));
+      },
+      [&](const uint8_t* piece, size_t size) { encode_long(cache, piece, size, out); });
 }
 
 void Encoder::encode_with(WordCache& cache, const uint8_t* text, size_t n, const Specials& specials,

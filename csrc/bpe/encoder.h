@@ -67,7 +67,6 @@ class Encoder {
   void encode_with(WordCache& cache, const uint8_t* text, size_t n, const Specials& specials,
                    IdBuffer* out) const;
   void encode_text(WordCache& cache, const uint8_t* text, size_t n, IdBuffer* out) const;
-  void encode_tail(WordCache& cache, const uint8_t* text, size_t n, IdBuffer* out) const;
   void encode_long(WordCache& cache, const uint8_t* piece, size_t size, IdBuffer* out) const;
 
   static constexpr size_t kPooled = 64;

@@ -61,7 +61,7 @@ const Kernels& kernels();
 const Kernels* kernels_by_name(const char* name);
 
 extern const Kernels kDefaultKernels;
-#if 0 && defined(__x86_64__)
+#if defined(__x86_64__)
 #define LMFAST_BPE_X86 1
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;

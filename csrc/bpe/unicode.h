@@ -25,7 +25,7 @@ struct Char {
 
 // Decodes the character at text[pos], pos < n. Overlong forms, surrogates, values above U+10FFFF
 // and truncated sequences are invalid and count as one byte, so that any bytes can be scanned.
-inline Char decode_char(const uint8_t* text, size_t pos, size_t n) {
+static inline Char decode_char(const uint8_t* text, size_t pos, size_t n) {
   const uint8_t* p = text + pos;
   const size_t left = n - pos;
   const uint32_t a = p[0];
@@ -43,7 +43,7 @@ inline Char decode_char(const uint8_t* text, size_t pos, size_t n) {
   return {a, 1, false};
 }
 
-inline CharClass class_of(const Char& c) {
+static inline CharClass class_of(const Char& c) {
   return c.valid ? static_cast<CharClass>(g_class_of[c.code]) : kOther;
 }
 

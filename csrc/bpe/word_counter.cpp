@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "encode_loop.h"
+#include "split.h"
 
 namespace lmfast::bpe {
 
@@ -69,45 +70,10 @@ void WordCounter::add_pieces(const uint8_t* text, PieceSpans pieces) {
 }
 
 void WordCounter::add_text(const uint8_t* text, size_t n) {
-  uint16_t starts[kChunk + kPadding], word_ends[kChunk + kPadding];
-  const bool words = pattern_ == Pattern::kWords;
-  const uint16_t* const ends = words ? word_ends : starts + 1;
-  size_t pos = 0;
-  while (n - pos >= kChunk + kPadding) {
-    const size_t count =
-        kernels_.scan(pattern_, text + pos, kChunk, starts, words ? word_ends : nullptr);
-    if (count < 2) {
-      const Piece piece = next_piece(pattern_, text, pos, n);
-      add_word(text + piece.start, piece.end - piece.start, 1);
-      pos = piece.end;
-      continue;
-    }
-    add_pieces(text + pos, {starts, ends, count - 1});
-    pos += starts[count - 1];
-  }
-  add_tail(text + pos, n - pos);
-}
-
-// As Encoder::encode_tail: spaces after the text, and next_piece where its end matters.
-void WordCounter::add_tail(const uint8_t* text, size_t n) {
-  if (n == 0) return;
-  uint8_t padded[kChunk + 3 * kPadding];
-  std::memcpy(padded, text, n);
-  std::memset(padded + n, ' ', 2 * kPadding);
-  size_t solid = n;
-  while (solid > 0 && padded[solid - 1] <= ' ') --solid;
-  uint16_t starts[kChunk + 2 * kPadding], word_ends[kChunk + 2 * kPadding];
-  const bool words = pattern_ == Pattern::kWords;
-  const uint16_t* const ends = words ? word_ends : starts + 1;
-  const size_t count = kernels_.scan(pattern_, padded, n, starts, words ? word_ends : nullptr);
-  size_t pieces = count == 0 ? 0 : count - 1;
-  while (pieces > 0 && ends[pieces - 1] >= solid) --pieces;
-  add_pieces(padded, {starts, ends, pieces});
-  for (size_t pos = pieces == 0 ? 0 : ends[pieces - 1]; pos < n;) {
-    const Piece piece = next_piece(pattern_, padded, pos, n);
-    add_word(padded + piece.start, piece.end - piece.start, 1);
-    pos = piece.end;
-  }
+  split_text(
+      kernels_, pattern_, text, n,
+      [this](const uint8_t* chunk, const PieceSpans& pieces) { add_pieces(chunk, pieces); },
+      [this](const uint8_t* piece, size_t size) { add_word(piece, size, 1); });
 }
 
 void WordCounter::add(const WordCounter& other) {

@@ -41,7 +41,6 @@ class WordCounter {
   };
 
   void add_pieces(const uint8_t* text, PieceSpans pieces);
-  void add_tail(const uint8_t* text, size_t n);
   void add_key(PieceKey key, uint64_t count);
   uint32_t next_order();
   void grow();
