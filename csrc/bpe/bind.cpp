@@ -70,6 +70,13 @@ py::list levels() {
 PYBIND11_MODULE(_bpe, module) {
   module.doc() = "Byte-pair encoding: training, encoding and decoding.";
   module.def("set_character_classes", &set_classes, py::arg("runs"));
+  module.def(
+      "valid_prefix",
+      [](const py::bytes& text) {
+        const std::string_view view = text;
+        return valid_prefix(reinterpret_cast<const uint8_t*>(view.data()), view.size());
+      },
+      py::arg("text"));
   module.def("pieces", &pieces, py::arg("text"), py::arg("pattern"), py::arg("level"));
   module.def("level", [] { return kernels().name; });
   module.def("levels", &levels);

@@ -30,6 +30,21 @@ bool for_each_run(const uint8_t* runs, size_t size, Run run) {
 
 }  // namespace
 
+size_t valid_prefix(const uint8_t* text, size_t n) {
+  size_t pos = 0;
+  while (pos < n) {
+    uint64_t word;
+    while (pos + 8 <= n && (std::memcpy(&word, text + pos, 8), word & 0x8080808080808080ull) == 0) {
+      pos += 8;
+    }
+    if (pos == n) break;
+    const Char c = decode_char(text, pos, n);
+    if (!c.valid) break;
+    pos += c.length;
+  }
+  return pos;
+}
+
 bool set_character_classes(const uint8_t* runs, size_t size) {
   if (!for_each_run(runs, size, [](uint64_t, uint64_t, uint8_t) {})) return false;
   for_each_run(runs, size, [](uint64_t first, uint64_t length, uint8_t kind) {

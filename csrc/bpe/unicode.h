@@ -43,6 +43,9 @@ static inline Char decode_char(const uint8_t* text, size_t pos, size_t n) {
   return {a, 1, false};
 }
 
+// How many bytes come before the first that is not UTF-8.
+size_t valid_prefix(const uint8_t* text, size_t n);
+
 static inline CharClass class_of(const Char& c) {
   return c.valid ? static_cast<CharClass>(g_class_of[c.code]) : kOther;
 }

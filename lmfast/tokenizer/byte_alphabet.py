@@ -5,8 +5,8 @@ from __future__ import annotations
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [b for b in range(256) if b not in set(_PRINTABLE)]
 
-# Printable bytes stand for themselves, the others for U+0100 and up. In this order the alphabet gets
-# its ids: by code point of the stand-in.
+# Printable bytes stand for themselves, the others for U+0100 and up. In this order the alphabet
+# gets its ids: by code point of the stand-in.
 BYTE_ORDER = (*_PRINTABLE, *_OTHERS)
 BYTE_TO_CHAR = {
     **{b: chr(b) for b in _PRINTABLE},

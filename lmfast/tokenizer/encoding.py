@@ -10,6 +10,7 @@ import numpy as np
 
 from .backend import default_threads
 from .dropout import encode_with_dropout
+from .invalid import encode_invalid
 from .model import Model
 from .patterns import scanner_code, splitter
 from .reference import Specials, sound_text, to_bytes
@@ -106,9 +107,8 @@ class Coding:
         specials = self._allowed(text, allowed_special, disallowed_special)
         if dropout:
             return encode_with_dropout(self._model, text, specials.tokens, dropout, seed)
-        if scanner_code(self._model.pattern) is None:
-            return self._encode_by_expression(text, specials)
-        return self._encoder.encode(text, specials.matcher)
+        ids = self._encode_by_python(text, specials)
+        return self._encoder.encode(text, specials.matcher) if ids is None else ids
 
     def encode_numpy(
         self,
@@ -120,8 +120,9 @@ class Coding:
         """As `encode`, as an int32 array: no Python object per token."""
         _check_text(text)
         specials = self._allowed(text, allowed_special, disallowed_special)
-        if scanner_code(self._model.pattern) is None:
-            return np.array(self._encode_by_expression(text, specials), dtype=np.int32)
+        ids = self._encode_by_python(text, specials)
+        if ids is not None:
+            return np.array(ids, dtype=np.int32)
         return self._encoder.encode_array(text, specials.matcher)
 
     def count(
@@ -134,9 +135,8 @@ class Coding:
         """The number of tokens of a text, without making the ids."""
         _check_text(text)
         specials = self._allowed(text, allowed_special, disallowed_special)
-        if scanner_code(self._model.pattern) is None:
-            return len(self._encode_by_expression(text, specials))
-        return self._encoder.count(text, specials.matcher)
+        ids = self._encode_by_python(text, specials)
+        return self._encoder.count(text, specials.matcher) if ids is None else len(ids)
 
     def encode_batch(
         self,
@@ -167,8 +167,10 @@ class Coding:
         if disallowed_special is not None or allowed_special is not None:
             for text in texts:
                 self._allowed(text, allowed_special, disallowed_special)
-        if scanner_code(self._model.pattern) is None:
-            rows = [self._encode_by_expression(text, specials) for text in texts]
+        if scanner_code(self._model.pattern) is None or bytes in map(type, texts):
+            encode = self._encoder.encode
+            rows = [self._encode_by_python(t, specials) for t in texts]
+            rows = [encode(t, specials.matcher) if r is None else r for t, r in zip(texts, rows)]
             ids = np.array([id for row in rows for id in row], dtype=np.int32)
             offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
         else:
@@ -179,18 +181,37 @@ class Coding:
         bounds = offsets.tolist()
         return [ids[a:b] for a, b in pairwise(bounds)]
 
-    def _encode_by_expression(self, text: str | bytes, specials: Allowed) -> list[int]:
-        """Pieces from the regex package, ids from the engine."""
-        split = splitter(self._model.pattern)
+    def _encode_by_python(self, text: str | bytes, specials: Allowed) -> list[int] | None:
+        """What the engine's scanners do not cover: patterns of the user, and bytes that are not
+        UTF-8. None where they do."""
+        rest = b""
+        if isinstance(text, bytes) and self._model.mode == "byte":
+            valid = self._engine.valid_prefix(text)
+            text, rest = text[:valid], text[valid:]
+        if not rest and scanner_code(self._model.pattern) is not None:
+            return None
+        *before, (last, _) = Specials(specials.tokens).split(sound_text(text))
         ids: list[int] = []
-        for part, special in Specials(specials.tokens).split(sound_text(text)):
-            if special is not None:
-                ids.append(special)
-                continue
-            pieces = [to_bytes(piece) for piece in split(part)]
-            ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
-            ids += self._encoder.encode(b"".join(pieces), specials.matcher, ends)
-        return ids
+        for part, special in before:
+            ids += self._encode_part(part) if special is None else [special]
+        if rest:
+            return ids + encode_invalid(
+                self._model, last, rest, self._encode_part, self._merge_piece
+            )
+        return ids + self._encode_part(last)
+
+    def _encode_part(self, text: str) -> list[int]:
+        """The ids of text without special tokens."""
+        if scanner_code(self._model.pattern) is not None:
+            return self._encoder.encode(text, self._no_specials.matcher)
+        pieces = [to_bytes(piece) for piece in splitter(self._model.pattern)(text)]
+        ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+        return self._encoder.encode(b"".join(pieces), self._no_specials.matcher, ends)
+
+    def _merge_piece(self, piece: bytes) -> list[int]:
+        """The ids of bytes taken as one piece."""
+        ends = np.array([len(piece)], dtype=np.int64)
+        return self._encoder.encode(piece, self._no_specials.matcher, ends)
 
     def offsets(self, text: str, **special: Any) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of a text and, for each, the characters it covers.

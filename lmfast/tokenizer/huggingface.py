@@ -135,15 +135,15 @@ def _read_characters(model, pairs, steps, specials, name: str) -> Model:
     )
 
 
-def canonical_pairs(model: Model) -> list[tuple[int, int]]:
-    """One pair per merged token, in rank order.
+def canonical_pairs(model: Model) -> list[tuple[int, int, int]]:
+    """One (left, right, new) per merged token, in rank order.
 
     Where a rank has several pairs (tiktoken), the pair is the one left when the token itself is
-    merged by the ranks below its own; a token for which more than two parts are left has none and is
-    reached as a whole piece only.
+    merged by the ranks below its own; a token for which more than two parts are left has none and
+    is reached as a whole piece only.
     """
     if len(np.unique(model.merges[:, 3])) == len(model.merges):
-        return [(a, b) for a, b, _, _ in model.merges.tolist()]
+        return [(a, b, new) for a, b, new, _ in model.merges.tolist()]
     pairs = []
     ranks: dict[tuple[int, int], tuple[int, int]] = {}
     pending: dict[tuple[int, int], tuple[int, int]] = {}
@@ -156,7 +156,7 @@ def canonical_pairs(model: Model) -> list[tuple[int, int]]:
             token = model.tokens[new] or b""
             parts = apply_merges([symbols[b] for b in token], ranks)
             if len(parts) == 2:
-                pairs.append((parts[0], parts[1]))
+                pairs.append((parts[0], parts[1], new))
             last = rank
         pending[left, right] = rank, new
     return pairs
@@ -180,12 +180,19 @@ def build(model: Model) -> Any:
             split = pre_tokenizers.Split(regex, "isolated")
             before = pre_tokenizers.Sequence([split, before])
         decoder = decoders.ByteLevel()
+    if model.mode == "char":
+        # The text of a special token is matched before merging: tokens that hold it never occur.
+        name = {
+            id: "" if any(special in text for special in model.special_tokens) else text
+            for id, text in name.items()
+        }
     name.update({id: text for text, id in model.special_tokens.items()})
     vocab = {text: id for id, text in name.items() if text}
+    pairs = [(name[a], name[b], new) for a, b, new in canonical_pairs(model)]
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocab,
-            merges=[(name[a], name[b]) for a, b in canonical_pairs(model)],
+            merges=[(a, b) for a, b, new in pairs if name[new]],
             unk_token=model.unk,
             ignore_merges=model.whole_piece,
         )

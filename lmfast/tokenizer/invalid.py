@@ -37,7 +37,9 @@ def encode_invalid(
         *_, last = splitter(model.pattern)(tail)
         count = len(merge(last.encode()))
         if _is_blank(model, ids[-count]):
-            count += sum(1 for _ in takewhile(lambda id: _is_blank(model, id), ids[-count - 1 :: -1]))
+            count += sum(
+                1 for _ in takewhile(lambda id: _is_blank(model, id), ids[-count - 1 :: -1])
+            )
         unstable = b"".join(model.tokens[id] or b"" for id in ids[-count:])
         ids = ids[:-count]
     return ids + merge(unstable + rest)

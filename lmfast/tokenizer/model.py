@@ -73,7 +73,8 @@ class Model:
                 raise ValueError(f"special tokens {owner[id]!r} and {text!r} share the id {id}")
             owner[id] = text
         if self.mode == "byte":
-            missing = [b for b in range(256) if bytes([b]) not in seen]
+            texts = {text.encode() for text in self.special_tokens}
+            missing = [b for b in range(256) if bytes([b]) not in seen and bytes([b]) not in texts]
             if missing:
                 raise ValueError(f"the byte {missing[0]:#04x} is not in the vocabulary")
             return
@@ -133,7 +134,8 @@ class Model:
     def symbols(self) -> dict[int, int]:
         """Byte value or code point -> id of the symbols that merging starts from."""
         if self.mode == "byte":
-            return {b: self.ids[bytes([b])] for b in range(256)}
+            own = {text.encode(): id for text, id in self.special_tokens.items()}
+            return {b: self.ids.get(bytes([b]), own.get(bytes([b]), -1)) for b in range(256)}
         made = set(self.merges[:, 2].tolist())
         found = {}
         for token, id in self.ids.items():

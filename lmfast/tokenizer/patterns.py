@@ -1,7 +1,8 @@
 """How text is cut into pieces before merging: named patterns, and any regular expression.
 
-A named pattern has a hand-written scanner in the compiled engine and, here, a regular expression of
-Python's ``re`` over the pinned Unicode table, which the fallback uses and the tests compare against.
+A named pattern has a hand-written scanner in the compiled engine and, here, a regular expression
+of Python's ``re`` over the pinned Unicode table, which the fallback uses and the tests compare
+against.
 """
 
 from __future__ import annotations

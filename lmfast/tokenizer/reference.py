@@ -139,6 +139,15 @@ def sound_text(text: str | bytes) -> str:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
+def valid_prefix(text: bytes) -> int:
+    """How many bytes come before the first that is not UTF-8."""
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    return len(text)
+
+
 def to_bytes(piece: str) -> bytes:
     """UTF-8 of a piece; bytes that were not UTF-8 come back as they were."""
     return piece.encode("utf-8", "surrogateescape")
@@ -301,7 +310,7 @@ def learn(
     min_frequency: int,
     max_token_length: int,
     first_new_id: int,
-    taken: Mapping[str, int],
+    taken: Mapping[bytes, int],
     progress: Callable[[int], None] | None,
 ) -> tuple[list[bytes], np.ndarray, np.ndarray]:
     """Symbols, merges as (n, 2) indices of symbols and earlier merges, and their counts."""
@@ -319,7 +328,7 @@ def learn(
         symbols = [bytes([b]) for b in range(256)]
         ids = dict(zip(symbols, byte_ids))
     next_id = first_new_id if first_new_id >= 0 else first_symbol_id + len(symbols)
-    ids.update({text.encode(): id for text, id in taken.items()})
+    ids.update(taken)
     merges = learn_merges(
         words,
         max(vocabulary_left, 0),

@@ -229,14 +229,13 @@ def train_models(
             raise ValueError(f"marker must be one character that is not a space, got {marker!r}")
         if unk_token not in specials:
             raise ValueError(f"special_tokens must hold the unk_token {unk_token!r}")
+    taken = _taken(specials, mode)
     first, byte_ids, least = len(specials), None, 0
     if mode == "byte":
-        # A special token that is a single byte's text keeps its id, as Hugging Face has it.
         byte_ids = [0] * 256
         for byte in BYTE_ORDER:
-            text = chr(byte)
-            if byte < 128 and text in specials:
-                byte_ids[byte] = specials[text]
+            if bytes([byte]) in taken:
+                byte_ids[byte] = taken[bytes([byte])]
             else:
                 byte_ids[byte] = first
                 first += 1
@@ -259,25 +258,36 @@ def train_models(
         min_frequency,
         max_token_length or 0,
         first if mode == "byte" else -1,
-        {text: id for text, id in specials.items() if len(text.encode()) > 1},
+        taken,
         report,
     )
     if progress is not None:
         progress(len(pairs), target)
     ids = byte_ids if byte_ids is not None else range(first, first + len(symbols))
     return [
-        _assemble(list(ids), symbols, pairs, specials, size, mode, pattern, marker, unk_token)
+        _assemble(
+            list(ids), symbols, pairs, specials, taken, size, mode, pattern, marker, unk_token
+        )
         for size in sizes
     ]
 
 
-def _assemble(ids, symbols, pairs, specials, size, mode, pattern, marker, unk_token) -> Model:
+def _taken(specials: dict[str, int], mode: str) -> dict[bytes, int]:
+    """Strings whose token is a special one: Hugging Face lets a merge that makes the text of a
+    special token have its id, and compares the printable stand-ins of the bytes."""
+    if mode == "char":
+        return {}
+    return {t.encode(): id for t, id in specials.items() if all("!" <= c <= "~" for c in t)}
+
+
+def _assemble(
+    ids, symbols, pairs, specials, taken, size, mode, pattern, marker, unk_token
+) -> Model:
     """Number the symbols and as many merges as fit."""
     tokens: list[bytes | None] = [None] * (max(max(ids), len(specials) - 1) + 1)
     for id, symbol in zip(ids, symbols):
-        tokens[id] = symbol
+        tokens[id] = None if symbol in taken else symbol
     strings = list(symbols)
-    taken = {text.encode(): id for text, id in specials.items()}
     merges = []
     # In the char mode the size counts symbols and merges only, as the textbook loop does.
     room = size + (len(specials) if mode == "char" else 0)
