@@ -33,7 +33,10 @@ def interpreter_documentation(max_characters: int = 2_000_000) -> str:
         >>> 20_000 <= len(text) < 200_000
         True
     """
-    entries = [*_topics(), *_docstrings()]
+    first_names: dict[str, str] = {}
+    for name, text in (*_topics(), *_docstrings()):  # a text may stand in several places
+        first_names.setdefault(text, name)
+    entries = [(name, text) for text, name in first_names.items()]
     if not entries:
         raise ValueError("this interpreter comes without documentation: give a text with --data")
     random.Random(0).shuffle(entries)
@@ -58,7 +61,6 @@ def _topics() -> Iterator[tuple[str, str]]:
 
 def _docstrings() -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    seen = set()
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if _SKIPPED.intersection(parts):
@@ -68,10 +70,7 @@ def _docstrings() -> Iterator[tuple[str, str]]:
         except (OSError, SyntaxError, ValueError):
             continue
         module = ".".join(part for part in parts if part != "__init__")
-        for name, text in _documented(tree, module):
-            if text not in seen:
-                seen.add(text)
-                yield name, text
+        yield from _documented(tree, module)
 
 
 def _documented(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:

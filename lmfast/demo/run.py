@@ -92,6 +92,10 @@ def run_demo(
     return figures
 
 
+def _without_blank_lines(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.splitlines() if line.strip())
+
+
 def _text(settings: DemoSettings, data: Sequence[str | Path]) -> str:
     if not data:
         return interpreter_documentation(settings.text_characters)
@@ -138,7 +142,7 @@ def _figures(
         "results": [results[m, i] for m in MODELS for i in IMPLEMENTATIONS],
         "ratios": {model: ratios(results, model) for model in MODELS},
         "largest_difference": differences,
-        "losses_agree": max(differences.values()) <= LOSS_TOLERANCE,
+        "losses_agree": max(differences.values()) <= LOSS_TOLERANCE[settings.precision],
         "samples": samples,
     }
 
@@ -155,7 +159,7 @@ def _print(
         apart = figures["largest_difference"][model]
         print(f"{model}: over all steps the two training losses are at most {apart:.1e} apart")
     for model in MODELS:
-        print(f"\n--- {model}, sampled ---\n{samples[model].strip()}")
+        print(f"\n--- {model}, sampled ---\n{_without_blank_lines(samples[model])}")
     written = [f"{model}/" for model in MODELS] + ["tokenizer.json", "figures.json"]
     curves = {
         (model if i == "lmfast" else f"textbook {model}"): (
