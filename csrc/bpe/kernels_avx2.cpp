@@ -62,7 +62,7 @@ struct Avx2Ops {
     return static_cast<uint64_t>(b) << 32 | a;
   }
 
-  static void classify(const uint8_t* text, Window* w) {
+  static void classify(const uint8_t* text, Carry* carry, Window* w) {
     const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(text));
     const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(text + 32));
     __m256i low_classes = ascii_classes(low), high_classes = ascii_classes(high);
@@ -72,7 +72,7 @@ struct Avx2Ops {
       alignas(32) uint8_t own[64 + 8];
       _mm256_store_si256(reinterpret_cast<__m256i*>(own), low_classes);
       _mm256_store_si256(reinterpret_cast<__m256i*>(own + 32), high_classes);
-      classify_characters(text, odd, own, w);
+      classify_characters(text, odd, own, carry, w);
       low_classes = _mm256_load_si256(reinterpret_cast<const __m256i*>(own));
       high_classes = _mm256_load_si256(reinterpret_cast<const __m256i*>(own + 32));
     }
@@ -106,7 +106,7 @@ struct Avx2Ops {
 };
 
 size_t scan(Pattern pattern, const uint8_t* text, size_t n, uint16_t* starts, uint16_t* ends) {
-  return scan_windows<Avx2Ops>(pattern, text, n, starts, ends);
+  return scan_pattern<Avx2Ops>(pattern, text, n, starts, ends);
 }
 
 uint32_t* encode(const EncodeContext& context, const uint8_t* text, PieceSpans pieces,

@@ -58,7 +58,7 @@ struct Avx512Ops {
     return hit ? ids[0] >> 24 : 0;
   }
 
-  static void classify(const uint8_t* text, Window* w) {
+  static void classify(const uint8_t* text, Carry* carry, Window* w) {
     const __m512i bytes = _mm512_loadu_si512(text);
     const __m512i low = _mm512_loadu_si512(kAscii.of);
     const __m512i high = _mm512_loadu_si512(kAscii.of + 64);
@@ -68,7 +68,7 @@ struct Avx512Ops {
     if (__builtin_expect(odd != 0, 0)) {
       alignas(64) uint8_t own[64 + 8];
       _mm512_store_si512(own, classes);
-      classify_characters(text, odd, own, w);
+      classify_characters(text, odd, own, carry, w);
       classes = _mm512_load_si512(own);
     }
     const auto bit = [&](uint8_t b) {
@@ -108,7 +108,7 @@ struct Avx512Ops {
 };
 
 size_t scan(Pattern pattern, const uint8_t* text, size_t n, uint16_t* starts, uint16_t* ends) {
-  return scan_windows<Avx512Ops>(pattern, text, n, starts, ends);
+  return scan_pattern<Avx512Ops>(pattern, text, n, starts, ends);
 }
 
 uint32_t* encode(const EncodeContext& context, const uint8_t* text, PieceSpans pieces,
