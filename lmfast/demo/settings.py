@@ -23,7 +23,7 @@ class DemoSettings:
     batch_size: int = 64
     context: int = 32
     steps: int = 160
-    decoder_learning_rate: float = 2e-3
+    decoder_learning_rate: float = 3e-3
     recurrent_learning_rate: float = 5e-3
     held_out: float = 0.05
     new_tokens: int = 128

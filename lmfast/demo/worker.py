@@ -28,7 +28,14 @@ from lmfast.models.textbook import (
     textbook_generate,
     textbook_loss,
 )
-from lmfast.training import PackedBatches, Trainer, evaluate, save_model, seed_everything
+from lmfast.training import (
+    PackedBatches,
+    Trainer,
+    TrainingDiverged,
+    evaluate,
+    save_model,
+    seed_everything,
+)
 from lmfast.training.memory import peak_bytes, resident_bytes
 from lmfast.training.metrics import model_loss
 
@@ -179,6 +186,8 @@ def main() -> int:
         result = run(job)
     except KeyboardInterrupt:
         return 130
+    except (OSError, TrainingDiverged) as error:
+        result = {"error": str(error)}
     Path(job.result).write_text(json.dumps(result), encoding="utf-8")
     return 0
 
