@@ -76,11 +76,13 @@ LMFAST_INLINE __m512i load_pairs(const float* p, int n) {
   return to_pairs(VecF::load(p, n > 0 ? n : 0).v, VecF::load(p + 16, n > 16 ? n - 16 : 0).v);
 }
 
-// Rows k and k + 1, 16 floats each, rounded to bf16 as one VNNI row: even k in the low halves.
+// Rows k and k + 1, 16 floats each, rounded to bf16 as one VNNI row: even k in the low halves. Ties
+// round away from zero; cvtne2ps and a permutation take 2.5 cycles a vector where this takes 1.
 LMFAST_INLINE __m512i interleave_rounded(__m512 even, __m512 odd) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
-                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(order, to_pairs(even, odd));
+  const __m512i half = _mm512_set1_epi32(0x8000);
+  const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(even), half), 16);
+  const __m512i high = _mm512_add_epi32(_mm512_castps_si512(odd), half);
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, low, high);
 }
 // Rows k and k + 1, 32 bf16 each, as two VNNI rows: columns 0-15 and 16-31.
 LMFAST_INLINE void interleave(__m512i even, __m512i odd, __m512i* first, __m512i* second) {

@@ -70,7 +70,7 @@ static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) 
 static inline int64_t attention_fwd_scratch_bytes(const AttentionArgs& a) {
   const int64_t keys = round_up(a.keys, 32) + 32, width = round_up(a.head_dim, 32);
   const int64_t lanes = kAttentionLanes, chunk = kAttentionChunk;
-  return 2 * keys * width * 4 + lanes * (4 * width + 4 * chunk) * 4 + 64 * 1024;
+  return 2 * keys * width * 4 + lanes * (4 * width + 4 * chunk) * 4 + 96 * 1024;
 }
 static inline int64_t attention_bwd_scratch_bytes(const AttentionArgs& a) {
   const int64_t width = round_up(a.head_dim, 32), lanes = kAttentionLanes;

@@ -62,33 +62,6 @@ LMFAST_INLINE void score_gradient_tiles(const HeadRows& h, int64_t t, int steps,
   }
 }
 
-// dQ (32 rows x D) += dS (32 x 64 keys) K.
-LMFAST_INLINE void query_gradient_tiles(const char* ds_rows, const char* k_tiles, int d_tiles,
-                                        int64_t width, float* dq) {
-  const int64_t bytes = width * 4;
-  for (int d = 0; d < d_tiles; d += 2) {
-    float* c = dq + 16 * d;
-    tile_load<0>(c, bytes);
-    tile_load<1>(c + 16, bytes);
-    tile_load<2>(c + 16 * width, bytes);
-    tile_load<3>(c + 16 * width + 16, bytes);
-    for (int t = 0; t < 2; ++t) {
-      tile_load<4>(ds_rows + t * kTileBytes, 64);
-      tile_load<6>(k_tiles + (t * d_tiles + d) * kTileBytes, 64);
-      tile_load<7>(k_tiles + (t * d_tiles + d + 1) * kTileBytes, 64);
-      tile_dot<0, 4, 6>();
-      tile_load<5>(ds_rows + (2 + t) * kTileBytes, 64);
-      tile_dot<1, 4, 7>();
-      tile_dot<2, 5, 6>();
-      tile_dot<3, 5, 7>();
-    }
-    tile_store<0>(c, bytes);
-    tile_store<1>(c + 16, bytes);
-    tile_store<2>(c + 16 * width, bytes);
-    tile_store<3>(c + 16 * width + 16, bytes);
-  }
-}
-
 // Rows of a head as tiles A with depth = row: (rows / 32, D / 16).
 LMFAST_INLINE void pack_head(const AttentionTensor& x, int64_t b, int64_t head, int64_t rows,
                              int columns, int d_tiles, char* tiles) {
@@ -180,9 +153,9 @@ void bwd_unit_amx(const AttentionBwdArgs& a, const Unit& u) {
       for (int64_t t = rows.lo / 32 * 32; t < rows.hi; t += kChunk) {
         const int64_t left = round_up(rows.hi - t, 32);
         const int steps = static_cast<int>(left < kChunk ? left : kChunk) / 32;
-        for (int i = 0; i < steps; ++i) {
-          score_tiles(q.at(t + 32 * i), q.stride, kt.k_lanes, depth, 4, s + i * 32 * kLanes);
-          score_tiles(dout.at(t + 32 * i), dout.stride, kt.v_lanes, depth, 4, dp + i * 32 * kLanes);
+        for (int pair = 0; pair < 2; ++pair) {
+          score_rows(q, t, steps, kt.k_lanes, depth, pair, s);
+          score_rows(dout, t, steps, kt.v_lanes, depth, pair, dp);
         }
         if (options) apply_options_grad(f, u.b, h.head, t, 32 * steps, key, s, slope);
         hide_invisible_keys(f, u.b, t, 32 * steps, key, s);
@@ -192,11 +165,16 @@ void bwd_unit_amx(const AttentionBwdArgs& a, const Unit& u) {
           score_gradient_tiles<false>(h, t, steps, unit, s, dp, slope, tiles);
         }
         const int64_t row_tiles = t / 32 * d_tiles * kTileBytes;
-        output_tiles(dout_tiles + row_tiles, d_tiles, tiles.p, steps, 4, dv_sum);
-        output_tiles(q_tiles + row_tiles, d_tiles, tiles.ds, steps, 4, dk_sum);
-        for (int i = 0; i < steps; ++i) {
-          query_gradient_tiles(tiles.ds_rows + i * 4 * kTileBytes, kt.k_rows, d_tiles, width,
-                               dq + (t + 32 * i) * width);
+        for (int d = 0; d < d_tiles; d += 2) {
+          for (int v = 0; v < kLaneTiles; v += 2) {
+            output_square(dout_tiles + row_tiles, d_tiles, tiles.p, steps, d, v, dv_sum);
+            output_square(q_tiles + row_tiles, d_tiles, tiles.ds, steps, d, v, dk_sum);
+          }
+          for (int i = 0; i < steps; ++i) {
+            add_square(tiles.ds_rows + i * 4 * kTileBytes, 2 * kTileBytes, kTileBytes,
+                       kt.k_rows + d * kTileBytes, kTileBytes, d_tiles * kTileBytes, 2,
+                       dq + (t + 32 * i) * width + 16 * d, width);
+          }
         }
       }
       if (g == group - 1) store_dkv<bf16>(a, u, key, dk_sum, dv_sum);

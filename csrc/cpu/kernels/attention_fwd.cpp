@@ -28,7 +28,9 @@ namespace {
 LMFAST_INLINE void exponentials(QueryBlock& q, int n, float* s, VecF unit, float* out,
                                 int64_t width) {
   for (int i = 0; i < q.vecs * VecF::kWidth; i += VecF::kWidth) {
-    const VecF m = VecF::zero() - update_maximum(q, i, n, s + i, unit, out, width);
+    const VecF top = largest(s + i, n, unit);
+    if (exceeds(q, i, top)) raise_maximum(q, i, top, out, width);
+    const VecF m = VecF::zero() - VecF::load(q.m + i);
     VecF l0 = VecF::zero(), l1 = l0;
     int j = 0;
     for (; j + 2 <= n; j += 2) {

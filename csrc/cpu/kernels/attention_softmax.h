@@ -107,10 +107,8 @@ LMFAST_INLINE void hide_invisible(const QueryBlock& q, int64_t key, int n, float
   }
 }
 
-// Moves lane vector i's reference value up where the n rows of s (times `unit`) ask for it, and
-// rescales the sum and the output of those lanes.
-LMFAST_INLINE VecF update_maximum(QueryBlock& q, int i, int n, const float* s, VecF unit,
-                                  float* out, int64_t width) {
+// The largest of n rows of s in lane vector i, times `unit`.
+LMFAST_INLINE VecF largest(const float* s, int n, VecF unit) {
   VecF x0 = VecF::load(s), x1 = x0;
   int j = 0;
   for (; j + 2 <= n; j += 2) {
@@ -118,24 +116,31 @@ LMFAST_INLINE VecF update_maximum(QueryBlock& q, int i, int n, const float* s, V
     x1 = max(x1, VecF::load(s + (j + 1) * kLanes));
   }
   if (j < n) x0 = max(x0, VecF::load(s + j * kLanes));
-  const VecF top = max(x0, x1) * unit, m = VecF::load(q.m + i);
-  const VecF one = VecF::set1(1.0f);
-  const VecF exceeded = select_less(m + VecF::set1(8.0f), top, one, VecF::zero());
-  if (__builtin_expect(!(hmax(exceeded) > 0.0f), 1)) return m;
+  return max(x0, x1) * unit;
+}
+
+// Whether a lane of vector i needs a larger reference value before e^(top - m) is taken.
+LMFAST_INLINE bool exceeds(const QueryBlock& q, int i, VecF top) {
+  const VecF limit = VecF::load(q.m + i) + VecF::set1(8.0f);
+  return hmax(select_less(limit, top, VecF::set1(1.0f), VecF::zero())) > 0.0f;
+}
+
+// Moves the reference values of lane vector i up to `top`, and rescales its sums and output.
+inline __attribute__((noinline)) void raise_maximum(QueryBlock& q, int i, VecF top, float* out,
+                                                    int64_t width) {
+  const VecF m = VecF::load(q.m + i);
   const VecF moved = select_less(m, top, top, m), factor = exp2<6>(m - moved);
   moved.store(q.m + i);
   (VecF::load(q.l + i) * factor).store(q.l + i);
-  if (hmax(factor) > 0.0f) {
-    for (int64_t d = 0; d < width; ++d) {
-      float* p = out + d * kLanes + i;
-      (VecF::load(p) * factor).store(p);
-    }
+  if (!(hmax(factor) > 0.0f)) return;  // the first chunk: there is nothing to rescale
+  for (int64_t d = 0; d < width; ++d) {
+    float* p = out + d * kLanes + i;
+    (VecF::load(p) * factor).store(p);
   }
-  return moved;
 }
 
-// Adds the sinks, writes the log-sum-exp (base 2), and leaves in q.l what the output is to be divided by,
-// inverted: 0 for a row that saw nothing.
+// Adds the sinks, writes the log-sum-exp (base 2), and leaves in q.l what the output is to be
+// divided by, inverted: 0 for a row that saw nothing.
 LMFAST_INLINE void finish_block(const AttentionArgs& a, QueryBlock& q) {
   constexpr int W = VecF::kWidth;
   alignas(64) float lse[kLanes];
@@ -162,16 +167,24 @@ LMFAST_INLINE void finish_block(const AttentionArgs& a, QueryBlock& q) {
   }
 }
 
-// The block's output, divided by the sums, to its rows. `rows` is scratch for (64, D) floats.
+// The block's output, divided by the sums, to its rows; those of one head together. `rows` is
+// scratch for (64, D) floats.
 template <class T>
 void store_block(const AttentionArgs& a, const QueryBlock& q, const float* out, float* rows) {
-  lanes_to_rows(out, kLanes, q.l, q.rows, static_cast<int>(a.head_dim), rows, a.head_dim);
   constexpr int W = VecF::kWidth;
+  const int width = static_cast<int>(a.head_dim);
+  const Row first = q.row[0];
+  if (first.t + q.rows <= a.length) {
+    lanes_to_rows(out, kLanes, q.l, q.rows, width,
+                  mutable_row_of<T>(a.out, q.b, first.head, first.t), a.out.row);
+    return;
+  }
+  lanes_to_rows(out, kLanes, q.l, q.rows, width, rows, width);
   for (int i = 0; i < q.rows; ++i) {
     T* p = mutable_row_of<T>(a.out, q.b, q.row[i].head, q.row[i].t);
-    for (int64_t d = 0; d < a.head_dim; d += W) {
-      const int n = static_cast<int>(a.head_dim - d < W ? a.head_dim - d : W);
-      VecF::load(rows + i * a.head_dim + d, n).store(p + d, n);
+    for (int d = 0; d < width; d += W) {
+      const int n = width - d < W ? width - d : W;
+      VecF::load(rows + i * width + d, n).store(p + d, n);
     }
   }
 }
