@@ -155,8 +155,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
 
   if (p.tokens > 0) {
     const bool rounded = bf16 || (p.hidden_dtype == DType::kBF16 && p.weight_dtype == DType::kBF16);
-    if (current_isa() == Isa::kAmx && p.softcap == 0 && rounded) {
-      lce_run_amx(call, 1);
+    if (current_isa() == Isa::kAmx && p.softcap == 0) {
+      lce_run_amx(call, rounded ? 1 : 3);
     } else {
       lce_run_f32(call);
     }

@@ -69,8 +69,8 @@ void lce_run_amx(LceCall& call, int parts) {
   const Tensor target_rows = lce_floats(call, p.width * a.padded_tokens);
   const Tensor per_token = lce_floats(call, 3 * p.tokens);
   a.target_rows = static_cast<float*>(target_rows.mutable_data_ptr());
-  a.lse = static_cast<float*>(per_token.mutable_data_ptr());
-  a.weight = a.lse + p.tokens;
+  a.center = static_cast<float*>(per_token.mutable_data_ptr());
+  a.weight = a.center + p.tokens;
   a.target_gradient = a.weight + p.tokens;
   run(lce_amx_target_rows_kernel(), a, round_up(p.width, 16) / 16);
   {
@@ -82,7 +82,7 @@ void lce_run_amx(LceCall& call, int parts) {
   if (!call.want_dweight && call.dbias == nullptr) return;
 
   a.dbias = call.dbias;
-  a.out_tiles += call.dbias != nullptr ? 1 : 0;
+  a.out_tiles += call.dbias != nullptr ? 2 : 0;
   const bool equal = std::all_of(a.weight, a.weight + p.tokens,
                                  [&](float w) { return w == a.weight[0] && w != 0.0f; });
   a.shared_weight = equal ? a.weight[0] : 0.0f;

@@ -158,8 +158,9 @@ bool finish_token_group(const LceAmxArgs& a, const Group& group, int64_t index,
         finish_token(p, p.scale[token], target_logit[i], center, group.sums[i], mean_logit[i]);
     p.loss[token] = f.loss;
     coefficient[i] = f.coefficient;
-    a.lse[token] = static_cast<float>(f.lse);
-    a.weight[token] = f.weight;
+    // exp(logit - lse) has the rounding error of lse, which is too large next to fp32 products.
+    a.center[token] = kParts == 1 ? static_cast<float>(f.lse) : center;
+    a.weight[token] = kParts == 1 ? f.weight : f.coefficient;
     a.target_gradient[token] = f.target_gradient;
   }
   if (p.dhidden == nullptr) return true;
@@ -235,7 +236,7 @@ void add_targets(const LceAmxArgs& a, int64_t group, float shared, float* acc) {
       VecF::load(h + e, n).store(values);
       for (int j = 0; j < n; ++j) acc[(e + j) * kLceLanes + lane] += grad * values[j];
     }
-    if (a.dbias != nullptr) acc[(a.out_tiles - 1) * kTileRows * kLceLanes + lane] += grad;
+    if (a.dbias != nullptr) acc[(a.out_tiles - 2) * kTileRows * kLceLanes + lane] += grad;
   }
 }
 
@@ -280,7 +281,7 @@ inline void finish_class_group(const LceAmxArgs& a, int64_t group, float* acc) {
   if (a.p.hidden_dtype == DType::kF16) add_targets<f16>(a, group, shared, acc);
   if (a.dbias != nullptr) {
     const int64_t first = group * kLceLanes;
-    const float* sums = acc + (a.out_tiles - 1) * kTileRows * kLceLanes;
+    const float* sums = acc + (a.out_tiles - 2) * kTileRows * kLceLanes;
     for (int64_t i = 0; i < smaller(kLceLanes, a.p.classes - first); ++i) {
       a.dbias[first + i] = sums[i] * shared + a.uniform_bias;
     }

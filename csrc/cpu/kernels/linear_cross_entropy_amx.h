@@ -15,7 +15,7 @@ struct LceAmxArgs {
   int64_t parts;      // bf16 numbers that a factor is split into: 1, or 3 for fp32 accuracy
   int64_t depth;      // E in whole tile rows of 32
   int64_t row_bytes;  // of a packed stream row
-  int64_t out_tiles;  // of 16 accumulator rows: E, and the bias gradient's behind it
+  int64_t out_tiles;  // of 16 accumulator rows, even: E, and the bias gradient's behind it
   int64_t chunk;      // stream rows at a time
   int64_t groups;     // of kLceLanes lanes
   int64_t workers;    // share the groups evenly
@@ -26,8 +26,8 @@ struct LceAmxArgs {
   int64_t padded_tokens;
   bool want_product;  // dhidden in the pass over tokens
   // From the pass over tokens to the one over classes, per token:
-  float* lse;
-  float* weight;           // gradient by a logit, per unit of probability
+  float* center;           // subtracted from the logits: their logsumexp, or near it
+  float* weight;           // gradient by a logit, per unit of exp(logit - center)
   float* target_gradient;  // gradient by the target's logit
   // The pass over classes:
   char* packed;  // hidden as stream chunks, packed_bytes each

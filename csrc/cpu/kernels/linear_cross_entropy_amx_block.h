@@ -2,7 +2,7 @@
 // of 64 lanes. The pass over tokens has tokens as lanes and streams the vocabulary, the pass over
 // classes the other way round; both are this code.
 //
-//   S = rows . lanes          16 x 64 at a time, stored to 4 KB that alternate
+//   S = rows . lanes          32 x 32 at a time, stored to 4 KB that alternate
 //   P = exp(S + add)          two rows become one VNNI row of bf16, no transposition
 //   acc += rows^T . P         [column of weight or hidden][lane], fp32
 //
@@ -53,7 +53,8 @@ struct Holes {
 
 enum class Mode { kSum, kPlain, kMax };
 
-// The pairs of parts whose products are worth adding, smallest first.
+// Which parts of A and B are multiplied, in an order that changes one operand at a time (14 tile
+// loads for 24 products); the three pairs left out are below 2^-24 of the largest.
 template <int kParts>
 struct Pairs {
   static constexpr int kCount = 1;
@@ -62,20 +63,70 @@ struct Pairs {
 template <>
 struct Pairs<3> {
   static constexpr int kCount = 6;
-  static constexpr int a[] = {1, 2, 0, 1, 0, 0}, b[] = {1, 0, 2, 0, 1, 0};
+  static constexpr int a[] = {0, 0, 1, 1, 0, 2}, b[] = {2, 1, 1, 0, 0, 0};
 };
 
-// C0..C3 += A . (B0..B3).
-LMFAST_INLINE void dot_four(const char* a, int64_t a_stride, const char* b) {
-  tile_load<4>(a, a_stride);
-  tile_load<5>(b, 64);
-  tile_dot<0, 4, 5>();
-  tile_load<6>(b + kTileBytes, 64);
-  tile_dot<1, 4, 6>();
-  tile_load<7>(b + 2 * kTileBytes, 64);
-  tile_dot<2, 4, 7>();
-  tile_load<5>(b + 3 * kTileBytes, 64);
-  tile_dot<3, 4, 5>();
+LMFAST_INLINE void zero_products() {
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
+}
+// Two by two tiles of a matrix of floats with rows of 64.
+LMFAST_INLINE void load_products(const float* c) {
+  tile_load<0>(c, 4 * kLceLanes);
+  tile_load<1>(c + 16, 4 * kLceLanes);
+  tile_load<2>(c + 16 * kLceLanes, 4 * kLceLanes);
+  tile_load<3>(c + 16 * kLceLanes + 16, 4 * kLceLanes);
+}
+LMFAST_INLINE void store_products(float* c, int64_t row) {
+  tile_store<0>(c, 4 * row);
+  tile_store<1>(c + 16, 4 * row);
+  tile_store<2>(c + 16 * row, 4 * row);
+  tile_store<3>(c + 16 * row + 16, 4 * row);
+}
+
+// Two by two products of pair i of parts, after those of pair i - 1: what they share is loaded.
+template <int kParts, int i>
+LMFAST_INLINE void dot_pair(const char* a, int64_t a_row, int64_t a_part, int64_t a_next,
+                            const char* b) {
+  using P = Pairs<kParts>;
+  constexpr int before = i == 0 ? 0 : i - 1;
+  if constexpr (i == 0 || P::a[i] != P::a[before]) {
+    tile_load<4>(a + P::a[i] * a_part, a_row);
+    tile_load<5>(a + P::a[i] * a_part + a_next, a_row);
+  }
+  if constexpr (i == 0 || P::b[i] != P::b[before]) {
+    tile_load<6>(b + P::b[i] * 4 * kTileBytes, 64);
+    tile_dot<0, 4, 6>();
+    tile_dot<2, 5, 6>();
+    tile_load<7>(b + P::b[i] * 4 * kTileBytes + kTileBytes, 64);
+  } else {
+    tile_dot<0, 4, 6>();
+    tile_dot<2, 5, 6>();
+  }
+  tile_dot<1, 4, 7>();
+  tile_dot<3, 5, 7>();
+}
+
+// All pairs; between(i) runs behind pair i.
+template <int kParts, class Between>
+LMFAST_INLINE void dot_pairs(const char* a, int64_t a_row, int64_t a_part, int64_t a_next,
+                             const char* b, const Between& between) {
+  dot_pair<kParts, 0>(a, a_row, a_part, a_next, b);
+  between(0);
+  if constexpr (kParts == 3) {
+    dot_pair<kParts, 1>(a, a_row, a_part, a_next, b);
+    between(1);
+    dot_pair<kParts, 2>(a, a_row, a_part, a_next, b);
+    between(2);
+    dot_pair<kParts, 3>(a, a_row, a_part, a_next, b);
+    between(3);
+    dot_pair<kParts, 4>(a, a_row, a_part, a_next, b);
+    between(4);
+    dot_pair<kParts, 5>(a, a_row, a_part, a_next, b);
+    between(5);
+  }
 }
 
 LMFAST_INLINE __m512i high_halves(__m512 even, __m512 odd) {
@@ -87,31 +138,29 @@ LMFAST_INLINE __m512 truncated(__m512 x) {
       _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
-// Rows 2 * pair and the next of a block of S -> a VNNI row of P in each of 4 tiles per part.
+// Two rows of a block of S -> a VNNI row of P in each of two tiles per part.
 template <int kParts, Mode kMode>
 LMFAST_INLINE void exp_pair(const float* s, const float* row_add, const float* lane_add, char* p,
                             __m512* sum) {
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j) {
     __m512 e[2];
 #pragma GCC unroll 2
     for (int r = 0; r < 2; ++r) {
-      const __m512 logit = _mm512_loadu_ps(s + r * kLceLanes + 16 * j);
+      const __m512 logit = _mm512_loadu_ps(s + r * 32 + 16 * j);
       const __m512 lane = _mm512_loadu_ps(lane_add + 16 * j), row = _mm512_set1_ps(row_add[r]);
+      __m512 x;
       if constexpr (kParts == 1) {
-        const __m512 x = _mm512_fmadd_ps(logit, _mm512_set1_ps(kLog2e), _mm512_add_ps(lane, row));
-        if constexpr (kMode == Mode::kMax) {
-          sum[j] = _mm512_max_ps(sum[j], x);
-        } else {
-          e[r] = exp2<kMode == Mode::kSum ? 4 : 3>(VecF{x}).v;
-        }
+        x = _mm512_fmadd_ps(logit, _mm512_set1_ps(kLog2e), _mm512_add_ps(lane, row));
       } else {
-        const __m512 x = _mm512_add_ps(_mm512_add_ps(logit, row), lane);
-        if constexpr (kMode == Mode::kMax) {
-          sum[j] = _mm512_max_ps(sum[j], x);
-        } else {
-          e[r] = exp(VecF{x}).v;
-        }
+        x = _mm512_add_ps(_mm512_add_ps(logit, row), lane);
+      }
+      if constexpr (kMode == Mode::kMax) {
+        sum[j] = _mm512_max_ps(sum[j], x);
+      } else if constexpr (kParts == 1) {
+        e[r] = exp2<kMode == Mode::kSum ? 4 : 3>(VecF{x}).v;
+      } else {
+        e[r] = exp(VecF{x}).v;
       }
     }
     if constexpr (kMode == Mode::kMax) continue;
@@ -131,56 +180,57 @@ LMFAST_INLINE void exp_pair(const float* s, const float* row_add, const float* l
   }
 }
 
+// The logits of 32 rows and half of the lanes into s[half], while the other half's block before is
+// exponentiated: that of the same rows for half 1, of the 32 rows before for half 0.
+template <int kParts, Mode kMode, int kHalf>
+LMFAST_INLINE void half_block(const LceAmxArgs& a, const StreamChunk& chunk, const Group& group,
+                              const Holes& holes, int64_t row, bool products, bool exponentials,
+                              float* s, char* p, __m512* sum) {
+  constexpr int kOther = 1 - kHalf, kPairs = 16;
+  const int64_t steps = a.depth / kTileDepth, total = steps * Pairs<kParts>::kCount;
+  const int64_t part_bytes = a.chunk * a.row_bytes, exp_row = kHalf == 0 ? row - 32 : row;
+  const char* rows = chunk.rows + row * a.row_bytes;
+  const float* before = s + kOther * 32 * 32;
+  const float *row_add = chunk.add + exp_row, *lane_add = group.add + 32 * kOther;
+  char* to = p + exp_row / 32 * (4 * kParts * kTileBytes) + kOther * 2 * kTileBytes;
+  int64_t pair = 0;
+  const auto exponentiate_to = [&](int64_t due) {
+    for (; pair < due; ++pair) {
+      exp_pair<kParts, kMode>(before + pair * 64, row_add + 2 * pair, lane_add, to + pair * 64,
+                              sum + 2 * kOther);
+    }
+  };
+  if (!products) return exponentiate_to(kPairs);
+  zero_products();
+  for (int64_t k = 0; k < steps; ++k) {
+    dot_pairs<kParts>(rows + 64 * k, a.row_bytes, part_bytes, kTileRows * a.row_bytes,
+                      group.lanes + (k * kParts * 4 + 2 * kHalf) * kTileBytes, [&](int i) {
+                        const int64_t done = k * Pairs<kParts>::kCount + i + 1;
+                        if (exponentials) exponentiate_to(kPairs * done / total);
+                      });
+  }
+  float* block = s + kHalf * 32 * 32;
+  store_products(block, 32);
+  for (int64_t i = 0; i < holes.count; ++i) {
+    if (holes.row[i] / 32 != row / 32 || holes.lane[i] / 32 != kHalf) continue;
+    block[holes.row[i] % 32 * 32 + holes.lane[i] % 32] = kGone;
+  }
+}
+
 // The logits of a chunk, exponentiated into p ([row / 32][part][4] tiles); sums += their sums, or
-// with kMax the largest of both. s: two blocks of 16 x 64 floats.
+// with kMax the largest of both. s: two blocks of 32 x 32 floats.
 template <int kParts, Mode kMode>
 void chunk_probs(const LceAmxArgs& a, const StreamChunk& chunk, const Group& group,
                  const Holes& holes, float* s, char* p) {
-  const int64_t blocks = chunk.count / kTileRows, steps = a.depth / kTileDepth;
-  const int64_t part_bytes = a.chunk * a.row_bytes;
   __m512 sum[4];
   for (int j = 0; j < 4; ++j) {
     sum[j] = kMode == Mode::kMax ? _mm512_loadu_ps(group.sums + 16 * j) : _mm512_setzero_ps();
   }
-  for (int64_t b = 0; b <= blocks; ++b) {
-    float* block = s + (b & 1) * kTileRows * kLceLanes;
-    const float* before = s + (~b & 1) * kTileRows * kLceLanes;
-    const char* rows = chunk.rows + b * kTileRows * a.row_bytes;
-    if (b < blocks) {
-      tile_zero<0>();
-      tile_zero<1>();
-      tile_zero<2>();
-      tile_zero<3>();
-    }
-    int64_t pair = 0;
-    for (int64_t k = 0; k < steps; ++k) {
-#pragma GCC unroll 6
-      for (int i = 0; i < Pairs<kParts>::kCount; ++i) {
-        if (b < blocks) {
-          dot_four(rows + Pairs<kParts>::a[i] * part_bytes + 64 * k, a.row_bytes,
-                   group.lanes + (k * kParts + Pairs<kParts>::b[i]) * 4 * kTileBytes);
-        }
-        if (b == 0) continue;
-        const int64_t done = k * Pairs<kParts>::kCount + i + 1;
-        const int64_t due = 8 * done / (steps * Pairs<kParts>::kCount);
-        for (; pair < due; ++pair) {
-          const int64_t row = (b - 1) * kTileRows + 2 * pair;
-          char* to = p + row / 32 * (4 * kParts * kTileBytes) + row % 32 / 2 * 64;
-          exp_pair<kParts, kMode>(before + 2 * pair * kLceLanes, chunk.add + row, group.add, to,
-                                  sum);
-        }
-      }
-    }
-    if (b == blocks) break;
-    tile_store<0>(block, 4 * kLceLanes);
-    tile_store<1>(block + 16, 4 * kLceLanes);
-    tile_store<2>(block + 32, 4 * kLceLanes);
-    tile_store<3>(block + 48, 4 * kLceLanes);
-    for (int64_t i = 0; i < holes.count; ++i) {
-      if (holes.row[i] / kTileRows != b) continue;
-      block[holes.row[i] % kTileRows * kLceLanes + holes.lane[i]] = kGone;
-    }
+  for (int64_t row = 0; row < chunk.count; row += 32) {
+    half_block<kParts, kMode, 0>(a, chunk, group, holes, row, true, row > 0, s, p, sum);
+    half_block<kParts, kMode, 1>(a, chunk, group, holes, row, true, true, s, p, sum);
   }
+  half_block<kParts, kMode, 0>(a, chunk, group, holes, chunk.count, false, true, s, p, sum);
   for (int j = 0; j < 4; ++j) {
     float* at = group.sums + 16 * j;
     if (kMode == Mode::kMax) _mm512_storeu_ps(at, sum[j]);
@@ -194,31 +244,17 @@ void chunk_product(const LceAmxArgs& a, const StreamChunk& chunk, const char* p,
                    bool add) {
   const int64_t steps = chunk.count / kTileDepth;
   const int64_t step_bytes = a.out_tiles * kParts * kTileBytes;
-  for (int64_t t = 0; t < a.out_tiles; ++t) {
-    float* c = acc + t * kTileRows * kLceLanes;
-    if (add) {
-      tile_load<0>(c, 4 * kLceLanes);
-      tile_load<1>(c + 16, 4 * kLceLanes);
-      tile_load<2>(c + 32, 4 * kLceLanes);
-      tile_load<3>(c + 48, 4 * kLceLanes);
-    } else {
-      tile_zero<0>();
-      tile_zero<1>();
-      tile_zero<2>();
-      tile_zero<3>();
-    }
+  for (int64_t t = 0; t < a.out_tiles; t += 2) {
     const char* columns = chunk.columns + t * kParts * kTileBytes;
-    for (int64_t k = 0; k < steps; ++k) {
-#pragma GCC unroll 6
-      for (int i = 0; i < Pairs<kParts>::kCount; ++i) {
-        dot_four(columns + k * step_bytes + Pairs<kParts>::a[i] * kTileBytes, 64,
-                 p + (k * kParts + Pairs<kParts>::b[i]) * 4 * kTileBytes);
+    for (int half = 0; half < 2; ++half) {
+      float* c = acc + t * kTileRows * kLceLanes + 32 * half;
+      add ? load_products(c) : zero_products();
+      for (int64_t k = 0; k < steps; ++k) {
+        dot_pairs<kParts>(columns + k * step_bytes, 64, kTileBytes, kParts * kTileBytes,
+                          p + (k * kParts * 4 + 2 * half) * kTileBytes, [](int) {});
       }
+      store_products(c, kLceLanes);
     }
-    tile_store<0>(c, 4 * kLceLanes);
-    tile_store<1>(c + 16, 4 * kLceLanes);
-    tile_store<2>(c + 32, 4 * kLceLanes);
-    tile_store<3>(c + 48, 4 * kLceLanes);
   }
 }
 

@@ -157,14 +157,14 @@ void pack_tokens(const LceAmxArgs& a, int64_t first, int64_t count, float* scrat
     for (int64_t r = 0; r < padded; r += 32) {
       __m512i parts[kParts];
       split_floats<kParts>(_mm512_loadu_ps(factors + r), _mm512_loadu_ps(factors + r + 16), parts);
-      char* tile = to + at.columns + ((r / 32 + 1) * a.out_tiles - 1) * kParts * kTileBytes;
-      memset(tile, 0, kParts * kTileBytes);
+      char* tile = to + at.columns + ((r / 32 + 1) * a.out_tiles - 2) * kParts * kTileBytes;
+      memset(tile, 0, 2 * kParts * kTileBytes);
       for (int i = 0; i < kParts; ++i) _mm512_storeu_si512(tile + i * kTileBytes, parts[i]);
     }
   }
   float* add = reinterpret_cast<float*>(to + at.add);
   for (int64_t r = 0; r < padded; ++r) {
-    add[r] = r < count ? -a.lse[first + r] * exponent_unit<kParts>() : kGone;
+    add[r] = r < count ? -a.center[first + r] * exponent_unit<kParts>() : kGone;
   }
 }
 
