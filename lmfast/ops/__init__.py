@@ -8,7 +8,10 @@ import lmfast.ops._gpu
 import lmfast.triton  # noqa: F401  (like _gpu, registers implementations)
 from lmfast.ops.add_rms_norm import add_rms_norm
 from lmfast.ops.attention import attention
+from lmfast.ops.elman_rnn import elman_rnn
+from lmfast.ops.gru import gru
 from lmfast.ops.linear_cross_entropy import linear_cross_entropy
+from lmfast.ops.lstm import lstm
 from lmfast.ops.rms_norm import rms_norm
 from lmfast.ops.rope import rope
 from lmfast.ops.rope_tables import rope_tables
@@ -16,7 +19,10 @@ from lmfast.ops.rope_tables import rope_tables
 __all__ = [
     "add_rms_norm",
     "attention",
+    "elman_rnn",
+    "gru",
     "linear_cross_entropy",
+    "lstm",
     "rms_norm",
     "rope",
     "rope_tables",
