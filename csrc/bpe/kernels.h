@@ -37,9 +37,9 @@ struct PieceSpans {
 // What the encoding loop needs; `slow` handles every piece that is not a plain hit.
 struct EncodeContext {
   const CacheBucket* buckets;
-  uint32_t bucket_mask;
+  uint32_t bucket_mask;  // of a hash, giving the bucket's offset in bytes
   void* owner;
-  uint32_t* (*slow)(void* owner, const uint8_t* piece, size_t size, PieceKey key, uint32_t bucket,
+  uint32_t* (*slow)(void* owner, const uint8_t* piece, size_t size, PieceKey key, uint32_t offset,
                     uint32_t* out);
 };
 

@@ -18,23 +18,26 @@ inline uint32_t hash_key(PieceKey key) {
 }
 
 struct Avx2Ops {
-  static uint32_t key(const uint8_t* piece, uint32_t size, PieceKey* key) {
-    *key = piece_key(piece, size);
+  static uint32_t key(const uint8_t* piece, size_t row, PieceKey* key) {
+    *key = piece_key_at(piece, row);
     return hash_key(*key);
   }
 
   static uint32_t probe(const CacheBucket& bucket, const PieceKey& key, uint32_t* out) {
+    // The ids of the way whose 16 key bytes are all equal, or zeros; no branch on which way it is,
+    // which is random and costs half a misprediction a piece (5.3 instead of 3.0 ns).
     const __m256i keys = _mm256_load_si256(reinterpret_cast<const __m256i*>(bucket.key));
+    const __m256i ids = _mm256_load_si256(reinterpret_cast<const __m256i*>(bucket.ids));
     const __m256i wanted =
         _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(&key)));
-    const int equal = _mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(keys, wanted)));
-    const bool second = (equal & 12) == 12;
-    const bool hit = (equal & 3) == 3 || second;
-    const uint32_t* ids = bucket.ids[second];
-    const __m128i value = _mm_load_si128(reinterpret_cast<const __m128i*>(ids));
+    const __m256i half = _mm256_cmpeq_epi64(keys, wanted);
+    const __m256i equal = _mm256_and_si256(half, _mm256_shuffle_epi32(half, 0x4E));
+    const __m256i found = _mm256_and_si256(ids, equal);
+    const __m128i value =
+        _mm_or_si128(_mm256_castsi256_si128(found), _mm256_extracti128_si256(found, 1));
     const __m128i no_count = _mm_setr_epi32(0xFFFFFF, -1, -1, -1);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_and_si128(value, no_count));
-    return hit ? ids[0] >> 24 : 0;
+    return static_cast<uint32_t>(_mm_cvtsi128_si32(value)) >> 24;
   }
 
   // Classes of 32 ASCII bytes by comparisons; bytes above 0x7F get 0.

@@ -21,41 +21,34 @@ uint32_t hash_key(PieceKey key) {
   return static_cast<uint32_t>(_mm_cvtsi128_si32(hash_vector(vector)));
 }
 
-struct VectorMasks {
-  alignas(64) uint8_t bytes[17][16];
-  alignas(64) uint8_t length[17][16];
-  constexpr VectorMasks() : bytes(), length() {
-    for (int n = 0; n <= 16; ++n) {
-      for (int i = 0; i < 15; ++i) bytes[n][i] = i < n ? 255 : 0;
-      length[n][15] = n > 15 ? 255 : static_cast<uint8_t>(n);
-    }
-  }
-};
-constexpr VectorMasks kVectorMasks;
-
 struct Avx512Ops {
-  static uint32_t key(const uint8_t* piece, uint32_t size, PieceKey* key) {
-    const uint32_t n = size < 16 ? size : 16;
+  static uint32_t key(const uint8_t* piece, size_t row, PieceKey* key) {
+    const auto load = [](const uint8_t* p) {
+      return _mm_load_si128(reinterpret_cast<const __m128i*>(p));
+    };
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(piece));
-    const __m128i mask = _mm_load_si128(reinterpret_cast<const __m128i*>(kVectorMasks.bytes[n]));
-    const __m128i length = _mm_load_si128(reinterpret_cast<const __m128i*>(kVectorMasks.length[n]));
+    const __m128i mask = load(&kKeyMasks.bytes[0][0] + row);
+    const __m128i length = load(&kKeyMasks.length[0][0] + row);
     const __m128i k = _mm_ternarylogic_epi32(bytes, mask, length, 0xEA);  // (a & b) | c
     _mm_store_si128(reinterpret_cast<__m128i*>(key), k);
     return static_cast<uint32_t>(_mm_cvtsi128_si32(hash_vector(k)));
   }
 
   static uint32_t probe(const CacheBucket& bucket, const PieceKey& key, uint32_t* out) {
+    // The ids of the way whose 16 key bytes are all equal, or zeros; no branch on which way it is,
+    // which is random and costs half a misprediction a piece (5.3 instead of 3.0 ns).
     const __m256i keys = _mm256_load_si256(reinterpret_cast<const __m256i*>(bucket.key));
+    const __m256i ids = _mm256_load_si256(reinterpret_cast<const __m256i*>(bucket.ids));
     const __m256i wanted =
         _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(&key)));
-    const uint32_t equal = _cvtmask8_u32(_mm256_cmpeq_epi64_mask(keys, wanted));
-    const bool second = (equal & 12) == 12;
-    const bool hit = (equal & 3) == 3 || second;
-    const uint32_t* ids = bucket.ids[second];
-    const __m128i value = _mm_load_si128(reinterpret_cast<const __m128i*>(ids));
+    const __m256i half = _mm256_cmpeq_epi64(keys, wanted);
+    const __m256i equal = _mm256_and_si256(half, _mm256_shuffle_epi32(half, 0x4E));
+    const __m256i found = _mm256_and_si256(ids, equal);
+    const __m128i value =
+        _mm_or_si128(_mm256_castsi256_si128(found), _mm256_extracti128_si256(found, 1));
     const __m128i no_count = _mm_setr_epi32(0xFFFFFF, -1, -1, -1);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_and_si128(value, no_count));
-    return hit ? ids[0] >> 24 : 0;
+    return static_cast<uint32_t>(_mm_cvtsi128_si32(value)) >> 24;
   }
 
   static void classify(const uint8_t* text, Carry* carry, Window* w) {

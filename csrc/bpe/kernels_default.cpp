@@ -20,19 +20,23 @@ uint32_t hash_key(PieceKey key) {
 }
 
 struct DefaultOps {
-  static uint32_t key(const uint8_t* piece, uint32_t size, PieceKey* key) {
-    *key = piece_key(piece, size);
+  static uint32_t key(const uint8_t* piece, size_t row, PieceKey* key) {
+    *key = piece_key_at(piece, row);
     return hash_key(*key);
   }
 
   static uint32_t probe(const CacheBucket& bucket, const PieceKey& key, uint32_t* out) {
-    const bool first = bucket.key[0].low == key.low && bucket.key[0].high == key.high;
-    const bool second = bucket.key[1].low == key.low && bucket.key[1].high == key.high;
+    const auto differ = [&key](const PieceKey& k) {
+      return (k.low ^ key.low) | (k.high ^ key.high);
+    };
+    // Arithmetic, not conditions: which way holds a piece is random.
+    const uint32_t second = differ(bucket.key[1]) == 0;
+    const uint32_t hit = second | static_cast<uint32_t>(differ(bucket.key[0]) == 0);
     const uint32_t* ids = bucket.ids[second];
     std::memcpy(out, ids, 16);
     const uint32_t count = out[0] >> 24;
     out[0] &= 0xFFFFFF;
-    return first || second ? count : 0;
+    return count & (0u - hit);
   }
 };
 

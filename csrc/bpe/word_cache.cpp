@@ -101,7 +101,7 @@ uint32_t* WordCache::emit(const uint32_t* entry, uint32_t* out) const {
 // A piece of up to 15 bytes that is in neither place of its bucket: look into the neighbouring
 // bucket and swap a hit home (without the swap the same pieces miss again and again: 44,000 instead
 // of 1,950 per pass over 3.5 MB), else merge and store.
-uint32_t* WordCache::short_miss(const uint8_t* piece, size_t size, PieceKey key, uint32_t bucket,
+uint32_t* WordCache::short_miss(const uint8_t* piece, size_t size, PieceKey key, size_t bucket,
                                 uint32_t* out) {
   CacheBucket& home = buckets_[bucket];
   CacheBucket& near = buckets_[bucket ^ 1];
@@ -120,7 +120,7 @@ uint32_t* WordCache::short_miss(const uint8_t* piece, size_t size, PieceKey key,
   return end;
 }
 
-void WordCache::store(PieceKey key, uint32_t bucket, const uint32_t* ids, size_t count) {
+void WordCache::store(PieceKey key, size_t bucket, const uint32_t* ids, size_t count) {
   uint32_t entry[4] = {};
   if (count <= 4) {
     std::copy(ids, ids + count, entry);
@@ -167,7 +167,7 @@ void WordCache::seed() {
     std::memset(padded, 0, sizeof(padded));
     std::memcpy(padded, bytes, size);
     const PieceKey key = piece_key(padded, size);
-    slow_entry(this, padded, size, key, kernels_.hash(key) & (kBuckets - 1), ids.data());
+    slow_entry(this, padded, size, key, kernels_.hash(key) & kMask, ids.data());
   }
 }
 

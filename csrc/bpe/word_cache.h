@@ -23,7 +23,7 @@ class WordCache {
   WordCache(const WordCache&) = delete;
   WordCache& operator=(const WordCache&) = delete;
 
-  EncodeContext context() { return {buckets_, kBuckets - 1, this, &slow_entry}; }
+  EncodeContext context() { return {buckets_, kMask, this, &slow_entry}; }
 
   // Appends the ids of any piece; `out` has room for max_symbols(size) + 16.
   uint32_t* encode_piece(const uint8_t* piece, size_t size, uint32_t* out);
@@ -33,6 +33,7 @@ class WordCache {
 
  private:
   static constexpr uint32_t kBuckets = 1u << 16;
+  static constexpr uint32_t kMask = (kBuckets - 1) * sizeof(CacheBucket);
   static constexpr size_t kMediumPiece = 31, kMediumIds = 8;
   static constexpr size_t kMediumStart = 1u << 10, kMediumMost = 1u << 18;
   static constexpr size_t kArenaIds = 1u << 20, kLongBytes = 8u << 20;
@@ -46,17 +47,18 @@ class WordCache {
   };
 
   static uint32_t* slow_entry(void* owner, const uint8_t* piece, size_t size, PieceKey key,
-                              uint32_t bucket, uint32_t* out) {
+                              uint32_t offset, uint32_t* out) {
     WordCache* self = static_cast<WordCache*>(owner);
-    return size <= kShortPiece ? self->short_miss(piece, size, key, bucket, out)
-                               : self->long_piece(piece, size, out);
+    return size <= kShortPiece
+               ? self->short_miss(piece, size, key, offset / sizeof(CacheBucket), out)
+               : self->long_piece(piece, size, out);
   }
   uint32_t* merge_piece(const uint8_t* piece, size_t size, uint32_t* out);
-  uint32_t* short_miss(const uint8_t* piece, size_t size, PieceKey key, uint32_t bucket,
+  uint32_t* short_miss(const uint8_t* piece, size_t size, PieceKey key, size_t bucket,
                        uint32_t* out);
   uint32_t* emit(const uint32_t* entry, uint32_t* out) const;
   bool stale(const uint32_t* entry) const;
-  void store(PieceKey key, uint32_t bucket, const uint32_t* ids, size_t count);
+  void store(PieceKey key, size_t bucket, const uint32_t* ids, size_t count);
   uint32_t* long_piece(const uint8_t* piece, size_t size, uint32_t* out);
   uint32_t* medium_piece(const uint8_t* piece, size_t size, uint32_t* out);
   uint32_t* arena_piece(const uint8_t* piece, size_t size, uint32_t* out);
