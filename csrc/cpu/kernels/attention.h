@@ -61,8 +61,8 @@ struct AttentionDecodeArgs {
   float* partial;  // (B, Hkv, splits, rows, head_dim + 2)
 };
 
-constexpr int64_t kAttentionLanes = 64;   // query rows (forward) or keys (backward) of a block
-constexpr int64_t kAttentionChunk = 128;  // keys (forward) or query rows (backward) per step
+constexpr int64_t kAttentionLanes = 64;  // query rows (forward) or keys (backward) of a block
+constexpr int64_t kAttentionChunk = 64;  // keys (forward) or query rows (backward) per step
 
 static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -76,7 +76,7 @@ static inline int64_t attention_bwd_scratch_bytes(const AttentionArgs& a) {
   const int64_t width = round_up(a.head_dim, 32), lanes = kAttentionLanes;
   const int64_t rows = round_up(a.length, 32) + 32, keys = round_up(a.keys, lanes) + lanes;
   return rows * (width * 3 * 4 + 2 * 4) + keys * width * 3 * 4 +
-         lanes * (4 * width + 5 * kAttentionChunk) * 4 + 64 * 1024;
+         lanes * (4 * width + 5 * kAttentionChunk) * 4 + 160 * 1024;
 }
 
 LMFAST_DECLARE_KERNEL(attention_fwd, AttentionArgs)           // range: units, (B, Hkv, ranges)

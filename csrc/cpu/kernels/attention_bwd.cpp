@@ -91,12 +91,18 @@ void bwd_unit(const AttentionBwdArgs& a, const Unit& u) {
       rows_to_lanes(k_rows, padded, count, columns, k_lanes, kLanes, kLanes);
       rows_to_lanes(v_rows, width, count, columns, v_lanes, kLanes, kLanes);
       const Span rows = count > 0 ? rows_of_keys(f, u.b, key) : Span{0, 0};
-      for (int64_t t = rows.lo; t < rows.hi; t += kChunk) {
-        const int n = static_cast<int>(rows.hi - t < kChunk ? rows.hi - t : kChunk);
+      int n = 0;
+      for (int64_t t = rows.lo; t < rows.hi; t += n) {
+        // Rows on the diagonal see the first keys only: 16 rows at a time, as many lanes as needed.
+        const bool diagonal = visible_keys(f, u.b, t).hi < key + count;
+        const int64_t most = diagonal ? 16 : kChunk;
+        n = static_cast<int>(rows.hi - t < most ? rows.hi - t : most);
+        const int64_t seen = clamp(visible_keys(f, u.b, t + n - 1).hi - key, 0, count);
+        const int64_t lanes = round_up(seen, 16);
         const float* q_rows = q.data + t * q.stride;
         const float* dout_rows = dout.data + t * dout.stride;
-        gemm_f32<false, false>(n, kLanes, width, q_rows, q.stride, k_lanes, kLanes, s, kLanes);
-        gemm_f32<false, false>(n, kLanes, width, dout_rows, dout.stride, v_lanes, kLanes, dp,
+        gemm_f32<false, false>(n, lanes, width, q_rows, q.stride, k_lanes, kLanes, s, kLanes);
+        gemm_f32<false, false>(n, lanes, width, dout_rows, dout.stride, v_lanes, kLanes, dp,
                                kLanes);
         if (options) apply_options_grad(f, u.b, h.head, t, n, key, s, slope);
         hide_invisible_keys(f, u.b, t, n, key, s);
@@ -105,10 +111,9 @@ void bwd_unit(const AttentionBwdArgs& a, const Unit& u) {
         } else {
           score_gradients<false>(h, t, n, unit, s, dp, slope);
         }
-        gemm_f32<true, true>(width, kLanes, n, dout_rows, dout.stride, s, kLanes, dv_sum, kLanes);
-        gemm_f32<true, true>(width, kLanes, n, q_rows, q.stride, dp, kLanes, dk_sum, kLanes);
-        gemm_f32<false, true>(n, padded, count, dp, kLanes, k_rows, padded, dq + t * padded,
-                              padded);
+        gemm_f32<true, true>(width, lanes, n, dout_rows, dout.stride, s, kLanes, dv_sum, kLanes);
+        gemm_f32<true, true>(width, lanes, n, q_rows, q.stride, dp, kLanes, dk_sum, kLanes);
+        gemm_f32<false, true>(n, padded, seen, dp, kLanes, k_rows, padded, dq + t * padded, padded);
       }
       if (g == group - 1) store_dkv<T>(a, u, key, dk_sum, dv_sum);
     }

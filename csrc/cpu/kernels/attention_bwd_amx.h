@@ -13,6 +13,9 @@
 namespace lmfast::LMFAST_ISA {
 namespace {
 
+constexpr int kStep = 2;       // groups of 32 rows whose scores are in the first-level cache
+constexpr int kSumRows = 256;  // rows added to dV and dK at once
+
 struct GradTiles {
   char *p, *ds;   // B: (rows / 32, 4 tiles of keys)
   char* ds_rows;  // A: (rows / 16, 2 groups of 32 keys)
@@ -122,9 +125,9 @@ void bwd_unit_amx(const AttentionBwdArgs& a, const Unit& u) {
   float* s = scratch.take<float>(kChunk * kLanes);
   float* dp = scratch.take<float>(kChunk * kLanes);
   float* slope = scratch.take<float>(kChunk * kLanes);
-  const int64_t p_bytes = kChunk * kLanes * 2;
-  const GradTiles tiles{scratch.take<char>(p_bytes), scratch.take<char>(p_bytes),
-                        scratch.take<char>(p_bytes)};
+  char* p = scratch.take<char>(kSumRows * kLanes * 2);
+  char* ds = scratch.take<char>(kSumRows * kLanes * 2);
+  char* ds_rows = scratch.take<char>(kStep * 32 * kLanes * 2);
   const bool options = has_score_options(f);
   const VecF unit = VecF::set1(options ? 1.0f : f.scale * kLog2e);
   const size_t sum_bytes = sizeof(float) * static_cast<size_t>(kLanes * width);
@@ -150,30 +153,38 @@ void bwd_unit_amx(const AttentionBwdArgs& a, const Unit& u) {
       }
       const Span rows = count > 0 ? rows_of_keys(f, u.b, key) : Span{0, 0};
       if (rows.lo < rows.hi) pack_keys(f, u, key, count, columns, depth, kt);
-      for (int64_t t = rows.lo / 32 * 32; t < rows.hi; t += kChunk) {
+      for (int64_t t = rows.lo / 32 * 32; t < rows.hi; t += kSumRows) {
         const int64_t left = round_up(rows.hi - t, 32);
-        const int steps = static_cast<int>(left < kChunk ? left : kChunk) / 32;
-        for (int pair = 0; pair < 2; ++pair) {
-          score_rows(q, t, steps, kt.k_lanes, depth, pair, s);
-          score_rows(dout, t, steps, kt.v_lanes, depth, pair, dp);
-        }
-        if (options) apply_options_grad(f, u.b, h.head, t, 32 * steps, key, s, slope);
-        hide_invisible_keys(f, u.b, t, 32 * steps, key, s);
-        if (f.softcap > 0.0f) {
-          score_gradient_tiles<true>(h, t, steps, unit, s, dp, slope, tiles);
-        } else {
-          score_gradient_tiles<false>(h, t, steps, unit, s, dp, slope, tiles);
+        const int steps = static_cast<int>(left < kSumRows ? left : kSumRows) / 32;
+        for (int i = 0; i < steps; i += kStep) {
+          const int groups = steps - i < kStep ? steps - i : kStep;
+          const int64_t at = t + 32 * i;
+          for (int pair = 0; pair < 2; ++pair) {
+            score_rows(q, at, groups, kt.k_lanes, depth, pair, s);
+            score_rows(dout, at, groups, kt.v_lanes, depth, pair, dp);
+          }
+          if (options) apply_options_grad(f, u.b, h.head, at, 32 * groups, key, s, slope);
+          hide_invisible_keys(f, u.b, at, 32 * groups, key, s);
+          const int64_t done = i * kLaneTiles * kTileBytes;
+          const GradTiles tiles{p + done, ds + done, ds_rows};
+          if (f.softcap > 0.0f) {
+            score_gradient_tiles<true>(h, at, groups, unit, s, dp, slope, tiles);
+          } else {
+            score_gradient_tiles<false>(h, at, groups, unit, s, dp, slope, tiles);
+          }
+          for (int j = 0; j < groups; ++j) {
+            for (int d = 0; d < d_tiles; d += 2) {
+              add_square(ds_rows + j * 4 * kTileBytes, 2 * kTileBytes, kTileBytes,
+                         kt.k_rows + d * kTileBytes, kTileBytes, d_tiles * kTileBytes, 2,
+                         dq + (at + 32 * j) * width + 16 * d, width);
+            }
+          }
         }
         const int64_t row_tiles = t / 32 * d_tiles * kTileBytes;
         for (int d = 0; d < d_tiles; d += 2) {
           for (int v = 0; v < kLaneTiles; v += 2) {
-            output_square(dout_tiles + row_tiles, d_tiles, tiles.p, steps, d, v, dv_sum);
-            output_square(q_tiles + row_tiles, d_tiles, tiles.ds, steps, d, v, dk_sum);
-          }
-          for (int i = 0; i < steps; ++i) {
-            add_square(tiles.ds_rows + i * 4 * kTileBytes, 2 * kTileBytes, kTileBytes,
-                       kt.k_rows + d * kTileBytes, kTileBytes, d_tiles * kTileBytes, 2,
-                       dq + (t + 32 * i) * width + 16 * d, width);
+            output_square(dout_tiles + row_tiles, d_tiles, p, steps, d, v, dv_sum);
+            output_square(q_tiles + row_tiles, d_tiles, ds, steps, d, v, dk_sum);
           }
         }
       }

@@ -24,10 +24,10 @@
 namespace lmfast::LMFAST_ISA {
 namespace {
 
-// P^T in place of S^T, and its sums.
-LMFAST_INLINE void exponentials(QueryBlock& q, int n, float* s, VecF unit, float* out,
+// P^T in place of S^T, and its sums, from lane `first` on.
+LMFAST_INLINE void exponentials(QueryBlock& q, int first, int n, float* s, VecF unit, float* out,
                                 int64_t width) {
-  for (int i = 0; i < q.vecs * VecF::kWidth; i += VecF::kWidth) {
+  for (int i = first; i < q.vecs * VecF::kWidth; i += VecF::kWidth) {
     const VecF top = largest(s + i, n, unit);
     if (exceeds(q, i, top)) raise_maximum(q, i, top, out, width);
     const VecF m = VecF::zero() - VecF::load(q.m + i);
@@ -79,15 +79,26 @@ void fwd_unit(const AttentionArgs& a, const Unit& u) {
     }
     rows_to_lanes(q_rows, width, q.rows, static_cast<int>(width), q_lanes, kLanes, lanes);
     memset(out, 0, sizeof(float) * static_cast<size_t>(kLanes * width));
-    for (int64_t key = q.first; key < q.last; key += kChunk) {
-      const int n = static_cast<int>(q.last - key < kChunk ? q.last - key : kChunk);
-      gemm_f32<false, false>(n, lanes, width, k.data + key * k.stride, k.stride, q_lanes, kLanes, s,
-                             kLanes);
+    // Where the leading lanes see no more keys (the diagonal of a causal block) only the others go
+    // on, 16 lanes less every 16 keys: 4 % of the time at T = 1024.
+    int64_t past[kLanes / 16] = {};
+    for (int i = 0; i < q.rows; ++i) {
+      const int64_t hi = static_cast<int64_t>(q.hi[i]);
+      past[i / 16] = hi > past[i / 16] ? hi : past[i / 16];
+    }
+    int n = 0;
+    for (int64_t key = q.first, first = 0; key < q.last; key += n) {
+      while (past[first / 16] <= key) first += 16;
+      const int64_t end = past[first / 16] < key + kChunk ? past[first / 16] : key + kChunk;
+      n = static_cast<int>(end - key);
+      float* scores = s + first;
+      gemm_f32<false, false>(n, lanes - first, width, k.data + key * k.stride, k.stride,
+                             q_lanes + first, kLanes, scores, kLanes);
       if (options) apply_options(a, q, key, n, s, bias);
       hide_invisible(q, key, n, s);
-      exponentials(q, n, s, unit, out, width);
-      gemm_f32<true, true>(width, lanes, n, v.data + key * v.stride, v.stride, s, kLanes, out,
-                           kLanes);
+      exponentials(q, static_cast<int>(first), n, s, unit, out, width);
+      gemm_f32<true, true>(width, lanes - first, n, v.data + key * v.stride, v.stride, scores,
+                           kLanes, out + first, kLanes);
     }
     finish_block(a, q);
     store_block<T>(a, q, out, q_rows);

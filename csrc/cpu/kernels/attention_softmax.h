@@ -132,7 +132,7 @@ inline __attribute__((noinline)) void raise_maximum(QueryBlock& q, int i, VecF t
   const VecF moved = select_less(m, top, top, m), factor = exp2<6>(m - moved);
   moved.store(q.m + i);
   (VecF::load(q.l + i) * factor).store(q.l + i);
-  if (!(hmax(factor) > 0.0f)) return;  // the first chunk: there is nothing to rescale
+  if (!(hmax(m) > kLowest)) return;  // the first chunk: there is nothing to rescale
   for (int64_t d = 0; d < width; ++d) {
     float* p = out + d * kLanes + i;
     (VecF::load(p) * factor).store(p);
