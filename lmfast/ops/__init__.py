@@ -7,17 +7,23 @@ says which implementation a call would use.
 import lmfast.ops._gpu
 import lmfast.triton  # noqa: F401  (like _gpu, registers implementations)
 from lmfast.ops.add_rms_norm import add_rms_norm
+<<<<<<< HEAD
 from lmfast.ops.attention import attention
 from lmfast.ops.elman_rnn import elman_rnn
 from lmfast.ops.gru import gru
+=======
+from lmfast.ops.cross_entropy import cross_entropy
+>>>>>>> lce
 from lmfast.ops.linear_cross_entropy import linear_cross_entropy
 from lmfast.ops.lstm import lstm
 from lmfast.ops.rms_norm import rms_norm
 from lmfast.ops.rope import rope
 from lmfast.ops.rope_tables import rope_tables
+from lmfast.ops.selected_log_probs import selected_log_probs
 
 __all__ = [
     "add_rms_norm",
+<<<<<<< HEAD
     "attention",
     "elman_rnn",
     "gru",
@@ -26,4 +32,12 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_tables",
+=======
+    "cross_entropy",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rope",
+    "rope_tables",
+    "selected_log_probs",
+>>>>>>> lce
 ]

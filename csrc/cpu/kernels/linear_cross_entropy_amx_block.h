@@ -53,17 +53,21 @@ struct Holes {
 
 enum class Mode { kSum, kPlain, kMax };
 
-// Which parts of A and B are multiplied, in an order that changes one operand at a time (14 tile
-// loads for 24 products); the three pairs left out are below 2^-24 of the largest.
+// Which parts of A and B are multiplied. The small pairs come first, for all of the depth, and the
+// leading parts last: the sum then rounds as often as one of plain fp32 products. kSwap says that A
+// and B have changed roles, so that both passes make the same logits to the last bit: with logits
+// of 300, dweight is 4 times less exact otherwise. Among the small ones the order changes one
+// operand at a time: 16 tile loads for 24 products. The three pairs left out are below 2^-24 of the
+// largest.
 template <int kParts>
 struct Pairs {
-  static constexpr int kCount = 1;
+  static constexpr int kSmall = 0;
   static constexpr int a[] = {0}, b[] = {0};
 };
 template <>
 struct Pairs<3> {
-  static constexpr int kCount = 6;
-  static constexpr int a[] = {0, 0, 1, 1, 0, 2}, b[] = {2, 1, 1, 0, 0, 0};
+  static constexpr int kSmall = 5;
+  static constexpr int a[] = {0, 0, 1, 1, 2, 0}, b[] = {2, 1, 1, 0, 0, 0};
 };
 
 LMFAST_INLINE void zero_products() {
@@ -86,46 +90,62 @@ LMFAST_INLINE void store_products(float* c, int64_t row) {
   tile_store<3>(c + 16 * row + 16, 4 * row);
 }
 
-// Two by two products of pair i of parts, after those of pair i - 1: what they share is loaded.
-template <int kParts, int i>
-LMFAST_INLINE void dot_pair(const char* a, int64_t a_row, int64_t a_part, int64_t a_next,
-                            const char* b) {
+// Operands of 2 x 2 products: where step 0 lies, and the bytes to the next step, part and tile.
+struct Operands {
+  const char* a;
+  int64_t a_row, a_step, a_part, a_next;
+  const char* b;  // parts of 4 tiles
+};
+
+// Two by two products of pair i of parts, behind those of pair i - 1: what they share is loaded.
+template <int kParts, bool kSwap, int i>
+LMFAST_INLINE void dot_pair(const char* a, const char* b, const Operands& o) {
   using P = Pairs<kParts>;
+  constexpr bool kFirst = i == 0 || i == P::kSmall;
   constexpr int before = i == 0 ? 0 : i - 1;
-  if constexpr (i == 0 || P::a[i] != P::a[before]) {
-    tile_load<4>(a + P::a[i] * a_part, a_row);
-    tile_load<5>(a + P::a[i] * a_part + a_next, a_row);
+  constexpr int of_a = kSwap ? P::b[i] : P::a[i], of_b = kSwap ? P::a[i] : P::b[i];
+  if constexpr (kFirst || of_a != (kSwap ? P::b[before] : P::a[before])) {
+    tile_load<4>(a + of_a * o.a_part, o.a_row);
+    tile_load<5>(a + of_a * o.a_part + o.a_next, o.a_row);
   }
-  if constexpr (i == 0 || P::b[i] != P::b[before]) {
-    tile_load<6>(b + P::b[i] * 4 * kTileBytes, 64);
-    tile_dot<0, 4, 6>();
-    tile_dot<2, 5, 6>();
-    tile_load<7>(b + P::b[i] * 4 * kTileBytes + kTileBytes, 64);
-  } else {
-    tile_dot<0, 4, 6>();
-    tile_dot<2, 5, 6>();
+  if constexpr (kFirst || of_b != (kSwap ? P::a[before] : P::b[before])) {
+    tile_load<6>(b + of_b * 4 * kTileBytes, 64);
+    tile_load<7>(b + of_b * 4 * kTileBytes + kTileBytes, 64);
   }
+  tile_dot<0, 4, 6>();
+  tile_dot<2, 5, 6>();
   tile_dot<1, 4, 7>();
   tile_dot<3, 5, 7>();
 }
 
-// All pairs; between(i) runs behind pair i.
-template <int kParts, class Between>
-LMFAST_INLINE void dot_pairs(const char* a, int64_t a_row, int64_t a_part, int64_t a_next,
-                             const char* b, const Between& between) {
-  dot_pair<kParts, 0>(a, a_row, a_part, a_next, b);
-  between(0);
-  if constexpr (kParts == 3) {
-    dot_pair<kParts, 1>(a, a_row, a_part, a_next, b);
-    between(1);
-    dot_pair<kParts, 2>(a, a_row, a_part, a_next, b);
-    between(2);
-    dot_pair<kParts, 3>(a, a_row, a_part, a_next, b);
-    between(3);
-    dot_pair<kParts, 4>(a, a_row, a_part, a_next, b);
-    between(4);
-    dot_pair<kParts, 5>(a, a_row, a_part, a_next, b);
-    between(5);
+// `steps` steps of depth of all pairs; between() is called steps * (kSmall + 1) times.
+template <int kParts, bool kSwap, class Between>
+LMFAST_INLINE void dot_pairs(const Operands& o, int64_t steps, const Between& between) {
+  constexpr int kSmall = Pairs<kParts>::kSmall;
+  const char *a = o.a, *b = o.b;
+  for (int64_t k = 0; kSmall > 0 && k < steps; ++k) {
+    if constexpr (kSmall > 0) {
+      dot_pair<kParts, kSwap, 0>(a, b, o);
+      between();
+      dot_pair<kParts, kSwap, 1>(a, b, o);
+      between();
+      dot_pair<kParts, kSwap, 2>(a, b, o);
+      between();
+      dot_pair<kParts, kSwap, 3>(a, b, o);
+      between();
+      dot_pair<kParts, kSwap, 4>(a, b, o);
+      between();
+    }
+    a += o.a_step;
+    b += kParts * 4 * kTileBytes;
+  }
+  a = o.a;
+  b = o.b;
+  for (int64_t k = 0; k < steps; ++k) {
+    dot_pair<kParts, kSwap, kSmall>(a, b, o);
+    between();
+    a += o.a_step;
+    b += kParts * 4 * kTileBytes;
   }
 }
 
@@ -152,6 +172,8 @@ LMFAST_INLINE void exp_pair(const float* s, const float* row_add, const float* l
       __m512 x;
       if constexpr (kParts == 1) {
         x = _mm512_fmadd_ps(logit, _mm512_set1_ps(kLog2e), _mm512_add_ps(lane, row));
+      } else if constexpr (kMode == Mode::kPlain) {
+        x = _mm512_add_ps(_mm512_add_ps(logit, lane), row);  // the bias first, as in the other pass
       } else {
         x = _mm512_add_ps(_mm512_add_ps(logit, row), lane);
       }
@@ -187,7 +209,7 @@ LMFAST_INLINE void half_block(const LceAmxArgs& a, const StreamChunk& chunk, con
                               const Holes& holes, int64_t row, bool products, bool exponentials,
                               float* s, char* p, __m512* sum) {
   constexpr int kOther = 1 - kHalf, kPairs = 16;
-  const int64_t steps = a.depth / kTileDepth, total = steps * Pairs<kParts>::kCount;
+  const int64_t steps = a.depth / kTileDepth, total = steps * (Pairs<kParts>::kSmall + 1);
   const int64_t part_bytes = a.chunk * a.row_bytes, exp_row = kHalf == 0 ? row - 32 : row;
   const char* rows = chunk.rows + row * a.row_bytes;
   const float* before = s + kOther * 32 * 32;
@@ -202,13 +224,17 @@ LMFAST_INLINE void half_block(const LceAmxArgs& a, const StreamChunk& chunk, con
   };
   if (!products) return exponentiate_to(kPairs);
   zero_products();
-  for (int64_t k = 0; k < steps; ++k) {
-    dot_pairs<kParts>(rows + 64 * k, a.row_bytes, part_bytes, kTileRows * a.row_bytes,
-                      group.lanes + (k * kParts * 4 + 2 * kHalf) * kTileBytes, [&](int i) {
-                        const int64_t done = k * Pairs<kParts>::kCount + i + 1;
-                        if (exponentials) exponentiate_to(kPairs * done / total);
-                      });
-  }
+  int64_t done = 0;
+  const Operands operands = {rows,
+                             a.row_bytes,
+                             64,
+                             part_bytes,
+                             kTileRows * a.row_bytes,
+                             group.lanes + 2 * kHalf * kTileBytes};
+  dot_pairs<kParts, kMode == Mode::kPlain>(operands, steps, [&] {
+    ++done;
+    if (exponentials) exponentiate_to(kPairs * done / total);
+  });
   float* block = s + kHalf * 32 * 32;
   store_products(block, 32);
   for (int64_t i = 0; i < holes.count; ++i) {
@@ -249,10 +275,9 @@ void chunk_product(const LceAmxArgs& a, const StreamChunk& chunk, const char* p,
     for (int half = 0; half < 2; ++half) {
       float* c = acc + t * kTileRows * kLceLanes + 32 * half;
       add ? load_products(c) : zero_products();
-      for (int64_t k = 0; k < steps; ++k) {
-        dot_pairs<kParts>(columns + k * step_bytes, 64, kTileBytes, kParts * kTileBytes,
-                          p + (k * kParts * 4 + 2 * half) * kTileBytes, [](int) {});
-      }
+      const Operands operands = {
+          columns, 64, step_bytes, kTileBytes, kParts * kTileBytes, p + 2 * half * kTileBytes};
+      dot_pairs<kParts, false>(operands, steps, [] {});
       store_products(c, kLceLanes);
     }
   }
