@@ -7,13 +7,10 @@ says which implementation a call would use.
 import lmfast.ops._gpu
 import lmfast.triton  # noqa: F401  (like _gpu, registers implementations)
 from lmfast.ops.add_rms_norm import add_rms_norm
-<<<<<<< HEAD
 from lmfast.ops.attention import attention
+from lmfast.ops.cross_entropy import cross_entropy
 from lmfast.ops.elman_rnn import elman_rnn
 from lmfast.ops.gru import gru
-=======
-from lmfast.ops.cross_entropy import cross_entropy
->>>>>>> lce
 from lmfast.ops.linear_cross_entropy import linear_cross_entropy
 from lmfast.ops.lstm import lstm
 from lmfast.ops.rms_norm import rms_norm
@@ -23,8 +20,8 @@ from lmfast.ops.selected_log_probs import selected_log_probs
 
 __all__ = [
     "add_rms_norm",
-<<<<<<< HEAD
     "attention",
+    "cross_entropy",
     "elman_rnn",
     "gru",
     "linear_cross_entropy",
@@ -32,12 +29,5 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_tables",
-=======
-    "cross_entropy",
-    "linear_cross_entropy",
-    "rms_norm",
-    "rope",
-    "rope_tables",
     "selected_log_probs",
->>>>>>> lce
 ]
