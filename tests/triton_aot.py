@@ -113,7 +113,44 @@ def rope_cases(dtype: torch.dtype) -> Iterator[Case]:
         )
 
 
-CASES = (norm_cases, rope_cases)
+def attention_cases(dtype: torch.dtype) -> Iterator[Case]:
+    from lmfast.ops._attention_reference import Options
+    from lmfast.triton.attention import attention
+    from lmfast.triton.attention_backward import attention_backward
+
+    plain = Options(True, None, None, None, None, 0, 0.0, None, None, 0.125)
+    starts, heads = torch.zeros(2, dtype=torch.int64), torch.zeros(8)
+    every = plain._replace(
+        lengths=starts, window=100, softcap=30.0, sinks=heads, alibi=heads, offsets=starts
+    )
+    for length, head_dim, options in (
+        (512, 64, plain),
+        (512, 128, plain),
+        (512, 256, plain),
+        (512, 128, every._replace(mask=torch.ones(2, 8, 512, 512, dtype=torch.bool))),
+        (512, 64, every._replace(mask=torch.ones(2, 8, 512, 512, dtype=dtype), causal=False)),
+        (1, 64, plain._replace(lengths=starts)),
+        (1, 128, plain._replace(lengths=starts)),
+        (4, 256, every),
+    ):
+        if dtype == torch.float16 and head_dim != 128:
+            continue  # compiles like bfloat16, and these are the slowest to compile
+        q = torch.empty(2, 8, length, head_dim, dtype=dtype)
+        k = torch.empty(2, 2, 512, head_dim, dtype=dtype)
+        kind = f"{length}x{head_dim}" + (", every option" if options.window else "")
+        yield (
+            f"attention {kind}",
+            lambda q=q, k=k, o=options: attention(q, k, k, *o),
+        )
+        if length > 4:
+            lse = torch.empty(2, 8, length)
+            yield (
+                f"attention backward {kind}",
+                lambda q=q, k=k, o=options, s=lse: attention_backward(q, q, k, k, q, s, *o),
+            )
+
+
+CASES = (norm_cases, rope_cases, attention_cases)
 
 
 def main(out: str) -> None:
