@@ -6,11 +6,11 @@ queries then read each key once, and one decoding token of a group fills a matri
 few rows the keys are cut into parts that run side by side, and a second kernel joins them; a part
 is cut from the keys a row really has, so a long empty cache costs nothing.
 
-Scores and sums are fp32, to base e: with scores in base 2, fp32 results were off by twice what
-PyTorch's are. Weights are rounded to the dtype of v before they meet it, and the sum they are
-divided by is taken after that rounding, so that they still add up to one. fp32 is multiplied as
-three tf32 products on the matrix units: plain fp32 products spill 7.8 KB per thread at head size
-256.
+Scores and sums are fp32, in base 2 from the one multiplication that scales them: the backward
+takes the saved log-sum-exp from the very same numbers, so that large scores cancel. Weights are
+rounded to the dtype of v before they meet it, and the sum they are divided by is taken after that
+rounding, so that they still add up to one. fp32 is multiplied as three tf32 products on the matrix
+units: plain fp32 products spill 7.8 KB per thread at head size 256.
 """
 
 from __future__ import annotations
@@ -62,18 +62,21 @@ def scores_of(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """Scores, -inf where hidden, and d(score) / d(scaled product), of one tile."""
-    s = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
+    """Scores in base 2, -inf where hidden, and d(score) / d(scaled product), of one tile."""
+    log2_e: tl.constexpr = 1.4426950408889634
+    s = tl.dot(q, tl.trans(k), input_precision="tf32x3")
     slope_of_cap = s
     if SOFTCAP:
         # The interpreter and the compiler share no tanh.
-        cap = 1.0 - 2.0 / (1.0 + tl.exp(s * (2.0 / softcap)))
-        s = softcap * cap
+        cap = 1.0 - 2.0 / (1.0 + tl.exp(s * (2.0 * scale / softcap)))
+        s = cap * (softcap * log2_e)
         slope_of_cap = 1.0 - cap * cap
+    else:
+        s *= scale * log2_e
     seen = inside & (key < limit)[None, :]
     distance = key[None, :] - position[:, None]
     if slope is not None:
-        s += slope[:, None] * distance.to(tl.float32)
+        s += slope[:, None] * log2_e * distance.to(tl.float32)
     if CAUSAL:
         seen = seen & (distance <= 0)
     if WINDOW:
@@ -87,7 +90,7 @@ def scores_of(
         else:
             added = given.to(tl.float32)
             seen = seen & (added > mask_lowest)
-            s += tl.where(seen, added, 0.0)
+            s += tl.where(seen, added * log2_e, 0.0)
     return tl.where(seen, s, float("-inf")), slope_of_cap
 
 
@@ -213,12 +216,12 @@ def _attention_fwd_kernel(
         )
         new_top = tl.maximum(top, tl.max(s, axis=1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp(s - shift[:, None])
+        p = tl.exp2(s - shift[:, None])
         v = tl.load(v_base + key.to(tl.int64)[:, None] * v2 + d[None, :], mask=kv_mask, other=0.0)
         if DOT_FP32:
             v = v.to(tl.float32)
         p = p.to(v.dtype)
-        correction = tl.exp(top - shift)
+        correction = tl.exp2(top - shift)
         total = total * correction + tl.sum(p.to(tl.float32), axis=1)
         acc = tl.dot(p, v, acc * correction[:, None], input_precision="tf32x3")
         top = new_top
@@ -235,14 +238,14 @@ def _attention_fwd_kernel(
     else:
         seen = total > 0
         if sinks_ptr is not None:
-            sink = tl.load(sinks_ptr + head, mask=row < rows, other=0.0)
+            sink = tl.load(sinks_ptr + head, mask=row < rows, other=0.0) * log2_e
             new_top = tl.maximum(top, sink)
-            correction = tl.exp(top - new_top)
-            total = total * correction + tl.exp(sink - new_top)
+            correction = tl.exp2(top - new_top)
+            total = total * correction + tl.exp2(sink - new_top)
             acc *= correction[:, None]
             top = new_top
         acc = tl.where(seen[:, None], acc / tl.where(seen, total, 1.0)[:, None], 0.0)
-        lse = tl.where(seen, top * log2_e + tl.log2(tl.where(seen, total, 1.0)), float("inf"))
+        lse = tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("inf"))
         tl.store(lse_ptr + lse_at, lse, mask=row < rows)
         o_at = head.to(tl.int64) * o1 + token.to(tl.int64) * o2
         o_ptr = out_ptr + batch * o0 + o_at[:, None] + d[None, :]
@@ -279,20 +282,20 @@ def _attention_join_kernel(
     seen = shift > float("-inf")
     sink = shift
     if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + head)
+        sink = tl.load(sinks_ptr + head) * log2_e
         shift = tl.maximum(shift, sink)
     shift = tl.where(seen, shift, 0.0)
-    weight = tl.where(there, tl.exp(top - shift), 0.0)
+    weight = tl.where(there, tl.exp2(top - shift), 0.0)
     whole = tl.sum(total * weight, axis=0)
     if sinks_ptr is not None:
-        whole += tl.exp(sink - shift)
+        whole += tl.exp2(sink - shift)
     whole = tl.where(seen, whole, 1.0)
     mask = there[:, None] & (d < HEAD_DIM)[None, :]
     parts = tl.load(parts_ptr + at[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0.0)
     out = tl.where(seen, tl.sum(parts * weight[:, None], axis=0) / whole, 0.0)
     o_at = (row // length) // HEADS * o0 + head * o1 + (row % length) * o2
     tl.store(out_ptr + o_at + d, out.to(out_ptr.dtype.element_ty), mask=d < HEAD_DIM)
-    tl.store(lse_ptr + row, tl.where(seen, shift * log2_e + tl.log2(whole), float("inf")))
+    tl.store(lse_ptr + row, tl.where(seen, shift + tl.log2(whole), float("inf")))
 
 
 def tile(rows: int, q: Tensor) -> dict[str, int]:
@@ -376,6 +379,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, T
             *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o_strides, *mask_strides(o)),
             **constants,
             PARTS=splits > 1,
+            enable_fp_fusion=q.dtype != torch.float32,
             **shape,
         )
         if splits > 1:

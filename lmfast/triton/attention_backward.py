@@ -2,7 +2,9 @@
 
 Floor: 10 T S H D operations on the matrix units, 2.5 times the forward; the scores are computed
 again in both kernels (14 T S H D), which is what it costs that no (T, S) matrix is stored and that
-every sum has one owner, hence the same bits every run. The first kernel also leaves, per query, the
+every sum has one owner, hence the same bits every run. In fp32 the compiler may not fuse the
+subtraction of the log-sum-exp with the scaling before it: that would keep digits of one side only,
+which shows when scores are large. The first kernel also leaves, per query, the
 product of the output with its gradient, which the second one needs. Rows are packed as forward.
 """
 
@@ -75,7 +77,6 @@ def _attention_dq_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    log2_e: tl.constexpr = 1.4426950408889634
     kv_heads: tl.constexpr = HEADS // GROUP
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
@@ -144,7 +145,7 @@ def _attention_dq_kernel(
             WINDOW,
             SOFTCAP,
         )
-        p = tl.exp2(s * log2_e - lse[:, None])
+        p = tl.exp2(s - lse[:, None])
         dp = tl.dot(dout, tl.trans(v), input_precision="tf32x3")
         ds = p * (dp - delta[:, None])
         if SOFTCAP:
@@ -210,7 +211,6 @@ def _attention_dkv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    log2_e: tl.constexpr = 1.4426950408889634
     kv_heads: tl.constexpr = HEADS // GROUP
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
@@ -280,7 +280,7 @@ def _attention_dkv_kernel(
             WINDOW,
             SOFTCAP,
         )
-        p = tl.exp2(s * log2_e - lse[:, None])
+        p = tl.exp2(s - lse[:, None])
         dv = tl.dot(tl.trans(p.to(dout.dtype)), dout, dv, input_precision="tf32x3")
         dp = tl.dot(dout, tl.trans(v), input_precision="tf32x3")
         ds = p * (dp - delta[:, None])
@@ -329,6 +329,7 @@ def attention_backward(
             *(*in_strides, *out.stride()[:3], *dq.stride()[:3], *mask_strides(o)),
             **constants,
             **shape,
+            enable_fp_fusion=q.dtype != torch.float32,
         )
         _attention_dkv_kernel[(triton.cdiv(keys, shape["BLOCK_N"]), batch * kv_heads)](
             *(dout, q, k, v, lse, delta, dk, dv),
@@ -336,5 +337,6 @@ def attention_backward(
             *(*in_strides, *dk.stride()[:3], *dv.stride()[:3], *mask_strides(o)),
             **constants,
             **shape,
+            enable_fp_fusion=q.dtype != torch.float32,
         )
     return dq, dk, dv
