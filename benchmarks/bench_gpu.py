@@ -1,4 +1,4 @@
-"""The memory-bound operators on one NVIDIA GPU: bytes per second beside eager and torch.compile.
+"""The operators on one NVIDIA GPU: bytes or operations per second beside eager and torch.compile.
 
     python benchmarks/bench_gpu.py [--out benchmarks/results/gpu.json] [--filter rope]
 
@@ -39,6 +39,7 @@ class Case:
         make: fresh operands; differentiable ones require a gradient.
         variants: name -> function of the operands.
         moved: fewest bytes one call reads and writes.
+        flops: fewest operations on the matrix units, where those are the floor.
         backward: the gradients for random output gradients are part of the call.
     """
 
@@ -48,6 +49,7 @@ class Case:
     moved: int
     backward: bool = False
     call_time: bool = False
+    flops: int = 0
 
 
 def our_variants(op: str, function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
@@ -160,7 +162,44 @@ def rope_cases() -> Iterator[Case]:
                 )
 
 
-CASES = (norm_cases, rope_cases)
+def attention_cases() -> Iterator[Case]:
+    def variants(causal: bool) -> dict[str, Callable[..., Any]]:
+        return {
+            **our_variants(
+                "attention",
+                lambda q, k, v, backend: lmfast.ops.attention(q, k, v, backend=backend),
+            ),
+            "eager": lambda q, k, v: F.scaled_dot_product_attention(
+                q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+            ),
+        }
+
+    for head_dim in (64, 128):
+        for grad in (False, True):
+            shape = (4, 16, 4096, head_dim)
+            yield Case(
+                f"attention causal {'fwd+bwd' if grad else 'fwd'} {'x'.join(map(str, shape))}",
+                lambda s=shape, g=grad: tuple(operand(*s, grad=g) for _ in range(3)),
+                variants(True),
+                moved=4 * 4 * 16 * 4096 * head_dim * 2,
+                flops=2 * 4 * 16 * 4096**2 * head_dim * (7 if grad else 2) // 2,
+                backward=grad,
+            )
+    for batch, keys in ((1, 8192), (32, 8192), (8, 65536)):
+        yield Case(
+            f"attention decode {batch}x32/8x{keys}x128",
+            lambda b=batch, s=keys: (
+                operand(b, 32, 1, 128),
+                operand(b, 8, s, 128),
+                operand(b, 8, s, 128),
+            ),
+            variants(False),
+            moved=2 * batch * 8 * keys * 128 * 2,
+            call_time=batch == 1,
+        )
+
+
+CASES = (norm_cases, rope_cases, attention_cases)
 
 
 def run_once(case: Case, variant: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
@@ -245,6 +284,8 @@ def measure(case: Case, copy: float, l2: int) -> dict[str, Any]:
             "gb_per_s": case.moved / median / 1e9,
             "share_of_copy": case.moved / median / copy,
         }
+        if case.flops:
+            found["tflop_per_s"] = case.flops / median / 1e12
         if case.call_time:
             found["call_us"] = call_time(case, case.variants[name], sets[0]) * 1e6
         row["variants"][name] = found
@@ -258,6 +299,8 @@ def show(row: dict[str, Any]) -> None:
             cells.append(f"{name} failed: {found['error'][:60]}")
             continue
         text = f"{name} {found['us']:.1f} us {100 * found['share_of_copy']:.0f}%"
+        if "tflop_per_s" in found:
+            text = f"{name} {found['us']:.1f} us {found['tflop_per_s']:.0f} TFLOP/s"
         cells.append(text + (f" call {found['call_us']:.1f} us" if "call_us" in found else ""))
     print(f"{row['case']:<44} " + " | ".join(cells), flush=True)
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from op_checks import DTYPES, call, check_gradients, check_values, gradients, ops_with
 
 import lmfast
 from lmfast import _dispatch
 from lmfast._dispatch import Op
-from lmfast.testing import Sample, assert_within_error_rule
+from lmfast.testing import Sample, assert_within_error_rule, relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -96,6 +97,35 @@ def test_rope_of_model_sizes(backend: str, dtype: torch.dtype, interleaved: bool
             backend=backend,
         )
         assert all(torch.equal(a, b) for a, b in zip(inplace, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_is_as_close_as_sdpa(dtype: torch.dtype) -> None:
+    """At model sizes, forward and backward, beside PyTorch's own fused kernels in the dtype."""
+    for length, heads, kv_heads, head_dim in ((1000, 8, 2, 128), (515, 4, 4, 64), (300, 4, 1, 256)):
+        q = normal(2, length, heads, head_dim, dtype=dtype).transpose(1, 2).requires_grad_()
+        k = normal(2, kv_heads, length, head_dim, dtype=dtype).requires_grad_()
+        v = normal(2, kv_heads, length, head_dim, dtype=dtype).requires_grad_()
+        dout = normal(2, heads, length, head_dim, dtype=dtype)
+        wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+        exact = lmfast.ops.attention(*wide, backend="torch")
+        exact_grads = torch.autograd.grad(exact, wide, dout.double())
+        ours = lmfast.ops.attention(q, k, v, backend="triton")
+        grads = torch.autograd.grad(ours, (q, k, v), dout)
+        plain = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        plain_grads = torch.autograd.grad(plain, (q, k, v), dout)
+        for g, p, e in zip((ours, *grads), (plain, *plain_grads), (exact, *exact_grads)):
+            assert relative_error(g, e) <= 1.5 * relative_error(p, e)
+
+
+@pytest.mark.parametrize("keys", [257, 8192, 40000])
+def test_attention_decodes_on_a_long_cache(keys: int) -> None:
+    op = _dispatch.ops()["attention"]
+    q = normal(3, 8, 1, 128)
+    cache = normal(2, 3, 2, keys, 128)
+    lengths = torch.tensor([keys, 3, 0], device="cuda")
+    cache[:, 1, :, 3:] = torch.nan
+    check_values(op, Sample("", (q, *cache.unbind()), {"lengths": lengths}), "triton")
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
@@ -200,12 +230,18 @@ def test_operators_pass_opcheck(op: Op, backend: str) -> None:
         "rms_norm": ("rms_norm", "rms_norm_backward"),
         "add_rms_norm": ("add_rms_norm",),
         "rope": ("rope", "rope_"),
+        "attention": ("attention", "attention_backward"),
     }[op.name]
     x, weight = normal(3, 2, 64), normal(64)
     q, k = normal(2, 2, 3, 64), normal(2, 3, 1, 64).transpose(1, 2)
     cos, sin = lmfast.ops.rope_tables(8, 32, device="cuda")
     starts = torch.tensor([1, 4], device="cuda")
+    keys = normal(2, 1, 5, 64)
+    options = (True, None, starts, None, None, 0, 0.0, None, None, 0.125)
+    out, lse = torch.empty_like(q), torch.zeros(2, 2, 3, device="cuda")
     arguments = {
+        "attention": (q, keys, keys, *options),
+        "attention_backward": (q, q, keys, keys, out.zero_(), lse, *options),
         "rms_norm": (x, weight, 1e-6),
         "add_rms_norm": (x, x.clone(), None, 1e-6),
         "rms_norm_backward": (x, x, weight, 1e-6, x, True),
