@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,17 @@ from types import ModuleType
 import torch
 
 _PACKAGE = Path(__file__).parent
+
+
+def _build_report() -> dict[str, str]:
+    """What setup.py could not build, by module, and why; empty when it is not known."""
+    try:
+        return json.loads((_PACKAGE / "_build_report.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+_not_built = _build_report()
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,7 @@ def _load_operators(name: str) -> Extension:
     path = _PACKAGE / f"{name}.so"
     if not path.exists():
         return Extension(
-            name, None, f"{name} was not built (pip install . says why; needs a C++17 compiler)"
+            name, None, f"{name} was not built: {_not_built.get(name, 'no build ran')}"
         )
     try:
         torch.ops.load_library(str(path))
@@ -50,17 +62,16 @@ def _load_operators(name: str) -> Extension:
 def _load_cuda() -> Extension:
     if torch.version.cuda is None:
         return Extension("_cuda", None, "this torch is built without CUDA")
-    extension = _load_operators("_cuda")
-    if extension.path is None:
-        return Extension("_cuda", None, "_cuda was not built (needs nvcc and a CUDA torch)")
-    return extension
+    return _load_operators("_cuda")
 
 
 def _load_module(name: str) -> Extension:
     try:
         module = importlib.import_module(f"lmfast.{name}")
     except ImportError as error:
-        reason = f"{name} was not built" if error.name == f"lmfast.{name}" else str(error)
+        reason = str(error)
+        if error.name == f"lmfast.{name}":
+            reason = f"{name} was not built: {_not_built.get(name, 'no build ran')}"
         return Extension(name, None, reason)
     file = module.__file__
     return Extension(name, Path(file) if file else None, None, module=module)

@@ -24,7 +24,7 @@ DType dtype_of(const Tensor& t, const char* name) {
 void check_rows(const Tensor& t, const char* name) {
   LMFAST_CHECK(t.is_cpu(), name, " must be a CPU tensor");
   LMFAST_CHECK(t.dim() >= 1, name, " must have at least one dimension");
-  LMFAST_CHECK(t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, name,
+  LMFAST_CHECK(t.numel() == 0 || t.size(t.dim() - 1) == 1 || t.stride(t.dim() - 1) == 1, name,
                " must have stride 1 in its last dimension, got ", t.stride(t.dim() - 1));
 }
 

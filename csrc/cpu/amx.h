@@ -11,7 +11,7 @@
 // literal tile numbers, where templates need constants.
 #pragma once
 
-#include "simd.h"
+#include "simd_transpose.h"
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__)
 #define LMFAST_AMX 1
@@ -19,8 +19,8 @@
 namespace lmfast::LMFAST_ISA {
 namespace {
 
-constexpr int kTileRows = 16;    // rows of A and C, columns of B and C
-constexpr int kTileDepth = 32;   // bf16 in a row of A: the k of one product
+constexpr int kTileRows = 16;   // rows of A and C, columns of B and C
+constexpr int kTileDepth = 32;  // bf16 in a row of A: the k of one product
 constexpr int kTileBytes = 1024;
 
 // Turns the tiles on for the calling thread and releases them at the end of the scope: a thread
@@ -76,11 +76,13 @@ LMFAST_INLINE __m512i load_pairs(const float* p, int n) {
   return to_pairs(VecF::load(p, n > 0 ? n : 0).v, VecF::load(p + 16, n > 16 ? n - 16 : 0).v);
 }
 
-// Rows k and k + 1, 16 floats each, rounded to bf16 as one VNNI row: even k in the low halves.
+// Rows k and k + 1, 16 floats each, rounded to bf16 as one VNNI row: even k in the low halves. Ties
+// round away from zero; cvtne2ps and a permutation take 2.5 cycles a vector where this takes 1.
 LMFAST_INLINE __m512i interleave_rounded(__m512 even, __m512 odd) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
-                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(order, to_pairs(even, odd));
+  const __m512i half = _mm512_set1_epi32(0x8000);
+  const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(even), half), 16);
+  const __m512i high = _mm512_add_epi32(_mm512_castps_si512(odd), half);
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, low, high);
 }
 // Rows k and k + 1, 32 bf16 each, as two VNNI rows: columns 0-15 and 16-31.
 LMFAST_INLINE void interleave(__m512i even, __m512i odd, __m512i* first, __m512i* second) {
@@ -91,37 +93,6 @@ LMFAST_INLINE void interleave(__m512i even, __m512i odd, __m512i* first, __m512i
                        22, 53, 21, 52, 20, 51, 19, 50, 18, 49, 17, 48, 16);
   *first = _mm512_permutex2var_epi16(even, low, odd);
   *second = _mm512_permutex2var_epi16(even, high, odd);
-}
-
-// Transposes 16 rows of 16 32-bit words in registers.
-LMFAST_INLINE void transpose_words(__m512i (&r)[16]) {
-  __m512i t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
-    t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-    t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-    t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-    r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
-    r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-    r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
-  }
 }
 
 // One tile from rows of T (bf16 or float, `stride` elements apart), of which `rows` exist with

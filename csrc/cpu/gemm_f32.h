@@ -31,9 +31,7 @@ inline __attribute__((noinline)) void gemm_tile(const float* a, int64_t a_stride
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) {
-      sum[m][v] = VecF::zero();
-    }
+    for (int v = 0; v < kVecs; ++v) sum[m][v] = VecF::zero();
   }
   for (int64_t k = 0; k < depth; ++k) {
     VecF row[kVecs];
@@ -52,9 +50,10 @@ inline __attribute__((noinline)) void gemm_tile(const float* a, int64_t a_stride
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
-      float* out = c + m * c_stride + v * W;
-      if constexpr (kAdd) sum[m][v] = sum[m][v] + VecF::load(out);
-      sum[m][v].store(out);
+      float* p = c + m * c_stride + v * W;
+      // Added last: a chain of additions is as long as `depth`, not as all products into C.
+      if constexpr (kAdd) sum[m][v] = sum[m][v] + VecF::load(p);
+      sum[m][v].store(p);
     }
   }
 }

@@ -29,11 +29,11 @@ Weight check_weight(const std::optional<Tensor>& weight, DType dtype, int64_t wi
   return {w.const_data_ptr(), type};
 }
 
-// Weight gradients are summed over blocks of rows whose number depends on the shape alone.
-int64_t rows_per_block(int64_t rows, int64_t width) {
-  constexpr int64_t kMaxBlocks = 64, kElementsPerBlock = 16384;
-  const int64_t at_least = (rows + kMaxBlocks - 1) / kMaxBlocks;
-  return std::max({int64_t{1}, at_least, kElementsPerBlock / std::max<int64_t>(1, width)});
+// Weight gradients are summed over blocks of rows whose size depends on the shape alone: short
+// chains of additions, at least 8 rows so that the partial sums stay small beside x.
+int64_t rows_per_block(int64_t width) {
+  constexpr int64_t kElements = 32768;
+  return std::clamp<int64_t>(kElements / std::max<int64_t>(1, width), 8, 32);
 }
 
 void forward(const Tensor& x, const Tensor* residual, const std::optional<Tensor>& weight,
@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x,
     a.dsum = dsum->const_data_ptr();
   }
   a.rows = row_layout({&x, &dy, &dx, dsum.has_value() ? &*dsum : nullptr});
-  a.rows_per_block = rows_per_block(a.rows.count, a.width);
+  a.rows_per_block = rows_per_block(a.width);
   const int64_t blocks = (a.rows.count + a.rows_per_block - 1) / a.rows_per_block;
 
   const bool dweight_wanted = need_dweight && weight.has_value();

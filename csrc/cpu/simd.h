@@ -47,7 +47,6 @@ struct VecD {
   }
   LMFAST_INLINE void store(double* p) const { *p = v; }
   LMFAST_INLINE void store(float* p) const { *p = static_cast<float>(v); }
-  LMFAST_INLINE void stream(double* p) const { *p = v; }
   template <class T>
   LMFAST_INLINE void store(T* p, int n) const {
     if (n > 0) store(p);

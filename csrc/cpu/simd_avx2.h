@@ -74,13 +74,6 @@ struct VecF {
   LMFAST_INLINE void store(float* p, int n) const { _mm256_maskstore_ps(p, mask(n), v); }
   LMFAST_INLINE void store(bf16* p, int n) const { store16(p, to_bf16(v), n); }
   LMFAST_INLINE void store(f16* p, int n) const { store16(p, to_f16(v), n); }
-  LMFAST_INLINE void stream(float* p) const { _mm256_stream_ps(p, v); }
-  LMFAST_INLINE void stream(bf16* p) const {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_bf16(v));
-  }
-  LMFAST_INLINE void stream(f16* p) const {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_f16(v));
-  }
 };
 
 LMFAST_INLINE VecF operator+(VecF a, VecF b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -115,7 +108,6 @@ LMFAST_INLINE VecF scale_by_power_of_two(VecF a, VecF n) {
   const __m256 f2 = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
   return {_mm256_mul_ps(_mm256_mul_ps(a.v, f1), f2)};
 }
-LMFAST_INLINE void store_fence() { _mm_sfence(); }
 
 }  // namespace
 }  // namespace lmfast::LMFAST_ISA

@@ -80,14 +80,6 @@ struct VecF {
     _mm256_mask_storeu_epi16(p, mask(n), to_bf16(v));
   }
   LMFAST_INLINE void store(f16* p, int n) const { _mm256_mask_storeu_epi16(p, mask(n), to_f16(v)); }
-  // Around the cache; p aligned to the size written.
-  LMFAST_INLINE void stream(float* p) const { _mm512_stream_ps(p, v); }
-  LMFAST_INLINE void stream(bf16* p) const {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16(v));
-  }
-  LMFAST_INLINE void stream(f16* p) const {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_f16(v));
-  }
 };
 
 LMFAST_INLINE VecF operator+(VecF a, VecF b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -106,7 +98,6 @@ LMFAST_INLINE VecF round_to_int(VecF a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 LMFAST_INLINE VecF scale_by_power_of_two(VecF a, VecF n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-LMFAST_INLINE void store_fence() { _mm_sfence(); }
 
 }  // namespace
 }  // namespace lmfast::LMFAST_ISA

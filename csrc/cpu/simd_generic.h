@@ -97,10 +97,6 @@ struct VecF {
   LMFAST_INLINE void store(T* p, int n) const {
     for (int i = 0; i < n && i < 4; ++i) from_float(v[i], p + i);
   }
-  template <class T>
-  LMFAST_INLINE void stream(T* p) const {
-    store(p);
-  }
 };
 
 LMFAST_INLINE VecF operator+(VecF a, VecF b) { return {a.v + b.v}; }
@@ -135,7 +131,6 @@ LMFAST_INLINE VecF scale_by_power_of_two(VecF a, VecF n) {
   memcpy(&f2, &b2, 16);
   return {a.v * f1 * f2};
 }
-LMFAST_INLINE void store_fence() {}
 
 }  // namespace
 }  // namespace lmfast::LMFAST_ISA

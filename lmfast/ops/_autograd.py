@@ -1,4 +1,4 @@
-"""Gradients of gradients: fused backward operators have none, the references do."""
+"""Calling autograd functions cheaply, and gradients of gradients."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``, without its cost in plain eager calls.
+
+    A function with ``setup_context`` (which ``torch.func`` needs) has its signature inspected at
+    every ``apply``: measured 28 us against 8 us for the call below, on a 256-element RMSNorm.
+    Every argument of ``forward`` must be given.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def recording_backward() -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lmfast._dispatch import Op, implementation, register, register_op, select
-from lmfast.ops._autograd import differentiate, recording_backward
+from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import check_same_device, check_tensor, define, needs_grad
 from lmfast.ops._library import with_unit_last_stride as _rows
 from lmfast.ops.rms_norm import OP as RMS_NORM
@@ -66,7 +66,7 @@ def add_rms_norm(
     if chosen.backend == "torch":
         return _reference(*args)
     if needs_grad(x, residual, weight):
-        return _AddRMSNorm.apply(*args, chosen.backend)
+        return apply(_AddRMSNorm, *args, chosen.backend)
     return chosen.forward(*args)
 
 
@@ -135,9 +135,10 @@ class _AddRMSNorm(torch.autograd.Function):
             return dsum, dsum, None, None, None
         if recording_backward():
             dx, dweight = differentiate(
-                lambda *t: RMS_NORM.reference(*t, ctx.eps), (total, weight), (dy,)
+                lambda x, w: RMS_NORM.reference(x, w, ctx.eps), (total, weight), (dy,)
             )
-            dx = dx if dsum is None else dx + dsum
+            if dsum is not None and dx is not None:
+                dx = dx + dsum
             return dx, dx, dweight, None, None
         backward = implementation("add_rms_norm", ctx.backend).backward
         assert backward is not None
@@ -160,6 +161,7 @@ OP = register_op(
         reference=_reference,
         check=_check,
         sample_inputs=_samples,
+        differentiable=("x", "residual", "weight"),
     )
 )
 

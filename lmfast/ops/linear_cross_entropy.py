@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lmfast._dispatch import Op, implementation, register, register_op, select
-from lmfast.ops._autograd import differentiate, recording_backward
+from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import (
     define,
     needs_grad,
@@ -106,7 +106,7 @@ def linear_cross_entropy(
     chosen = select(OP, args, backend)
     if needs_grad(hidden, weight, bias):
         wanted = tuple(t is not None and t.requires_grad for t in (hidden, weight, bias))
-        return _LinearCrossEntropy.apply(*args, chosen.backend, wanted)[0]
+        return apply(_LinearCrossEntropy, *args, chosen.backend, wanted)[0]
     return _with_gradients(chosen.backend, None, args)[0]
 
 
@@ -310,6 +310,7 @@ OP = register_op(
         reference=_reference,
         check=check_linear_cross_entropy,
         sample_inputs=linear_cross_entropy_samples,
+        differentiable=("hidden", "weight", "bias"),
     )
 )
 

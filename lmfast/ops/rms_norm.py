@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lmfast._dispatch import Op, implementation, register, register_op, select
-from lmfast.ops._autograd import differentiate, recording_backward
+from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import (
     accumulation_dtype,
     check_same_device,
@@ -61,7 +61,7 @@ def rms_norm(
     if chosen.backend == "torch":
         return _reference(*args)
     if needs_grad(x, weight):
-        return _RMSNorm.apply(*args, chosen.backend)
+        return apply(_RMSNorm, *args, chosen.backend)
     return chosen.forward(*args)
 
 
@@ -131,8 +131,9 @@ def _backward_fake(
     dsum: Tensor | None,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
-    wanted = need_dweight and weight is not None
-    return torch.empty_like(x), torch.empty_like(weight) if wanted else x.new_empty(0)
+    if weight is None or not need_dweight:
+        return torch.empty_like(x), x.new_empty(0)
+    return torch.empty_like(x), torch.empty_like(weight)
 
 
 _forward_op = define("rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor", _forward_fake)
@@ -158,11 +159,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         if recording_backward():
-            return (
-                *differentiate(lambda *t: _reference(*t, ctx.eps), (x, weight), (dy,)),
-                None,
-                None,
-            )
+            grads = differentiate(lambda x, w: _reference(x, w, ctx.eps), (x, weight), (dy,))
+            return *grads, None, None
         backward = implementation("rms_norm", ctx.backend).backward
         assert backward is not None
         need_dweight = weight is not None and ctx.needs_input_grad[1]
@@ -213,6 +211,7 @@ OP = register_op(
         reference=_reference,
         check=_check,
         sample_inputs=_samples,
+        differentiable=("x", "weight"),
     )
 )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lmfast._dispatch import Op, implementation, register, register_op, select
+from lmfast.ops._autograd import apply
 from lmfast.ops._library import (
     accumulation_dtype,
     check_same_device,
@@ -74,7 +75,7 @@ def rope(
     args = _check(q, k, cos, sin, interleaved=interleaved, positions=positions, inplace=inplace)
     chosen = select(OP, args, backend)
     if needs_grad(q, k) and chosen.backend != "torch":
-        return _Rope.apply(*args[:7], chosen.backend)
+        return apply(_Rope, *args[:7], chosen.backend, False)
     return chosen.forward(*args)
 
 
@@ -285,7 +286,7 @@ class _Rope(torch.autograd.Function):
         offset: int,
         interleaved: bool,
         backend: str,
-        inverse: bool = False,
+        inverse: bool,
     ) -> tuple[Tensor, Tensor]:
         rotate = implementation("rope", backend).backward
         assert rotate is not None
@@ -293,18 +294,16 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, _, cos, sin, positions, ctx.offset, ctx.interleaved, ctx.backend, *inverse = inputs
-        ctx.inverse = bool(inverse and inverse[0])
+        _, _, cos, sin, positions, ctx.offset, ctx.interleaved, ctx.backend, ctx.inverse = inputs
         ctx.save_for_backward(cos, sin, positions)
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Any, ...]:
         settings = (*ctx.saved_tensors, ctx.offset, ctx.interleaved, ctx.backend, not ctx.inverse)
-        grads = (
-            _Rope.apply(dq, dk, *settings)
-            if needs_grad(dq, dk)
-            else _Rope.forward(dq, dk, *settings)
-        )
+        if needs_grad(dq, dk):
+            grads = apply(_Rope, dq, dk, *settings)
+        else:
+            grads = _Rope.forward(dq, dk, *settings)
         return (*grads, *(None,) * 7)
 
 
@@ -364,6 +363,7 @@ OP = register_op(
         reference=_reference,
         check=_check,
         sample_inputs=_samples,
+        differentiable=("q", "k"),
     )
 )
 

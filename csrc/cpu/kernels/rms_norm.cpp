@@ -5,10 +5,16 @@
 // squares, then scaling), and the backward recomputes the sum of squares in the pass that it needs
 // anyway for sum(dy * w * x), so nothing but x is saved.
 //
+// Measured on 4096 x 2048, 2 cores with AVX-512: the hardware's prefetch stops at each 4 KB page,
+// and asking for the next row while the present one is scaled took the forward from 1.42 to 1.20 ms
+// (fp32; a plain copy takes 1.18) and from 0.89 to 0.72 ms (bf16; copy 0.60), the backward from 3.3
+// to 2.5 and 1.6 to 1.4. Stores around the cache made the forward slower (2.8 ms) and whatever
+// reads its output next too, so there are none.
+//
 // The weight gradient is a sum over rows. Each block of rows keeps its own partial row, and the
-// partial rows are added in order afterwards. The number of blocks depends on the shape only, so
-// the result does not depend on the number of threads; short chains of additions also keep its
-// error at or below PyTorch's (one long fp32 chain per thread is 5x worse).
+// partial rows are added in order afterwards. The blocks depend on the shape only, so the result
+// does not depend on the number of threads; short chains of additions keep its error at PyTorch's
+// (one long fp32 chain per thread is 5x worse).
 //
 // Formulas: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467.
 #include "rms_norm.h"
@@ -25,6 +31,12 @@ LMFAST_INLINE void for_each_vector(int64_t width, const Full& full, const Part& 
   int64_t i = 0;
   for (; i + V::kWidth <= width; i += V::kWidth) full(i);
   if (i < width) part(i, static_cast<int>(width - i));
+}
+
+// Asks for the cache line at p + i. Never faults, so p may point past the last row.
+template <class T>
+LMFAST_INLINE void prefetch(const T* p, int64_t i) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + i * static_cast<int64_t>(sizeof(T)));
 }
 
 template <class T>
@@ -62,8 +74,9 @@ LMFAST_INLINE AccOf<T> add_and_sum_of_squares(const T* a, const T* b, T* out, in
   return sum_of_squares(out, width);
 }
 
-template <class T, class W, bool kWeight, bool kStream>
-LMFAST_INLINE void scale_row(const T* x, const W* w, T* y, int64_t width, AccOf<T> rstd) {
+template <class T, class W, bool kWeight>
+LMFAST_INLINE void scale_row(const T* x, const W* w, T* y, int64_t width, AccOf<T> rstd,
+                             const T* next) {
   using V = VecOf<T>;
   const V r = V::set1(rstd);
   for_each_vector<V>(
@@ -71,11 +84,8 @@ LMFAST_INLINE void scale_row(const T* x, const W* w, T* y, int64_t width, AccOf<
       [&](int64_t i) {
         V v = V::load(x + i) * r;
         if constexpr (kWeight) v = v * V::load(w + i);
-        if constexpr (kStream) {
-          v.stream(y + i);
-        } else {
-          v.store(y + i);
-        }
+        v.store(y + i);
+        prefetch(next, i);
       },
       [&](int64_t i, int n) {
         V v = V::load(x + i, n) * r;
@@ -90,7 +100,7 @@ LMFAST_INLINE AccOf<T> reciprocal_rms(AccOf<T> squares, int64_t width, double ep
   return A(1) / square_root(squares / static_cast<A>(width) + static_cast<A>(eps));
 }
 
-template <class T, class W, bool kWeight, bool kStream>
+template <class T, class W, bool kWeight>
 void fwd_rows(const RmsNormFwdArgs& a, int64_t begin, int64_t end) {
   const T* x = static_cast<const T*>(a.x);
   const T* residual = static_cast<const T*>(a.residual);
@@ -98,8 +108,9 @@ void fwd_rows(const RmsNormFwdArgs& a, int64_t begin, int64_t end) {
   T* y = static_cast<T*>(a.y);
   T* s = static_cast<T*>(a.sum);
   RowCursor<4> at(a.rows, begin);
-  for (int64_t row = begin; row < end; ++row, at.next()) {
+  for (int64_t row = begin; row < end; ++row) {
     const T* normed = x + at[0];
+    T* out = y + at[1];
     AccOf<T> squares;
     if (residual != nullptr) {
       squares = add_and_sum_of_squares(normed, residual + at[2], s + at[3], a.width);
@@ -108,27 +119,21 @@ void fwd_rows(const RmsNormFwdArgs& a, int64_t begin, int64_t end) {
       squares = sum_of_squares(normed, a.width);
     }
     const AccOf<T> rstd = reciprocal_rms<T>(squares, a.width, a.eps);
-    scale_row<T, W, kWeight, kStream>(normed, w, y + at[1], a.width, rstd);
+    at.next();
+    scale_row<T, W, kWeight>(normed, w, out, a.width, rstd, x + at[0]);
   }
-  if (kStream) store_fence();
 }
 
 template <class T, class W>
 void fwd_typed(const RmsNormFwdArgs& a, int64_t begin, int64_t end) {
-  if (a.weight == nullptr) {
-    a.stream ? fwd_rows<T, W, false, true>(a, begin, end)
-             : fwd_rows<T, W, false, false>(a, begin, end);
-  } else {
-    a.stream ? fwd_rows<T, W, true, true>(a, begin, end)
-             : fwd_rows<T, W, true, false>(a, begin, end);
-  }
+  a.weight == nullptr ? fwd_rows<T, W, false>(a, begin, end) : fwd_rows<T, W, true>(a, begin, end);
 }
 
 // One row of the backward: dx = r * (u - x * r^2 * mean(u * x)) + dsum with u = dy * w, r = 1/rms,
 // and dw += dy * x * r.
-template <class T, class W, bool kWeight, bool kDweight, bool kDsum, bool kStream>
+template <class T, class W, bool kWeight, bool kDweight, bool kDsum>
 LMFAST_INLINE void bwd_row(const T* x, const T* dy, const W* w, const T* dsum, T* dx, AccOf<T>* dw,
-                           int64_t width, double eps) {
+                           int64_t width, double eps, const T* next_x, const T* next_dy) {
   using V = VecOf<T>;
   V s0 = V::zero(), s1 = V::zero(), p0 = V::zero(), p1 = V::zero();
   int64_t i = 0;
@@ -168,11 +173,9 @@ LMFAST_INLINE void bwd_row(const T* x, const T* dy, const W* w, const T* dsum, T
         if constexpr (kDweight) fmadd(dyv, xv * r, V::load(dw + j)).store(dw + j);
         V g = gradient(xv, dyv, wv);
         if constexpr (kDsum) g = g + V::load(dsum + j);
-        if constexpr (kStream) {
-          g.stream(dx + j);
-        } else {
-          g.store(dx + j);
-        }
+        g.store(dx + j);
+        prefetch(next_x, j);
+        prefetch(next_dy, j);
       },
       [&](int64_t j, int n) {
         const V xv = V::load(x + j, n), dyv = V::load(dy + j, n);
@@ -185,7 +188,7 @@ LMFAST_INLINE void bwd_row(const T* x, const T* dy, const W* w, const T* dsum, T
       });
 }
 
-template <class T, class W, bool kWeight, bool kDweight, bool kDsum, bool kStream>
+template <class T, class W, bool kWeight, bool kDweight, bool kDsum>
 void bwd_blocks(const RmsNormBwdArgs& a, int64_t begin, int64_t end) {
   const T* x = static_cast<const T*>(a.x);
   const T* dy = static_cast<const T*>(a.dy);
@@ -202,23 +205,22 @@ void bwd_blocks(const RmsNormBwdArgs& a, int64_t begin, int64_t end) {
       memset(dw, 0, sizeof(AccOf<T>) * static_cast<size_t>(a.width));
     }
     RowCursor<4> at(a.rows, first);
-    for (int64_t row = first; row < last; ++row, at.next()) {
-      bwd_row<T, W, kWeight, kDweight, kDsum, kStream>(x + at[0], dy + at[1], w, dsum + at[3],
-                                                       dx + at[2], dw, a.width, a.eps);
+    for (int64_t row = first; row < last; ++row) {
+      const T* row_x = x + at[0];
+      const T* row_dy = dy + at[1];
+      T* row_dx = dx + at[2];
+      const T* row_dsum = dsum + at[3];
+      at.next();
+      bwd_row<T, W, kWeight, kDweight, kDsum>(row_x, row_dy, w, row_dsum, row_dx, dw, a.width,
+                                              a.eps, x + at[0], dy + at[1]);
     }
   }
-  if (kStream) store_fence();
 }
 
 template <class T, class W, bool kWeight, bool kDweight>
 void bwd_flags(const RmsNormBwdArgs& a, int64_t begin, int64_t end) {
-  if (a.dsum != nullptr) {
-    bwd_blocks<T, W, kWeight, kDweight, true, false>(a, begin, end);
-  } else if (a.stream) {
-    bwd_blocks<T, W, kWeight, kDweight, false, true>(a, begin, end);
-  } else {
-    bwd_blocks<T, W, kWeight, kDweight, false, false>(a, begin, end);
-  }
+  a.dsum != nullptr ? bwd_blocks<T, W, kWeight, kDweight, true>(a, begin, end)
+                    : bwd_blocks<T, W, kWeight, kDweight, false>(a, begin, end);
 }
 
 template <class T, class W>
@@ -239,9 +241,16 @@ void add_blocks(const RmsNormDweightArgs& a, int64_t begin, int64_t end) {
   using V = VecOf<A>;
   for (int64_t j = begin; j < end; j += V::kWidth) {
     const int n = static_cast<int>(end - j < V::kWidth ? end - j : V::kWidth);
+    // In groups, so that no chain of additions grows with the number of rows.
+    constexpr int64_t kGroup = 64;
     V total = V::zero();
-    for (int64_t block = 0; block < a.blocks; ++block) {
-      total = total + V::load(blocks + block * a.width + j, n);
+    for (int64_t first = 0; first < a.blocks; first += kGroup) {
+      const int64_t last = first + kGroup < a.blocks ? first + kGroup : a.blocks;
+      V group = V::zero();
+      for (int64_t block = first; block < last; ++block) {
+        group = group + V::load(blocks + block * a.width + j, n);
+      }
+      total = total + group;
     }
     total.store(dw + j, n);
   }

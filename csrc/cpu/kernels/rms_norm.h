@@ -17,8 +17,7 @@ struct RmsNormFwdArgs {
   const void* residual;  // null: plain rms_norm
   const void* weight;    // null: all ones
   void* y;
-  void* sum;    // x + residual; null without residual
-  bool stream;  // write y around the cache (aligned rows only)
+  void* sum;  // x + residual; null without residual
 };
 
 struct RmsNormBwdArgs {
@@ -36,7 +35,6 @@ struct RmsNormBwdArgs {
   // (blocks, width), float (double for kF64): sums of dy * x / rms over each block's rows.
   // null: the weight needs no gradient.
   void* dweight_blocks;
-  bool stream;
 };
 
 struct RmsNormDweightArgs {

@@ -1,0 +1,139 @@
+"""Measuring an op beside its peers: interleaved in one process, medians, shares of a ceiling.
+
+    pytest benchmarks --benchmark-enable --benchmark-only [--allocator default] [--results FILE]
+
+Every round runs each peer once and then ours, on the same tensors, so that whatever else the
+machine does hits all of them alike. The allocator setting is for the whole process and for all.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lmfast
+from lmfast import _extension
+
+ROWS: list[dict[str, Any]] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--allocator",
+        choices=("tuned", "default"),
+        default="tuned",
+        help="tuned: lmfast.tune_allocator() first, for ours and the peers; default: glibc's own",
+    )
+    parser.addoption("--results", type=Path, help="write the rows as JSON to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--allocator") == "tuned":
+        lmfast.tune_allocator()
+
+
+@pytest.fixture
+def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Measures ``ours`` against ``peers`` and keeps a row for the table at the end.
+
+    Args of the function:
+        name: the row's name.
+        ours: what is measured.
+        peers: name -> the same work by other means.
+        moved: bytes read and written by the work at least; gives GB/s and, beside a measured
+            copy of as many bytes, the share of that ceiling.
+        rounds: how many times each is run.
+    """
+
+    def run(
+        name: str,
+        ours: Callable[[], Any],
+        peers: dict[str, Callable[[], Any]],
+        moved: int | None = None,
+        rounds: int = 21,
+    ) -> None:
+        peers = dict(peers)
+        if moved is not None:
+            source = torch.empty(max(1, moved // 2), dtype=torch.uint8)
+            peers["copy"] = source.clone
+        times: dict[str, list[float]] = {peer: [] for peer in peers}
+        for function in (*peers.values(), ours):
+            function()
+            function()
+
+        def run_peers() -> None:
+            for peer, function in peers.items():
+                start = time.perf_counter()
+                function()
+                times[peer].append(time.perf_counter() - start)
+
+        benchmark.group = name
+        benchmark.pedantic(ours, setup=run_peers, rounds=rounds)
+        if benchmark.stats is None:  # --benchmark-disable: everything ran once, nothing is timed
+            return
+        median = benchmark.stats.stats.median
+        row: dict[str, Any] = {"name": name, "lmfast_ms": median * 1e3}
+        for peer, values in times.items():
+            row[f"{peer}_ms"] = statistics.median(values) * 1e3
+        if moved is not None:
+            row["GB_per_s"] = moved / median / 1e9
+        benchmark.extra_info.update(row)
+        ROWS.append(row)
+
+    return run
+
+
+def machine(config: pytest.Config) -> dict[str, Any]:
+    name = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in _lines("/proc/cpuinfo")
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return {
+        "processor": name,
+        "threads": torch.get_num_threads(),
+        "cpu_level": _extension.cpu_isa(),
+        "torch": torch.__version__,
+        "lmfast": lmfast.__version__,
+        "python": platform.python_version(),
+        "allocator": config.getoption("--allocator"),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if not ROWS:
+        return
+    write = terminalreporter.write_line
+    write("")
+    write("medians in ms; (x): the peer's time over ours; copy: a plain copy of as many bytes")
+    for row in ROWS:
+        cells = [f"{row['name']:<42} lmfast {row['lmfast_ms']:8.3f}"]
+        for key, value in row.items():
+            peer = key.removesuffix("_ms")
+            if key.endswith("_ms") and peer != "lmfast":
+                cells.append(f"{peer} {value:8.3f} ({value / row['lmfast_ms']:.2f}x)")
+        write("  ".join(cells))
+    path = config.getoption("--results")
+    if path is not None:
+        rows = [{k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()} for r in ROWS]
+        path.write_text(json.dumps({"machine": machine(config), "rows": rows}, indent=1) + "\n")
+        write(f"rows written to {path}")

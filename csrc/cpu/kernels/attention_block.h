@@ -1,0 +1,143 @@
+// What the forward and backward attention kernels share: scratch memory, the query rows of a unit,
+// and which keys they see.
+#pragma once
+
+#include "../simd_exp.h"
+#include "attention.h"
+
+namespace lmfast::LMFAST_ISA {
+namespace {
+
+constexpr int kLanes = static_cast<int>(kAttentionLanes);
+constexpr int kChunk = static_cast<int>(kAttentionChunk);
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLowest = -3.402823466e38f;
+constexpr float kInfinity = __builtin_inff();
+
+// Hands out 64-byte aligned pieces of a participant's scratch.
+class Scratch {
+ public:
+  explicit Scratch(void* base) : next_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* p = reinterpret_cast<T*>(next_);
+    next_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return p;
+  }
+
+ private:
+  char* next_;
+};
+
+// One (batch row, key/value head) and a range of its query rows or keys.
+struct Unit {
+  int64_t b, kv_head, range;
+};
+LMFAST_INLINE Unit unit_at(const AttentionArgs& a, int64_t i) {
+  const int64_t pair = i / a.ranges;
+  // Later ranges see more keys: hand those out first.
+  return {pair / a.kv_heads, pair % a.kv_heads, a.ranges - 1 - i % a.ranges};
+}
+
+struct Span {
+  int64_t lo, hi;  // lo <= hi
+};
+LMFAST_INLINE int64_t clamp(int64_t x, int64_t lo, int64_t hi) {
+  return x < lo ? lo : (x > hi ? hi : x);
+}
+// The keys that query t of batch row b sees, before any mask.
+LMFAST_INLINE Span visible_keys(const AttentionArgs& a, int64_t b, int64_t t) {
+  const int64_t p = a.offsets[b] + t, keys = a.lengths[b];
+  int64_t lo = 0, hi = keys;
+  if (a.causal) hi = clamp(p + 1, 0, keys);
+  if (a.window > 0) {
+    lo = clamp(p - a.window + 1, 0, keys);
+    if (!a.causal) hi = clamp(p + a.window, 0, keys);
+  }
+  return {lo < hi ? lo : hi, hi};
+}
+
+// The query rows of a unit are numbered through the heads of its group: row = g * T + t.
+struct Row {
+  int64_t head, t;
+};
+LMFAST_INLINE Row row_at(const AttentionArgs& a, const Unit& u, int64_t row) {
+  const int64_t group = a.heads / a.kv_heads;
+  return {u.kv_head * group + row / a.length, row % a.length};
+}
+// The rows of a unit of the forward: the whole group's, cut into a.ranges parts at block limits.
+LMFAST_INLINE Span unit_rows(const AttentionArgs& a, const Unit& u) {
+  const int64_t all = a.heads / a.kv_heads * a.length;
+  const int64_t blocks = (all + kLanes - 1) / kLanes, per = (blocks + a.ranges - 1) / a.ranges;
+  return {clamp(u.range * per * kLanes, 0, all), clamp((u.range + 1) * per * kLanes, 0, all)};
+}
+// A span that holds every key these rows see.
+LMFAST_INLINE Span keys_of_rows(const AttentionArgs& a, const Unit& u, Span rows) {
+  if (rows.lo >= rows.hi) return {0, 0};
+  int64_t first = rows.lo % a.length, last = (rows.hi - 1) % a.length;
+  if (rows.hi - rows.lo >= a.length || first > last) {
+    first = 0;
+    last = a.length - 1;
+  }
+  // Both limits only grow with t; a row that sees nothing widens the span at most.
+  const Span all{visible_keys(a, u.b, first).lo, visible_keys(a, u.b, last).hi};
+  return all.lo < all.hi ? all : Span{0, 0};
+}
+template <class T>
+LMFAST_INLINE const T* row_of(const AttentionTensor& x, int64_t b, int64_t head, int64_t row) {
+  return static_cast<const T*>(x.data) + b * x.batch + head * x.head + row * x.row;
+}
+template <class T>
+LMFAST_INLINE T* mutable_row_of(const AttentionTensor& x, int64_t b, int64_t head, int64_t row) {
+  return const_cast<T*>(row_of<T>(x, b, head, row));
+}
+
+// tanh with a relative error of a few 1e-8 everywhere: near 0 an odd polynomial (Cephes), since
+// 1 - 2 / (e^2x + 1) cancels there.
+LMFAST_INLINE VecF tanh(VecF x) {
+  const VecF z = x * x, one = VecF::set1(1.0f), two = VecF::set1(2.0f);
+  VecF p = VecF::set1(-5.70498872745e-3f);
+  p = fmadd(p, z, VecF::set1(2.06390887954e-2f));
+  p = fmadd(p, z, VecF::set1(-5.37397155531e-2f));
+  p = fmadd(p, z, VecF::set1(1.33314422036e-1f));
+  p = fmadd(p, z, VecF::set1(-3.33332819422e-1f));
+  const VecF near = fmadd(p * z, x, x);
+  const VecF far = one - two / (exp(x * two) + one);
+  return select_less(z, VecF::set1(0.390625f), near, far);
+}
+
+LMFAST_INLINE bool has_score_options(const AttentionArgs& a) {
+  // A scale that is not positive would turn the largest product into the smallest score.
+  return a.softcap > 0.0f || a.alibi != nullptr || a.mask_kind != MaskKind::kNone ||
+         !(a.scale > 0.0f);
+}
+
+// log2(e) times what the mask adds to a score; -inf hides the key.
+LMFAST_INLINE float mask_value(MaskKind kind, const void* mask, int64_t at) {
+  switch (kind) {
+    case MaskKind::kBool:
+      return static_cast<const unsigned char*>(mask)[at] != 0 ? 0.0f : -kInfinity;
+    case MaskKind::kF32: {
+      const float x = static_cast<const float*>(mask)[at];
+      return x <= kLowest ? -kInfinity : x * kLog2e;
+    }
+    case MaskKind::kBF16: {
+      const uint16_t bits = static_cast<const uint16_t*>(mask)[at];
+      const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+      float x;
+      memcpy(&x, &wide, 4);
+      return bits == 0xff7f || bits == 0xff80 ? -kInfinity : x * kLog2e;
+    }
+    case MaskKind::kF16: {
+      float x[VecF::kWidth];
+      VecF::load(static_cast<const f16*>(mask) + at, 1).store(x);
+      return x[0] <= -65504.0f ? -kInfinity : x[0] * kLog2e;
+    }
+    case MaskKind::kNone:
+      break;
+  }
+  return 0.0f;
+}
+
+}  // namespace
+}  // namespace lmfast::LMFAST_ISA

@@ -1,0 +1,164 @@
+// What the backward attention kernels share, on blocks of scores with query rows as rows and 64
+// keys as lanes: the probabilities again, and the gradient of the scores.
+#pragma once
+
+#include "../simd_transpose.h"
+#include "attention_block.h"
+
+namespace lmfast::LMFAST_ISA {
+namespace {
+
+// One query head of a unit, row by row: lse (inf for rows of padding), and dout . out.
+struct HeadRows {
+  int64_t head;
+  float *lse, *delta;
+};
+
+// The rows t in [lo, hi) that see a key of [key, key + kLanes).
+LMFAST_INLINE Span rows_of_keys(const AttentionArgs& a, int64_t b, int64_t key) {
+  // Both limits of visible_keys only grow with t.
+  const auto first = [&](auto&& passed) {
+    int64_t lo = 0, hi = a.length;
+    while (lo < hi) {
+      const int64_t middle = (lo + hi) / 2;
+      passed(visible_keys(a, b, middle)) ? hi = middle : lo = middle + 1;
+    }
+    return lo;
+  };
+  const int64_t lo = first([&](Span s) { return s.hi > key; });
+  const int64_t hi = first([&](Span s) { return s.lo >= key + kLanes; });
+  return {lo, lo < hi ? hi : lo};
+}
+
+template <class T>
+void describe_head(const AttentionBwdArgs& a, int64_t b, HeadRows& h, int64_t padded) {
+  constexpr int W = VecF::kWidth;
+  const AttentionArgs& f = a.fwd;
+  const float* lse = f.lse + (b * f.heads + h.head) * f.length;
+  for (int64_t t = 0; t < f.length; ++t) {
+    const T* out = row_of<T>(f.out, b, h.head, t);
+    const T* dout = row_of<T>(a.dout, b, h.head, t);
+    VecF total = VecF::zero();
+    for (int64_t d = 0; d < f.head_dim; d += W) {
+      const int n = static_cast<int>(f.head_dim - d < W ? f.head_dim - d : W);
+      total = fmadd(VecF::load(out + d, n), VecF::load(dout + d, n), total);
+    }
+    h.delta[t] = sum(total);
+    h.lse[t] = lse[t];
+  }
+  for (int64_t t = f.length; t < padded; ++t) {
+    h.delta[t] = 0.0f;
+    h.lse[t] = kInfinity;
+  }
+}
+
+// Scores of rows [t, t + n) to log2 units with softcap, ALiBi and mask applied. With a softcap,
+// `slope` gets the derivative of the capped score.
+inline __attribute__((noinline)) void apply_options_grad(const AttentionArgs& a, int64_t b,
+                                                         int64_t head, int64_t t, int n,
+                                                         int64_t key, float* s, float* slope) {
+  constexpr int W = VecF::kWidth;
+  const VecF scale = VecF::set1(a.scale), log2e = VecF::set1(kLog2e), one = VecF::set1(1.0f);
+  const VecF cap = VecF::set1(a.softcap), inverse = VecF::set1(a.scale / a.softcap);
+  const VecF hidden = VecF::set1(-kInfinity);
+  const int count = static_cast<int>(a.keys - key < kLanes ? a.keys - key : kLanes);
+  alignas(64) float bias[kLanes] = {};
+  for (int j = 0; j < n && t + j < a.length; ++j) {
+    if (a.mask_kind != MaskKind::kNone) {
+      int64_t at = b * a.mask_stride[0] + head * a.mask_stride[1] + (t + j) * a.mask_stride[2] +
+                   key * a.mask_stride[3];
+      for (int i = 0; i < count; ++i, at += a.mask_stride[3]) {
+        bias[i] = mask_value(a.mask_kind, a.mask, at);
+      }
+    }
+    if (a.alibi != nullptr) {
+      const float per_key = a.alibi[head] * kLog2e;
+      for (int i = 0; i < count; ++i) {
+        const float distance = static_cast<float>(key + i - a.offsets[b] - t - j) * per_key;
+        bias[i] = a.mask_kind == MaskKind::kNone ? distance : bias[i] + distance;
+      }
+    }
+    for (int i = 0; i < kLanes; i += W) {
+      float* p = s + j * kLanes + i;
+      VecF x = VecF::load(p);
+      if (a.softcap > 0.0f) {
+        const VecF y = tanh(x * inverse);
+        (one - y * y).store(slope + j * kLanes + i);
+        x = cap * y;
+      } else {
+        x = x * scale;
+      }
+      const VecF add = VecF::load(bias + i);
+      select_less(hidden, add, fmadd(x, log2e, add), hidden).store(p);
+    }
+  }
+}
+
+// -inf where row t + j does not see a key.
+LMFAST_INLINE void hide_invisible_keys(const AttentionArgs& a, int64_t b, int64_t t, int n,
+                                       int64_t key, float* s) {
+  constexpr int W = VecF::kWidth;
+  alignas(64) float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<float>(i);
+  const VecF hidden = VecF::set1(-kInfinity);
+  for (int j = 0; j < n && t + j < a.length; ++j) {
+    const Span seen = visible_keys(a, b, t + j);
+    if (seen.lo <= key && seen.hi >= key + kLanes) continue;
+    const VecF lo = VecF::set1(static_cast<float>(seen.lo - key));
+    const VecF hi = VecF::set1(static_cast<float>(seen.hi - key));
+    for (int i = 0; i < kLanes; i += W) {
+      float* p = s + j * kLanes + i;
+      const VecF lane = VecF::load(lanes + i);
+      VecF x = select_less(lane, hi, VecF::load(p), hidden);
+      select_less(lane, lo, hidden, x).store(p);
+    }
+  }
+}
+
+// Rows of a finished dQ to their tensor, or unscaled to this range's partial sums.
+template <class T>
+void store_dq(const AttentionBwdArgs& a, const Unit& u, int64_t head, const float* dq,
+              int64_t width) {
+  constexpr int W = VecF::kWidth;
+  const AttentionArgs& f = a.fwd;
+  if (a.dq_partial != nullptr) {
+    const int64_t group = f.heads / f.kv_heads;
+    const int64_t slot = (u.b * f.kv_heads + u.kv_head) * f.ranges + u.range;
+    float* out = a.dq_partial + (slot * group + head % group) * f.length * width;
+    memcpy(out, dq, sizeof(float) * static_cast<size_t>(f.length * width));
+    return;
+  }
+  const VecF scale = VecF::set1(f.scale);
+  for (int64_t t = 0; t < f.length; ++t) {
+    T* out = mutable_row_of<T>(a.dq, u.b, head, t);
+    for (int64_t d = 0; d < f.head_dim; d += W) {
+      const int n = static_cast<int>(f.head_dim - d < W ? f.head_dim - d : W);
+      (VecF::load(dq + t * width + d, n) * scale).store(out + d, n);
+    }
+  }
+}
+
+// Keys of a unit of the backward: a.ranges parts at block limits.
+LMFAST_INLINE Span unit_keys(const AttentionArgs& a, const Unit& u) {
+  const int64_t blocks = (a.keys + kLanes - 1) / kLanes, per = (blocks + a.ranges - 1) / a.ranges;
+  return {clamp(u.range * per * kLanes, 0, a.keys), clamp((u.range + 1) * per * kLanes, 0, a.keys)};
+}
+
+// dK and dV of a block of keys, from columns to rows.
+template <class T>
+void store_dkv(const AttentionBwdArgs& a, const Unit& u, int64_t key, const float* dk,
+               const float* dv) {
+  const AttentionArgs& f = a.fwd;
+  const int count = static_cast<int>(f.keys - key < kLanes ? f.keys - key : kLanes);
+  const int width = static_cast<int>(f.head_dim);
+  alignas(64) float factor[kLanes];
+  for (float& x : factor) x = f.scale;
+  lanes_to_rows(dk, kLanes, factor, count, width, mutable_row_of<T>(a.dk, u.b, u.kv_head, key),
+                a.dk.row);
+  for (float& x : factor) x = 1.0f;
+  lanes_to_rows(dv, kLanes, factor, count, width, mutable_row_of<T>(a.dv, u.b, u.kv_head, key),
+                a.dv.row);
+}
+
+}  // namespace
+}  // namespace lmfast::LMFAST_ISA

@@ -1,0 +1,38 @@
+// Rows of any storage type as fp32 rows, for the attention kernels that compute in fp32.
+#pragma once
+
+#include "attention_block.h"
+
+namespace lmfast::LMFAST_ISA {
+namespace {
+
+template <class T>
+LMFAST_INLINE void to_float_row(const T* in, int64_t n, float* out) {
+  constexpr int W = VecF::kWidth;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) VecF::load(in + i).store(out + i);
+  if (i < n) VecF::load(in + i, static_cast<int>(n - i)).store(out + i, static_cast<int>(n - i));
+}
+
+// fp32 rows of a tensor: where they are, or a copy.
+struct FloatRows {
+  const float* data;
+  int64_t stride;
+};
+
+template <class T>
+FloatRows float_rows(const AttentionTensor& x, int64_t b, int64_t head, Span rows, int64_t width,
+                     float* copy) {
+  const T* first = row_of<T>(x, b, head, 0);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    // Rows far apart share few sets of the first-level cache.
+    if (x.row == width) return {reinterpret_cast<const float*>(first), width};
+  }
+  for (int64_t j = rows.lo; j < rows.hi; ++j) {
+    to_float_row(first + j * x.row, width, copy + (j - rows.lo) * width);
+  }
+  return {copy - rows.lo * width, width};
+}
+
+}  // namespace
+}  // namespace lmfast::LMFAST_ISA

@@ -1,0 +1,84 @@
+"""What is installed, what was loaded or why not, and which op runs where."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib import metadata
+
+import torch
+
+from lmfast import _dispatch, _extension
+
+
+def info() -> str:
+    """A report for people and bug reports: versions, processor, modules, op x backend table.
+
+    Returns:
+        Lines of text, also printed by ``python -m lmfast info``.
+
+    Example:
+        >>> import lmfast
+        >>> print(lmfast.info().splitlines()[0])  # doctest: +ELLIPSIS
+        lmfast ...
+    """
+    return "\n".join([*_versions(), "", *_processor(), "", *_modules(), "", *_table()])
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _versions() -> list[str]:
+    from lmfast import __version__
+
+    cuda = torch.version.cuda or "none"
+    return [
+        f"lmfast {__version__}, torch {torch.__version__} (CUDA {cuda}), Python "
+        f"{platform.python_version()} on {sys.platform} {platform.machine()}",
+        f"triton {_version('triton')}, numpy {_version('numpy')}, "
+        f"transformers {_version('transformers')}",
+    ]
+
+
+def _processor() -> list[str]:
+    lines = [f"threads: {torch.get_num_threads()}"]
+    if _extension.cpu.loaded:
+        levels = " ".join(_extension.available_cpu_isas())
+        lines.append(f"CPU level: {_extension.cpu_isa()} (of {levels}; LMFAST_CPU_ISA lowers it)")
+        lines.append(f"CPU features: {_extension.cpu_features() or 'none known'}")
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        lines.append(f"GPU: {torch.cuda.get_device_name()} (compute capability {major}.{minor})")
+    else:
+        lines.append("GPU: none that torch can use")
+    return lines
+
+
+def _modules() -> list[str]:
+    return [
+        f"{extension.name}: {'loaded' if extension.loaded else extension.reason}"
+        for extension in (_extension.cpu, _extension.bpe, _extension.cuda)
+    ]
+
+
+def _table() -> list[str]:
+    """Op x backend: 'forward' or 'fwd+bwd' where written, '-' where not."""
+    names = _dispatch.BACKENDS
+    width = max(len(name) for name in _dispatch.ops()) + 2
+    lines = ["op".ljust(width) + "".join(b.ljust(10) for b in names)]
+    for name, op in sorted(_dispatch.ops().items()):
+        cells = []
+        for backend in names:
+            implementation = op.implementations.get(backend)
+            if implementation is None:
+                cells.append("-")
+            elif backend == "torch" or implementation.backward is not None:
+                cells.append("fwd+bwd")
+            else:
+                cells.append("forward")
+        lines.append(name.ljust(width) + "".join(c.ljust(10) for c in cells))
+    return lines

@@ -1,0 +1,89 @@
+"""The command line: `lmfast COMMAND`, the same as `python -m lmfast COMMAND`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from lmfast.commands.formatting import HelpFormatter
+
+# The module of a command is imported when it is the one that runs.
+_COMMANDS = {
+    "demo": "train and compare both models on real text: the main job",
+    "train": "train a model on text files",
+    "generate": "continue a prompt with a trained model",
+    "tokenizer": "train, apply and invert a tokenizer",
+    "info": "print versions, processor features and the table of operators and backends",
+    "bench": "time the operators against plain PyTorch",
+    "profile": "show where a training step spends its time",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status.
+
+    0 is success, 1 an error of the input or the run, told in one line on stderr, 2 a wrong command
+    line, 130 Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows a "?"
+            stream.reconfigure(errors="replace")
+    parser = _parser(arguments[0] if arguments else None)
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("lmfast: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone; nothing is left to tell it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, ValueError, RuntimeError, ImportError, MemoryError) as error:
+        if options.traceback:
+            raise
+        print(f"lmfast {options.command}: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _parser(chosen: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lmfast",
+        description="Language models that train and generate fast on a CPU or one NVIDIA GPU.",
+        epilog="lmfast COMMAND --help explains a command.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, summary in _COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            formatter_class=HelpFormatter,
+        )
+        if name == chosen:
+            module = importlib.import_module(f"lmfast.commands.{name}")
+            module.add_arguments(command)
+            command.add_argument(
+                "--traceback", action="store_true", help="show where an error comes from"
+            )
+            command.set_defaults(run=module.run)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *args: object) -> None:
+        import lmfast
+
+        print(f"lmfast {lmfast.__version__}")
+        parser.exit()
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    text = str(error) or type(error).__name__
+    return " ".join(text.split())

@@ -1,0 +1,157 @@
+"""What the trainable language models have in common: logits, loss and stateful steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lmfast import ops
+
+_REGISTRY: dict[str, type[LanguageModel]] = {}
+
+
+class LanguageModel(nn.Module):
+    """Base of models that map ids (B, T) to the logits of the next token (B, T, V).
+
+    A subclass names its `kind`, keeps its constructor arguments in `self.options`, and gives
+    `hidden`, `head`, `new_state` and `advance`; the rest is here. `kind` and `options` are what a
+    checkpoint's JSON stores, and `build_model` makes the model again from them.
+    """
+
+    kind: ClassVar[str]
+    vocab_size: int
+    pad_idx: int | None
+    options: dict[str, Any]
+    embedding: nn.Embedding
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _REGISTRY[cls.kind] = cls
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The JSON-ready description from which `build_model` makes an equal model."""
+        return {"model": self.kind, **self.options}
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Return the features (B, T, E) that the output layer turns into logits."""
+        raise NotImplementedError
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Return weight (V, E) and bias (V) or None of the output layer."""
+        raise NotImplementedError
+
+    def new_state(self, batch: int, capacity: int | None = None) -> Any:
+        """Return the state before the first token, with room for `capacity` tokens if it grows."""
+        raise NotImplementedError
+
+    def advance(self, ids: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
+        """Return the features (B, T, E) of the next tokens and the state after them."""
+        raise NotImplementedError
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Map ids (B, T) int64 to logits (B, T, V)."""
+        return self._logits(self.hidden(ids))
+
+    def loss(self, ids: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
+        """Mean cross-entropy of the targets, without ever holding all logits.
+
+            loss = mean over targets != ignore_index of -log softmax(hidden W^T + b)[target]
+
+        Args:
+            ids, targets: (B, T) int64.
+            ignore_index: targets with this value count for nothing.
+
+        Returns:
+            A scalar; 0 with zero gradients if every target is ignored.
+
+        Backends: those of `lmfast.ops.linear_cross_entropy`.
+
+        Example:
+            >>> import torch
+            >>> from lmfast.models import DecoderLanguageModel
+            >>> model = DecoderLanguageModel(50, 16, 2, 1, 0)
+            >>> model.loss(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).shape
+            torch.Size([])
+        """
+        if targets.shape != ids.shape:
+            raise ValueError(
+                f"targets must have the shape of ids {tuple(ids.shape)}, got {tuple(targets.shape)}"
+            )
+        weight, bias = self.head()
+        return ops.linear_cross_entropy(
+            self.hidden(ids), weight, targets, bias=bias, ignore_index=ignore_index
+        )
+
+    def step(self, ids: Tensor, state: Any, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Feed the next tokens and return the logits of the one that follows.
+
+        Args:
+            ids: (B, T) int64, T >= 1; T = 1 when decoding, more for a prompt.
+            state: from `new_state` or the previous call. A key/value cache is extended in place.
+            lengths: (B,) int64, number of real tokens of each right-padded row, at least 1; None
+                = all T.
+
+        Returns:
+            Logits (B, V) after each row's last real token, and the state to pass next.
+        """
+        features, state = self.advance(ids, state, lengths)
+        if lengths is None:
+            last = features[:, -1]  # (B, E)
+        else:
+            last = features[torch.arange(len(ids), device=ids.device), lengths - 1]
+        return self._logits(last), state
+
+    def num_parameters(self) -> int:
+        """Return the number of trainable values, shared ones counted once."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    def _logits(self, features: Tensor) -> Tensor:
+        weight, bias = self.head()
+        return nn.functional.linear(features, weight, bias)
+
+    def _clear_padding(self) -> None:
+        if self.pad_idx is not None:
+            with torch.no_grad():
+                self.embedding.weight[self.pad_idx].zero_()
+
+
+def check_sizes(vocab_size: int, emb_dim: int, pad_idx: int | None) -> None:
+    """Raise ValueError for sizes no model can have."""
+    if vocab_size < 1 or emb_dim < 1:
+        raise ValueError(
+            f"vocab_size and emb_dim must be at least 1, got {vocab_size} and {emb_dim}"
+        )
+    if pad_idx is not None and not 0 <= pad_idx < vocab_size:
+        raise ValueError(f"pad_idx must be in 0..{vocab_size - 1} or None, got {pad_idx}")
+
+
+def build_model(config: Mapping[str, Any]) -> LanguageModel:
+    """Make a model from the mapping its `config` property returned.
+
+    Args:
+        config: `{"model": kind, **constructor arguments}`.
+
+    Returns:
+        A model with newly initialised parameters.
+
+    Raises:
+        ValueError: the kind is unknown or an argument does not belong to it.
+
+    Example:
+        >>> from lmfast.models import RecurrentLanguageModel
+        >>> model = RecurrentLanguageModel(100, 16, 2, 0)
+        >>> build_model(model.config).num_parameters() == model.num_parameters()
+        True
+    """
+    options = dict(config)
+    kind = options.pop("model", None)
+    if kind not in _REGISTRY:
+        raise ValueError(f"unknown model {kind!r}; known: {', '.join(sorted(_REGISTRY))}")
+    try:
+        return _REGISTRY[kind](**options)
+    except TypeError as error:
+        raise ValueError(f"the configuration of the {kind} model is not valid: {error}") from error

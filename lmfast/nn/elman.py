@@ -1,0 +1,138 @@
+"""The Elman recurrent network: a stack of simple tanh units."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ElmanUnit(nn.Module):
+    """One layer of the stack: a matrix for the input, one for the state, one bias.
+
+        h_t = tanh(x_t Wh + h_{t-1} Uh + b)
+
+    Args:
+        dim: width E of input and state; parameters `Uh` (E, E), `Wh` (E, E), `b` (E).
+
+    Returns:
+        Called with x (B, E) and h (B, E), the next state (B, E).
+
+    Source: Elman 1990, "Finding Structure in Time".
+
+    Example:
+        >>> import torch
+        >>> unit = ElmanUnit(3)
+        >>> unit(torch.zeros(2, 3), torch.zeros(2, 3)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, got {dim}")
+        self.Uh = nn.Parameter(torch.empty(dim, dim))
+        self.Wh = nn.Parameter(torch.empty(dim, dim))
+        self.b = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform matrices, zero bias."""
+        nn.init.xavier_uniform_(self.Uh)
+        nn.init.xavier_uniform_(self.Wh)
+        nn.init.zeros_(self.b)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(torch.addmm(self.b, x, self.Wh).addmm(h, self.Uh))
+
+    def scan(self, x: Tensor, h: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run over all steps of x (T, B, E) from state h (B, E).
+
+        `valid` (T, B, 1) is False behind a row's end: the state stays and the output is zero there.
+        """
+        # The input product of all steps in one call; only the recurrent one is left in the loop.
+        projected = torch.matmul(x, self.Wh) + self.b  # (T, B, E)
+        states = []
+        for t, step in enumerate(projected.unbind(0)):
+            new = torch.tanh(torch.addmm(step, h, self.Uh))
+            h = new if valid is None else torch.where(valid[t], new, h)
+            states.append(h)
+        if not states:
+            return projected, h
+        y = torch.stack(states)
+        return (y if valid is None else y * valid), h
+
+
+class ElmanRNN(nn.Module):
+    """A stack of Elman layers over a batch of sequences.
+
+        h[l]_t = tanh(x[l]_t Wh[l] + h[l]_{t-1} Uh[l] + b[l]),   x[l+1] = h[l]
+
+    Args:
+        emb_dim: width E of every layer.
+        num_layers: number L of layers; parameters `rnn_units.{l}.Uh|Wh|b`.
+
+    Raises:
+        ValueError: a size is not positive, or a state or length does not fit the input.
+
+    Backends: PyTorch.
+
+    Source: Elman 1990, "Finding Structure in Time".
+
+    Example:
+        >>> import torch
+        >>> rnn = ElmanRNN(3, 2)
+        >>> y, state = rnn.forward_with_state(torch.zeros(4, 5, 3))
+        >>> y.shape, state.shape
+        (torch.Size([4, 5, 3]), torch.Size([2, 4, 3]))
+    """
+
+    def __init__(self, emb_dim: int, num_layers: int) -> None:
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+        self.emb_dim = emb_dim
+        self.num_layers = num_layers
+        self.rnn_units = nn.ModuleList(ElmanUnit(emb_dim) for _ in range(num_layers))
+
+    def units(self) -> list[ElmanUnit]:
+        """Return the layers, bottom first."""
+        return [unit for unit in self.rnn_units if isinstance(unit, ElmanUnit)]
+
+    def forward(self, x: Tensor, h0: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """Return the top layer's states (B, T, E); arguments as in `forward_with_state`."""
+        return self.forward_with_state(x, h0, lengths)[0]
+
+    def forward_with_state(
+        self, x: Tensor, h0: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run the stack and also return where it ended.
+
+        Args:
+            x: (B, T, E).
+            h0: (L, B, E) states before the first step, zeros by default.
+            lengths: (B,) int64, number of real steps of each right-padded row; None = all T.
+
+        Returns:
+            The top layer's states (B, T, E), zero behind a row's end, and the states (L, B, E)
+            after each row's last real step.
+        """
+        if x.ndim != 3 or x.shape[-1] != self.emb_dim:
+            raise ValueError(f"x must be (B, T, {self.emb_dim}), got {tuple(x.shape)}")
+        batch, steps, _ = x.shape
+        if h0 is None:
+            h0 = x.new_zeros(self.num_layers, batch, self.emb_dim)
+        elif h0.shape != (self.num_layers, batch, self.emb_dim):
+            raise ValueError(
+                f"h0 must be {(self.num_layers, batch, self.emb_dim)}, got {tuple(h0.shape)}"
+            )
+        valid = None
+        if lengths is not None:
+            if lengths.shape != (batch,):
+                raise ValueError(f"lengths must be ({batch},), got {tuple(lengths.shape)}")
+            valid = (torch.arange(steps, device=x.device)[:, None] < lengths)[..., None]
+        y = x.transpose(0, 1)  # (T, B, E): one step is one contiguous block
+        final = []
+        for unit, h in zip(self.units(), h0.unbind(0)):
+            y, h = unit.scan(y, h, valid)
+            final.append(h)
+        return y.transpose(0, 1), torch.stack(final)

@@ -1,0 +1,147 @@
+"""What ``attention`` accepts: every argument checked by name and brought into one form."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmfast.ops._attention_reference import Options
+from lmfast.ops._library import check_same_device, check_tensor
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+def _check_qkv(q: object, k: object, v: object) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = check_tensor("q", q), check_tensor("k", k), check_tensor("v", v)
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.dim() != 4:
+            raise ValueError(
+                f"{name} must have 4 dimensions (B, heads, length, head size), "
+                f"got shape {tuple(t.shape)}"
+            )
+        if t.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {t.dtype}")
+        check_same_device(name, t, "q", q)
+    if k.shape != v.shape:
+        raise ValueError(
+            f"k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise ValueError(
+            f"k must have q's batch and head size, ({q.shape[0]}, Hkv, S, {q.shape[3]}), "
+            f"got {tuple(k.shape)}"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+        raise ValueError(
+            f"the {q.shape[1]} heads of q must be a multiple of the {k.shape[1]} heads of k and v"
+        )
+    return q, k, v
+
+
+def _rows(name: str, value: object, q: Tensor) -> Tensor:
+    """(B,) int64 from a 0-d or (B,) tensor of integers."""
+    if not isinstance(value, Tensor) or value.dtype not in _INTEGERS:
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a tensor of integers, got {kind}")
+    if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != q.shape[0]):
+        raise ValueError(
+            f"{name} must have shape () or ({q.shape[0]},), one value per batch row, "
+            f"got {tuple(value.shape)}"
+        )
+    check_same_device(name, value, "q", q)
+    return value.to(torch.int64).expand(q.shape[0])
+
+
+def _heads(name: str, value: object, q: Tensor) -> Tensor | None:
+    if value is None:
+        return None
+    value = check_tensor(name, value)
+    if value.shape != q.shape[1:2]:
+        raise ValueError(
+            f"{name} must have shape ({q.shape[1]},), one value per head, got {tuple(value.shape)}"
+        )
+    check_same_device(name, value, "q", q)
+    return value
+
+
+def _mask(mask: object, q: Tensor, k: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(
+            f"mask must be bool (True: the key is seen) or floating point (added to the scores), "
+            f"got {mask.dtype}"
+        )
+    check_same_device("mask", mask, "q", q)
+    shape = (*q.shape[:3], k.shape[2])
+    try:
+        return mask.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"mask must be broadcastable to (B, H, T, S) = {shape}, got {tuple(mask.shape)}"
+        ) from None
+
+
+def _positive(name: str, value: object, kind: type) -> Any:
+    if value is None:
+        return kind(0)
+    numbers = (int,) if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, numbers):
+        raise TypeError(f"{name} must be {kind.__name__} or None, got {type(value).__name__}")
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+    return kind(value)
+
+
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    q_offset: int | Tensor | None = None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
+    """(q, k, v, *Options) from the public arguments; TypeError or ValueError."""
+    q, k, v = _check_qkv(q, k, v)
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
+    offset, offsets = None, None
+    if isinstance(q_offset, bool):
+        raise TypeError("q_offset must be an int or a tensor of integers, got bool")
+    if isinstance(q_offset, int):
+        offset = q_offset
+    elif q_offset is not None:
+        offsets = _rows("q_offset", q_offset, q)
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[3]) if q.shape[3] > 0 else 1.0
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a float, got {type(scale).__name__}")
+    return (
+        q,
+        k,
+        v,
+        *Options(
+            causal=causal,
+            offset=offset,
+            offsets=offsets,
+            lengths=None if lengths is None else _rows("lengths", lengths, q),
+            mask=_mask(mask, q, k),
+            window=_positive("window", window, int),
+            softcap=_positive("softcap", softcap, float),
+            sinks=_heads("sinks", sinks, q),
+            alibi=_heads("alibi", alibi, q),
+            scale=float(scale),
+        ),
+    )

@@ -1,0 +1,115 @@
+"""Loss and perplexity, weighted by tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+LossFunction = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
+
+
+def model_loss(model: nn.Module, ids: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """Return the mean loss by the model's own `loss` method."""
+    return model.loss(ids, targets, ignore_index=ignore_index)  # type: ignore[operator]
+
+
+class RunningLoss:
+    """Mean loss per token over batches of different size, summed up where the losses are.
+
+        mean = sum_i loss_i tokens_i / sum_i tokens_i
+
+    Example:
+        >>> running = RunningLoss()
+        >>> running.add(torch.tensor(1.0), 1)
+        >>> running.add(torch.tensor(4.0), 2)
+        >>> running.mean()
+        3.0
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._sum: Tensor | None = None
+
+    def add(self, loss: Tensor, tokens: int) -> None:
+        """Add a mean loss over `tokens` tokens; does not wait for the device."""
+        weighted = loss.detach().double() * tokens
+        self._sum = weighted if self._sum is None else self._sum + weighted
+        self.tokens += tokens
+
+    def mean(self) -> float:
+        """Return the mean so far, NaN before the first token."""
+        return math.nan if self._sum is None or not self.tokens else self._sum.item() / self.tokens
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss per token in nats, its exponential, and the number of tokens predicted."""
+
+    loss: float
+    perplexity: float
+    tokens: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    loss: LossFunction = model_loss,
+    ignore_index: int = -100,
+    max_batches: int | None = None,
+) -> Evaluation:
+    """Measure the loss of a model on every target of some batches.
+
+        loss = sum of -log p(target) / tokens,   perplexity = exp(loss)
+
+    Args:
+        model: switched to evaluation mode and back.
+        batches: pairs of inputs and targets (B, T) int64.
+        loss: mean loss of (model, inputs, targets, ignore_index); the model's own by default.
+        ignore_index: targets that do not count.
+        max_batches: stop after this many.
+
+    Returns:
+        The evaluation; without any token loss and perplexity are NaN.
+
+    Example:
+        >>> from lmfast.models import RecurrentLanguageModel
+        >>> model = RecurrentLanguageModel(50, 8, 1, 0)
+        >>> _ = torch.nn.init.zeros_(model.fc.weight)  # now all 50 tokens are equally likely
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> round(evaluate(model, [(ids, ids)]).perplexity, 4)
+        50.0
+    """
+    device = next(model.parameters()).device
+    running = RunningLoss()
+    was_training = model.training
+    model.eval()
+    for count, (inputs, targets) in enumerate(batches):
+        if max_batches is not None and count >= max_batches:
+            break
+        tokens = int((targets != ignore_index).sum())
+        value = loss(model, inputs.to(device), targets.to(device), ignore_index)
+        running.add(value, tokens)
+    model.train(was_training)
+    mean = running.mean()
+    return Evaluation(mean, exp_or_inf(mean), running.tokens)
+
+
+def perplexity(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, ignore_index: int = -100
+) -> float:
+    """Return exp of the mean loss per token; see `evaluate`."""
+    return evaluate(model, batches, ignore_index=ignore_index).perplexity
+
+
+def exp_or_inf(value: float) -> float:
+    """Return exp(value), infinity where it is beyond the largest float."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

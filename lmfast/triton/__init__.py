@@ -1,0 +1,167 @@
+"""Triton kernels for NVIDIA GPUs: one file per op with its kernels and launchers.
+
+This file only registers. Each op ``lmfast::triton_<name>`` has the schema and the fake function of
+``lmfast::<name>``, so it exists wherever PyTorch does; triton itself is imported, and a kernel
+compiled, at the first call. Under TRITON_INTERPRET=1 the kernels also take CPU tensors, when asked
+for by name: that is how they are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lmfast.ops.add_rms_norm
+import lmfast.ops.rope  # noqa: F401  (both define the operators twinned below)
+from lmfast._dispatch import register
+from lmfast.ops._attention_reference import Options
+from lmfast.ops._library import needs_grad, with_unit_last_stride
+from lmfast.ops.attention import kernel_options, sink_gradient
+from lmfast.triton._launch import DEVICES, twin, unsupported
+
+# Longest row the kernels are tested with. They hold a row, or walk it in blocks.
+MAX_WIDTH = 65536
+
+_rms_norm = twin("rms_norm", "rms_norm")
+_add_rms_norm_op = twin("add_rms_norm", "rms_norm")
+_rms_norm_backward = twin("rms_norm_backward", "rms_norm")
+_rope = twin("rope", "rope")
+_rope_inplace = twin("rope_", "rope")
+_attention = twin("attention", "attention")
+_attention_grads = twin("attention_backward", "attention_backward")
+
+
+def _norm_forward(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return _rms_norm(with_unit_last_stride(x), _contiguous(weight), eps)
+
+
+def _add_norm_forward(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    x, residual = with_unit_last_stride(x), with_unit_last_stride(residual)
+    return _add_rms_norm_op(x, residual, _contiguous(weight), eps)
+
+
+def _norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    dsum: Tensor | None,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor]:
+    dsum = None if dsum is None else with_unit_last_stride(dsum)
+    dy, x = with_unit_last_stride(dy), with_unit_last_stride(x)
+    return _rms_norm_backward(dy, x, _contiguous(weight), eps, dsum, need_dweight)
+
+
+def _contiguous(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.contiguous()
+
+
+def _norm_unsupported(x: Tensor, weight: Tensor | None) -> str | None:
+    if weight is not None and weight.dtype not in (x.dtype, torch.float32):
+        return f"weight is {weight.dtype}; the kernel takes x's dtype {x.dtype} or float32"
+    if x.shape[-1] > MAX_WIDTH:
+        return f"rows of {x.shape[-1]} elements; the kernel takes up to {MAX_WIDTH}"
+    if x.dim() > 4:
+        return f"{x.dim() - 1} leading dimensions; the kernel takes up to 3"
+    return unsupported(x, weight)
+
+
+def _rope_rotate(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    offset: int,
+    interleaved: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    positions = None if positions is None else positions.contiguous()
+    q, k = with_unit_last_stride(q), with_unit_last_stride(k)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    return _rope(q, k, cos, sin, positions, offset, interleaved, inverse)
+
+
+def _rope_forward(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    offset: int,
+    interleaved: bool,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    if not inplace:
+        return _rope_rotate(q, k, cos, sin, positions, offset, interleaved, False)
+    positions = None if positions is None else positions.contiguous()
+    _rope_inplace(q, k, cos.contiguous(), sin.contiguous(), positions, offset, interleaved)
+    return q, k
+
+
+def _rope_unsupported(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    offset: int,
+    interleaved: bool,
+    inplace: bool,
+) -> str | None:
+    if needs_grad(cos, sin):
+        return "cos or sin requires a gradient, which only the torch backend computes"
+    if inplace and (q.stride(-1) != 1 or k.stride(-1) != 1) and q.shape[-1] > 1:
+        return "in place needs head dimensions that are neighbours in memory"
+    return unsupported(q, k, cos, sin)
+
+
+def _attention_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    q, k, v = (with_unit_last_stride(t) for t in (q, k, v))
+    return _attention(q, k, v, *kernel_options(options))
+
+
+def _attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    dout, q, k, v = (with_unit_last_stride(t) for t in (dout, q, k, v))
+    grads = _attention_grads(dout, q, k, v, out, lse, *kernel_options(options))
+    return *grads, sink_gradient(Options(*options).sinks, dout, out, lse)
+
+
+def _attention_unsupported(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> str | None:
+    o = Options(*options)
+    if needs_grad(o.mask, o.alibi):
+        return "no kernel for the gradient of mask or alibi"
+    if q.shape[3] > 256:
+        return f"the kernel takes head sizes to 256, got {q.shape[3]}"
+    if o.mask is not None and o.mask.dtype == torch.float64:
+        return "no kernel for a torch.float64 mask"
+    return unsupported(q, k, v)
+
+
+register(
+    "rms_norm",
+    "triton",
+    DEVICES,
+    _norm_forward,
+    _norm_backward,
+    lambda x, weight, eps: _norm_unsupported(x, weight),
+)
+register(
+    "add_rms_norm",
+    "triton",
+    DEVICES,
+    _add_norm_forward,
+    _norm_backward,
+    lambda x, residual, weight, eps: _norm_unsupported(x, weight),
+)
+register("rope", "triton", DEVICES, _rope_forward, _rope_rotate, _rope_unsupported)
+register(
+    "attention", "triton", DEVICES, _attention_forward, _attention_backward, _attention_unsupported
+)

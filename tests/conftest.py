@@ -1,0 +1,50 @@
+"""Fixtures of all tests: seeds, instruction-set levels, the extension that must be there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lmfast import _extension
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A silent fallback must not turn tests of the kernels into tests of nothing.
+    if os.environ.get("LMFAST_REQUIRE_EXT") == "1":
+        for extension in (_extension.cpu, _extension.bpe):
+            if not extension.loaded:
+                raise pytest.UsageError(f"LMFAST_REQUIRE_EXT=1 but {extension.reason}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="no GPU that torch can use")
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=_extension.available_cpu_isas() or [None])
+def cpu_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once at every instruction-set level this machine has."""
+    if request.param is None:
+        pytest.skip(f"no CPU kernels: {_extension.cpu.reason}")
+    before = _extension.cpu_isa()
+    assert before is not None
+    _extension.set_cpu_isa(request.param)
+    yield request.param
+    _extension.set_cpu_isa(before)
+
+
+@pytest.fixture
+def needs_cpu_kernels() -> None:
+    if not _extension.cpu.loaded:
+        pytest.skip(f"no CPU kernels: {_extension.cpu.reason}")

@@ -1,0 +1,112 @@
+"""Checks of one op on one backend, shared by the interpreter's and the GPU's tests."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmfast._dispatch import Op, ops
+from lmfast.testing import Sample, assert_within_error_rule, relative_error
+
+# Ops whose results are weighted sums over as many terms as there are keys.
+SUMS = ("attention",)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def ops_with(backend: str) -> list[Op]:
+    """The registered ops that have an implementation on ``backend``."""
+    return [op for op in ops().values() if backend in op.implementations]
+
+
+def cases(
+    backend: str, device: str, dtypes: tuple[torch.dtype, ...] = DTYPES
+) -> Iterator[tuple[str, Op, Sample]]:
+    """(id, op, sample) for every op of a backend, dtype and sample."""
+    for op in ops_with(backend):
+        for dtype in dtypes:
+            for sample in op.sample_inputs(device, dtype):
+                name = str(dtype).removeprefix("torch.")
+                yield f"{op.name}-{name}-{sample.name}".replace(" ", "_"), op, sample
+
+
+def call(op: Op, sample: Sample, backend: str) -> tuple[Tensor, ...]:
+    """The op's outputs as a tuple."""
+    result = op.public(*sample.args, **sample.kwargs, backend=backend)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def with_gradients(op: Op, sample: Sample) -> tuple[dict[str, Any], list[Tensor]]:
+    """The sample's arguments by name, fresh leaves where the op is differentiable; the leaves."""
+    arguments = dict(inspect.signature(op.public).bind(*sample.args, **sample.kwargs).arguments)
+    leaves = []
+    for name in op.differentiable:
+        value = arguments.get(name)
+        if isinstance(value, Tensor):
+            arguments[name] = value.detach().requires_grad_()
+            leaves.append(arguments[name])
+    return arguments, leaves
+
+
+def gradients(op: Op, sample: Sample, backend: str) -> list[Tensor]:
+    """Gradients of every differentiable argument for fixed, uneven output gradients."""
+    arguments, leaves = with_gradients(op, sample)
+    result = op.public(**arguments, backend=backend)
+    outputs = result if isinstance(result, tuple) else (result,)
+    seeds = []
+    for i, out in enumerate(outputs):
+        steps = torch.arange(out.numel(), device=out.device).reshape(out.shape)
+        seeds.append(((steps * 37 + 11 * i) % 64 / 32 - 1).to(out.dtype))
+    return list(torch.autograd.grad(outputs, leaves, seeds))
+
+
+def check_values(op: Op, sample: Sample, backend: str) -> None:
+    """Outputs are within the error rule, and no argument was written to."""
+    before = sample.map(Tensor.clone)
+    got = call(op, sample, backend)
+    for now, then in zip(sample.tensors(), before.tensors(), strict=True):
+        torch.testing.assert_close(
+            now, then, rtol=0, atol=0, equal_nan=True, msg="an argument was written to"
+        )
+    plain, exact = call(op, sample, "torch"), call(op, sample.to_fp64(), "torch")
+    for i, (g, p, e) in enumerate(zip(got, plain, exact, strict=True)):
+        if op.name in SUMS:
+            # Scores in base 2 are 1.44 times as large, and so is their rounding.
+            assert_sum_within_rule(g, p, e, f"output {i}", 1.5 * 1.45)
+        else:
+            assert_within_error_rule(g, p, e, f"output {i}")
+
+
+def assert_sum_within_rule(
+    value: Tensor, plain: Tensor, exact: Tensor, what: str, factor: float = 1.5
+) -> None:
+    """The error rule with the unit in the last place of the largest element: weight gradients and
+    attention are sums, and the rounding of a sum follows its terms, not what they cancel to."""
+    assert value.shape == plain.shape, what
+    assert value.dtype == plain.dtype, what
+    if exact.numel() == 0:
+        return
+    assert value.isfinite().all(), what
+    unit = torch.finfo(value.dtype).eps
+    error, plain_error = (value - exact).abs().max(), (plain - exact).abs().max()
+    assert error <= factor * plain_error + unit * exact.abs().max(), (
+        f"{what}: error {error:.3e}, PyTorch's {plain_error:.3e}"
+    )
+    whole, plain_whole = relative_error(value, exact), relative_error(plain, exact)
+    assert whole <= factor * plain_whole + unit / 4, (
+        f"{what}: relative error {whole:.3e}, PyTorch's {plain_whole:.3e}"
+    )
+
+
+def check_gradients(op: Op, sample: Sample, backend: str) -> None:
+    """Gradients are within the error rule."""
+    got = gradients(op, sample, backend)
+    plain, exact = gradients(op, sample, "torch"), gradients(op, sample.to_fp64(), "torch")
+    for i, (g, p, e) in enumerate(zip(got, plain, exact, strict=True)):
+        # The reference keeps weights and their gradients in fp32; kernels round both to the dtype
+        # on the way into the matrix units. Seen on tiny samples: up to 3.1 times its error.
+        factor = 4.0 if op.name in SUMS else 1.5
+        assert_sum_within_rule(g, p, e, f"gradient {i}", factor)

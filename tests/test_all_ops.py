@@ -1,0 +1,285 @@
+"""What must hold for every registered op on every CPU backend; ops enter by being registered."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lmfast
+from lmfast import _dispatch
+from lmfast.testing import Sample, assert_within_error_rule
+
+OPS = _dispatch.ops()
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPE_IDS = [str(d).removeprefix("torch.") for d in DTYPES]
+
+
+def samples(op: str, dtype: torch.dtype) -> list[Sample]:
+    return list(OPS[op].sample_inputs("cpu", dtype))
+
+
+def sample_ids(op: str) -> list[tuple[str, int]]:
+    return [(op, i) for i in range(len(samples(op, torch.float32)))]
+
+
+EVERY_SAMPLE = pytest.mark.parametrize(
+    ("op", "index"),
+    [pair for op in OPS for pair in sample_ids(op)],
+    ids=lambda value: str(value).replace(" ", "_"),
+)
+EVERY_OP = pytest.mark.parametrize("op", list(OPS))
+EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+
+
+def with_kernel(op: str, sample: Sample | None = None) -> None:
+    """Skips where there is no kernel, or, given a sample, none for it."""
+    if "cpu" not in OPS[op].implementations:
+        pytest.skip(f"{op} has no C++ kernel")
+    if sample is not None:
+        candidate = OPS[op].implementations["cpu"]
+        reason = candidate.supports(*OPS[op].check(*sample.args, **sample.kwargs))
+        if reason is not None:
+            pytest.skip(reason)
+
+
+def outputs(value: Any) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def call(op: str, sample: Sample, backend: str) -> tuple[Tensor, ...]:
+    return outputs(OPS[op].public(*sample.args, **sample.kwargs, backend=backend))
+
+
+def call_peer(op: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    """PyTorch's own way in the same dtype: what the error rule compares with."""
+    peer = OPS[op].peer or OPS[op].reference
+    return outputs(peer(*OPS[op].check(**arguments)))
+
+
+def named_arguments(op: str, sample: Sample) -> dict[str, Any]:
+    bound = inspect.signature(OPS[op].public).bind(*sample.args, **sample.kwargs)
+    return dict(bound.arguments)
+
+
+def with_gradients(op: str, sample: Sample) -> tuple[dict[str, Any], list[Tensor]]:
+    """The sample's arguments, fresh leaves where the op is differentiable, and those leaves."""
+    arguments = named_arguments(op, sample)
+    leaves = []
+    for name in OPS[op].differentiable:
+        value = arguments.get(name)
+        if isinstance(value, Tensor):
+            leaf = value.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+            arguments[name] = leaf
+            leaves.append(leaf)
+    return arguments, leaves
+
+
+def gradients(op: str, sample: Sample, backend: str) -> list[Tensor]:
+    arguments, leaves = with_gradients(op, sample)
+    results = outputs(OPS[op].public(**arguments, backend=backend))
+    return list(torch.autograd.grad(results, leaves, [upstream(r) for r in results]))
+
+
+def upstream(result: Tensor) -> Tensor:
+    """The same gradient for every dtype of one shape."""
+    generator = torch.Generator().manual_seed(result.numel())
+    return torch.randn(result.shape, generator=generator).to(result.dtype)
+
+
+@EVERY_DTYPE
+@EVERY_SAMPLE
+def test_values(op: str, index: int, dtype: torch.dtype, cpu_isa: str) -> None:
+    sample = samples(op, dtype)[index]
+    with_kernel(op, sample)
+    found = call(op, sample, "cpu")
+    plain = call_peer(op, named_arguments(op, sample))
+    exact = call(op, sample.to_fp64(), "torch")
+    for i, (f, p, e) in enumerate(zip(found, plain, exact, strict=True)):
+        assert_within_error_rule(f, p, e, f"{op} output {i}")
+
+
+@EVERY_DTYPE
+@EVERY_SAMPLE
+def test_gradients(op: str, index: int, dtype: torch.dtype, cpu_isa: str) -> None:
+    sample = samples(op, dtype)[index]
+    with_kernel(op, sample)
+    found = gradients(op, sample, "cpu")
+    arguments, leaves = with_gradients(op, sample)
+    results = call_peer(op, arguments)
+    plain = torch.autograd.grad(results, leaves, [upstream(r) for r in results])
+    # The upstream gradient is rounded to the dtype first, then widened: the same numbers.
+    arguments, leaves = with_gradients(op, sample.to_fp64())
+    results = outputs(OPS[op].public(**arguments, backend="torch"))
+    given = [upstream(r.to(dtype)).double() for r in results]
+    exact = torch.autograd.grad(results, leaves, given)
+    for i, (f, p, e) in enumerate(zip(found, plain, exact, strict=True)):
+        assert_within_error_rule(f, p, e, f"{op} gradient {i}")
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@EVERY_SAMPLE
+def test_gradcheck_twice(op: str, index: int, backend: str) -> None:
+    sample = samples(op, torch.float64)[index]
+    if backend == "cpu":
+        with_kernel(op, sample)
+    if sum(t.numel() for t in sample.tensors()) > 600:
+        pytest.skip("finite differences of many numbers; smaller samples cover the formula")
+    arguments, leaves = with_gradients(op, sample)
+    if any(leaf.numel() == 0 or leaf.dtype != torch.float64 for leaf in leaves):
+        pytest.skip("nothing to differentiate")
+    names = [n for n in OPS[op].differentiable if isinstance(arguments.get(n), Tensor)]
+
+    def function(*tensors: Tensor) -> Any:
+        return OPS[op].public(**{**arguments, **dict(zip(names, tensors))}, backend=backend)
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+class RecordCalls(TorchDispatchMode):
+    """Keeps every call of one of our operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "lmfast":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@EVERY_SAMPLE
+def test_opcheck(op: str, index: int, needs_cpu_kernels: None) -> None:
+    sample = samples(op, torch.float32)[index]
+    with_kernel(op, sample)
+    with RecordCalls() as recorded:
+        gradients(op, sample, "cpu")
+    assert recorded.calls, "no lmfast operator was called"
+    for function, args, kwargs in recorded.calls:
+        detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+        torch.library.opcheck(function, detached, kwargs)
+
+
+@EVERY_OP
+def test_compiles_in_one_graph(op: str, needs_cpu_kernels: None) -> None:
+    with_kernel(op)
+    for sample in samples(op, torch.float32)[:12:3]:
+        torch._dynamo.reset()
+        arguments, leaves = with_gradients(op, sample)
+        results = outputs(OPS[op].public(**arguments))
+        expected = [*results, *torch.autograd.grad(results, leaves, [upstream(r) for r in results])]
+
+        function: Callable[..., Any] = torch.compile(
+            OPS[op].public, fullgraph=True, backend="aot_eager"
+        )
+        arguments, leaves = with_gradients(op, sample)
+        results = outputs(function(**arguments))
+        found = [*results, *torch.autograd.grad(results, leaves, [upstream(r) for r in results])]
+        for f, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(f, e)
+
+
+@EVERY_OP
+def test_inputs_and_incoming_gradients_stay(op: str) -> None:
+    for sample in samples(op, torch.float32):
+        arguments, leaves = with_gradients(op, sample)
+        before = {n: v.detach().clone() for n, v in arguments.items() if isinstance(v, Tensor)}
+        results = outputs(OPS[op].public(**arguments))
+        given = [upstream(r) for r in results]
+        kept = [g.clone() for g in given]
+        torch.autograd.grad(results, leaves, given)
+        for name, value in before.items():
+            assert torch.equal(arguments[name], value), f"{op} wrote to {name}"
+        for g, k in zip(given, kept, strict=True):
+            assert torch.equal(g, k), f"{op} wrote to an incoming gradient"
+
+
+@EVERY_OP
+def test_same_result_for_any_number_of_threads(op: str, needs_cpu_kernels: None) -> None:
+    with_kernel(op)
+    threads = torch.get_num_threads()
+    try:
+        for sample in samples(op, torch.float32):
+            found = []
+            for n in (1, 2, 3):
+                torch.set_num_threads(n)
+                found.append([*call(op, sample, "cpu"), *gradients(op, sample, "cpu")])
+            for other in found[1:]:
+                for a, b in zip(found[0], other, strict=True):
+                    assert torch.equal(a, b), f"{op} {sample.name} depends on the threads"
+    finally:
+        torch.set_num_threads(threads)
+
+
+@EVERY_OP
+def test_expanded_incoming_gradient(op: str) -> None:
+    sample = samples(op, torch.float32)[0]
+    found, expected = [], []
+    for backend, into in ((None, found), ("torch", expected)):
+        arguments, leaves = with_gradients(op, sample)
+        results = outputs(OPS[op].public(**arguments, backend=backend))
+        into.extend(torch.autograd.grad(sum(r.sum() for r in results), leaves))
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e)
+
+
+@EVERY_OP
+def test_functional_transform(op: str) -> None:
+    arguments, leaves = with_gradients(op, samples(op, torch.float32)[0])
+    names = [n for n in OPS[op].differentiable if isinstance(arguments.get(n), Tensor)]
+
+    def loss(*tensors: Tensor) -> Tensor:
+        results = outputs(OPS[op].public(**{**arguments, **dict(zip(names, tensors))}))
+        return sum((r.float() * upstream(r)).sum() for r in results)
+
+    found = torch.func.grad(loss, argnums=tuple(range(len(leaves))))(*leaves)
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e)
+
+
+@EVERY_OP
+def test_output_dtype_under_autocast_is_the_references(op: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        sample = samples(op, dtype)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            found, plain = call(op, sample, "torch"), outputs(OPS[op].public(*sample.args))
+        assert [f.dtype for f in found] == [p.dtype for p in plain]
+
+
+@EVERY_OP
+def test_explain_names_every_backend(op: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sample = samples(op, torch.float32)[0]
+    chosen = lmfast.explain(op, *sample.args, **sample.kwargs)
+    printed = capsys.readouterr().out
+    assert chosen in _dispatch.BACKENDS
+    assert all(backend in printed for backend in _dispatch.BACKENDS)
+
+
+@EVERY_OP
+def test_a_request_that_cannot_be_met_raises(op: str) -> None:
+    sample = samples(op, torch.float32)[0]
+    with pytest.raises(lmfast.BackendError, match=op):
+        call(op, sample, "cuda")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        call(op, sample, "fpga")
+
+
+@EVERY_OP
+def test_non_tensor_and_integer_tensors_are_type_errors(op: str) -> None:
+    sample = samples(op, torch.float32)[0]
+    first, *rest = sample.args
+    name = next(iter(inspect.signature(OPS[op].public).parameters))
+    with pytest.raises(TypeError, match=name):
+        OPS[op].public(first.tolist(), *rest, **sample.kwargs)
+    with pytest.raises(TypeError, match=name):
+        OPS[op].public(first.long(), *rest, **sample.kwargs)

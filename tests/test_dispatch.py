@@ -1,0 +1,148 @@
+"""The choice of a backend, and everything that overrides or explains it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import lmfast
+from lmfast import _dispatch, _extension
+
+X = torch.ones(2, 4)
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_automatic_choice_takes_the_kernel(needs_cpu_kernels: None) -> None:
+    assert lmfast.explain("rms_norm", X) == "cpu"
+
+
+def test_context_overrides_and_restores() -> None:
+    before = lmfast.explain("rms_norm", X)
+    with lmfast.use_backend("torch"):
+        assert lmfast.explain("rms_norm", X) == "torch"
+        with lmfast.use_backend("rope=torch"):
+            assert lmfast.explain("rms_norm", X) == "torch"
+    assert lmfast.explain("rms_norm", X) == before
+
+
+def test_context_restores_after_an_exception() -> None:
+    before = dict(_dispatch._requested)
+    with pytest.raises(KeyError), lmfast.use_backend("torch"):
+        raise KeyError
+    assert _dispatch._requested == before
+
+
+def test_argument_is_stronger_than_context(needs_cpu_kernels: None) -> None:
+    with lmfast.use_backend("torch"):
+        assert lmfast.explain("rms_norm", X, backend="cpu") == "cpu"
+
+
+def test_unknown_names_are_refused() -> None:
+    with (
+        pytest.raises(ValueError, match="no op named 'rmsnorm'"),
+        lmfast.use_backend("rmsnorm=cpu"),
+    ):
+        pass
+    with pytest.raises(ValueError, match="got 'gpu'"), lmfast.use_backend("gpu"):
+        pass
+    with pytest.raises(ValueError, match="no op named"):
+        lmfast.explain("softmax", X)
+
+
+def test_a_context_that_cannot_be_met_raises() -> None:
+    with lmfast.use_backend("cuda"), pytest.raises(lmfast.BackendError, match="rms_norm"):
+        lmfast.ops.rms_norm(X)
+
+
+def test_environment_variable() -> None:
+    code = "import lmfast, torch; lmfast.explain('rms_norm', torch.ones(2, 4))"
+    assert "runs on: torch (asked for)" in python(code, LMFAST_BACKEND="torch").stdout
+    assert "runs on: torch (asked for)" in python(code, LMFAST_BACKEND="rms_norm=torch").stdout
+    wrong = python(code, LMFAST_BACKEND="rms_norm=fast")
+    assert wrong.returncode != 0
+    assert "backend must be one of" in wrong.stderr
+
+
+def test_isa_variable_lowers_and_never_raises_the_level(needs_cpu_kernels: None) -> None:
+    code = "from lmfast import _extension; print(_extension.cpu_isa())"
+    for level in _extension.available_cpu_isas():
+        assert python(code, LMFAST_CPU_ISA=level).stdout.strip() == level
+    best = _extension.available_cpu_isas()[-1]
+    assert python(code, LMFAST_CPU_ISA="sse9").stdout.strip() == best
+
+
+def test_set_cpu_isa_names_what_is_wrong(needs_cpu_kernels: None) -> None:
+    with pytest.raises(ValueError, match="must be one of"):
+        _extension.set_cpu_isa("sse9")
+    for level in set(_extension.CPU_ISA_LEVELS) - set(_extension.available_cpu_isas()):
+        with pytest.raises(ValueError, match="not available here"):
+            _extension.set_cpu_isa(level)
+
+
+def test_registering_twice_is_an_error() -> None:
+    op = _dispatch.ops()["rms_norm"]
+    with pytest.raises(ValueError, match="registered twice"):
+        _dispatch.register_op(op)
+    with pytest.raises(ValueError, match="already"):
+        _dispatch.register("rms_norm", "torch", (), op.reference, None, lambda *a: None)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        _dispatch.register("rms_norm", "tpu", (), op.reference, None, lambda *a: None)
+
+
+def test_info_shows_modules_and_every_op() -> None:
+    text = lmfast.info()
+    assert f"torch {torch.__version__}" in text
+    for name in _dispatch.ops():
+        assert name in text
+    for extension in (_extension.cpu, _extension.bpe, _extension.cuda):
+        assert f"{extension.name}: " in text
+
+
+def test_tune_allocator_says_what_it_did_and_can_be_repeated() -> None:
+    code = (
+        "import lmfast; a = lmfast.tune_allocator(); b = lmfast.tune_allocator(); print(a == b, a)"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("True ")
+    if sys.platform == "linux":
+        assert "glibc" in done.stdout
+    other = python(code, LD_PRELOAD="libjemalloc.so")
+    assert "another allocator is preloaded" in other.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads glibc's and Linux's counters")
+def test_tuned_memory_is_used_again() -> None:
+    code = """
+import lmfast, torch, resource
+lmfast.tune_allocator()
+x = torch.ones(16, 1024, 1024)
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(30):
+    y = x * 2
+    del y
+before = faults()
+for _ in range(5):
+    y = x * 2
+    del y
+print(faults() - before)
+"""
+    done = python(code)
+    if "refused" in lmfast.tune_allocator() or "nothing done" in lmfast.tune_allocator():
+        pytest.skip(lmfast.tune_allocator())
+    # Untuned, each of the five 64 MB results costs 16384 faults.
+    assert int(done.stdout) < 1000, done.stderr

@@ -1,0 +1,192 @@
+"""Compiles every Triton kernel, as its launcher would launch it, to sm_90 machine code.
+
+A program, run by test_compile_only.py with the interpreter off: ``python triton_aot.py OUT.json``.
+It replaces ``JITFunction.run``, calls the launchers on CPU tensors (nothing is executed), compiles
+what each of them asks for, and writes one record per kernel, dtype and case with what the
+assembler reports.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TARGET = GPUTarget("cuda", 90, 32)
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Case = tuple[str, Callable[[], Any]]
+
+
+def source(kernel: JITFunction, args: dict[str, Any]) -> ASTSource:
+    """What triton's own run time would compile for these arguments."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        name, value = parameter.name, args[parameter.name]
+        plain = not parameter.do_not_specialize
+        one = plain and type(value) is int and value == 1
+        if parameter.is_constexpr or value is None or one:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if plain and value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack bytes (spills live there) and so on of one kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {key.lower(): int(number) for key, number in re.findall(r"\b([A-Z]+):(\d+)", text)}
+
+
+def norm_cases(dtype: torch.dtype) -> Iterator[Case]:
+    from lmfast.triton import rms_norm as kernels
+
+    for rows, width in ((64, 64), (64, 769), (8, 4096), (4, 8192), (4, 16384), (2, 65536)):
+        x, weight = torch.empty(rows, width, dtype=dtype), torch.empty(width, dtype=dtype)
+        yield f"{width}", lambda x=x, w=weight: kernels.rms_norm(x, w, 1e-6)
+        yield f"add {width}", lambda x=x, w=weight: kernels.add_rms_norm(x, x, w, 1e-6)
+        yield (
+            f"backward {width}",
+            lambda x=x, w=weight: kernels.rms_norm_backward(x, x, w, 1e-6, x, True),
+        )
+    heads = torch.empty(2, 8, 4, 64, dtype=dtype).transpose(1, 2)
+    yield "heads", lambda: kernels.rms_norm(heads, None, 1e-6)
+    yield (
+        "heads backward",
+        lambda: kernels.rms_norm_backward(heads, heads, None, 1e-6, None, False),
+    )
+
+
+def rope_cases(dtype: torch.dtype) -> Iterator[Case]:
+    from lmfast.triton import rope as kernels
+
+    for interleaved in (True, False):
+        style = "interleaved" if interleaved else "half"
+        for head_dim, rotary in ((128, 128), (80, 32)):
+            q = torch.empty(2, 64, 8, head_dim, dtype=dtype).transpose(1, 2)
+            k = torch.empty(2, 64, 2, head_dim, dtype=dtype).transpose(1, 2)
+            cos = torch.empty(64, rotary // 2)
+            for positions in (None, torch.zeros(2, dtype=torch.int64)):
+                yield (
+                    f"{style} {head_dim} {'rows' if positions is None else 'starts'}",
+                    lambda q=q, k=k, c=cos, p=positions, i=interleaved: kernels.rope(
+                        q, k, c, c, p, 3, i, True
+                    ),
+                )
+        q = torch.empty(4, 8, 1, 128, dtype=dtype)
+        cos, each = torch.empty(64, 64), torch.zeros(4, 1, dtype=torch.int64)
+        yield (
+            f"{style} in place",
+            lambda q=q, c=cos, p=each, i=interleaved: kernels.rope_(q, q, c, c, p, 0, i),
+        )
+
+
+def attention_cases(dtype: torch.dtype) -> Iterator[Case]:
+    from lmfast.ops._attention_reference import Options
+    from lmfast.triton.attention import attention
+    from lmfast.triton.attention_backward import attention_backward
+
+    plain = Options(True, None, None, None, None, 0, 0.0, None, None, 0.125)
+    starts, heads = torch.zeros(2, dtype=torch.int64), torch.zeros(8)
+    every = plain._replace(
+        lengths=starts, window=100, softcap=30.0, sinks=heads, alibi=heads, offsets=starts
+    )
+    for length, head_dim, options in (
+        (512, 64, plain),
+        (512, 128, plain),
+        (512, 256, plain),
+        (512, 128, every._replace(mask=torch.ones(2, 8, 512, 512, dtype=torch.bool))),
+        (512, 64, every._replace(mask=torch.ones(2, 8, 512, 512, dtype=dtype), causal=False)),
+        (1, 64, plain._replace(lengths=starts)),
+        (1, 128, plain._replace(lengths=starts)),
+        (4, 256, every),
+    ):
+        # The slowest to compile: float16 compiles like bfloat16, float32 is for comparison.
+        if dtype != torch.bfloat16 and (head_dim != 128 or options.window):
+            continue
+        q = torch.empty(2, 8, length, head_dim, dtype=dtype)
+        k = torch.empty(2, 2, 512, head_dim, dtype=dtype)
+        kind = f"{length}x{head_dim}" + (", every option" if options.window else "")
+        yield (
+            f"attention {kind}",
+            lambda q=q, k=k, o=options: attention(q, k, k, *o),
+        )
+        if length > 4:
+            lse = torch.empty(2, 8, length)
+            yield (
+                f"attention backward {kind}",
+                lambda q=q, k=k, o=options, s=lse: attention_backward(q, q, k, k, q, s, *o),
+            )
+
+
+CASES = (norm_cases, rope_cases, attention_cases)
+
+
+def main(out: str) -> None:
+    from lmfast.triton import attention, rms_norm
+
+    compiled: dict[str, dict[str, Any]] = {}
+    current = ""
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, **options: Any) -> None:
+        del options["warmup"]
+        named = dict(zip(self.arg_names, args, strict=False))
+        named |= {k: options.pop(k) for k in self.arg_names if k in options}
+        ast = source(self, named)
+        key = f"{self.fn.__name__} {ast.hash()} {sorted(options.items())}"
+        if key in compiled:
+            return
+        kernel = triton.compile(ast, target=TARGET, options=options)
+        compiled[key] = {
+            "kernel": self.fn.__name__,
+            "case": current,
+            "cubin": len(kernel.asm["cubin"]),
+            "dynamic_shared": kernel.metadata.shared,
+            **resources(kernel.asm["cubin"]),
+        }
+
+    JITFunction.run = compile_only
+    for launcher in (attention, rms_norm):
+        launcher.multiprocessors = lambda device: 132  # an H200's: the launchers choose by it
+    for dtype in DTYPES:
+        for cases in CASES:
+            for name, call in cases(dtype):
+                current = f"{str(dtype).removeprefix('torch.')} {name}"
+                call()
+    Path(out).write_text(json.dumps(list(compiled.values())))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

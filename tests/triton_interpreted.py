@@ -1,0 +1,215 @@
+"""Triton kernels in Triton's interpreter, on CPU tensors. Run by test_triton.py in a process of
+its own, because the interpreter is chosen before triton is imported.
+
+The interpreter cuts fp32 to bf16 where a GPU rounds to nearest, so bf16 results get a tolerance of
+their own: see ``assert_cut_to_bf16``. A program takes about 1 ms, so shapes are tiny.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton.runtime.interpreter as interpreter
+from op_checks import call, cases, check_gradients, check_values, gradients, ops_with
+
+import lmfast
+from lmfast._dispatch import BackendError, Op
+from lmfast.testing import Sample, assert_within_error_rule, unit_in_last_place
+
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_loop_bounds(tensor: Any, scope: Any) -> None:
+    """Triton 3.6 makes loop bounds ints by ``int(array([n]))``, which numpy 2.4 refuses."""
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+interpreter._patch_lang_tensor = _patch_loop_bounds
+
+Cases = list[tuple[str, Op, Sample]]
+
+
+def some(found: Cases) -> Cases:
+    """All but most of attention's many samples, which all run in float32."""
+    attention = [c for c in found if c[1].name == "attention"]
+    return [c for c in found if c[1].name != "attention"] + attention[1::5]
+
+
+EXACT = list(cases("triton", "cpu", (torch.float32,)))
+EXACT += some(list(cases("triton", "cpu", (torch.float16,))))
+BF16 = some(list(cases("triton", "cpu", (torch.bfloat16,))))
+
+
+def parametrize(found: Cases) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        ("op", "sample"), [c[1:] for c in found], ids=[c[0] for c in found]
+    )
+
+
+def assert_cut_to_bf16(value: torch.Tensor, exact: torch.Tensor, what: str) -> None:
+    """The error of one rounding toward zero: less than a unit in the last place, and half a unit
+    more where the exact arithmetic starts from a sum rounded the other way."""
+    finite = exact.isfinite()
+    assert torch.equal(value.isfinite(), finite), what
+    error = (value.double() - exact)[finite].abs()
+    scale = exact.abs()[finite].amax() if finite.any() else 1.0
+    allowed = 1.5 * unit_in_last_place(exact[finite], torch.bfloat16) + scale * 2.0**-8
+    assert (error <= allowed).all(), f"{what}: {(error - allowed).max()} over"
+
+
+@parametrize(EXACT)
+def test_values(op: Op, sample: Sample) -> None:
+    check_values(op, sample, "triton")
+
+
+# numpy's products round by the shape of the tile, so the scores of forward and backward differ in
+# the last place: with scores near 1000 that is 1e-4 of every weight, and nothing to do with a GPU.
+@parametrize([c for c in EXACT if c[2].name != "large scores"])
+def test_gradients(op: Op, sample: Sample) -> None:
+    check_gradients(op, sample, "triton")
+
+
+@parametrize(BF16)
+def test_bf16_values(op: Op, sample: Sample) -> None:
+    exact = call(op, sample.to_fp64(), "torch")
+    for value, e in zip(call(op, sample, "triton"), exact, strict=True):
+        assert value.dtype == torch.bfloat16
+        assert_cut_to_bf16(value, e, sample.name)
+
+
+@parametrize([c for c in BF16 if c[1].name != "attention"])  # starts from outputs cut to bf16
+def test_bf16_gradients(op: Op, sample: Sample) -> None:
+    exact = gradients(op, sample.to_fp64(), "torch")
+    for value, e in zip(gradients(op, sample, "triton"), exact, strict=True):
+        assert_cut_to_bf16(value, e, sample.name)
+
+
+@pytest.mark.parametrize("width", [8192, 8193, 16385])
+def test_rows_longer_than_a_block(width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    x, r = torch.randn(2, 3, width, generator=generator).unbind()
+    op = lmfast._dispatch.ops()["add_rms_norm"]
+    sample = Sample("long", (x, r, torch.randn(width, generator=generator)))
+    check_values(op, sample, "triton")
+    check_gradients(op, sample, "triton")
+
+
+def test_more_rows_than_programs() -> None:
+    """Every program of the backward walks several blocks of rows, the last one cut short."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(701, 40, generator=generator)
+    sample = Sample("tall", (x, torch.randn(40, generator=generator)))
+    check_gradients(lmfast._dispatch.ops()["rms_norm"], sample, "triton")
+
+
+def test_leading_dimensions_that_do_not_merge() -> None:
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(4, 6, 5, 12, generator=generator)[::2, 1::2].transpose(0, 1)
+    assert x.dim() == 4
+    sample = Sample("strided", (x, torch.randn(12, generator=generator)))
+    op = lmfast._dispatch.ops()["rms_norm"]
+    check_values(op, sample, "triton")
+    check_gradients(op, sample, "triton")
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("inplace", [True, False])
+def test_rows_past_the_tables_are_nan(interleaved: bool, inplace: bool) -> None:
+    """On a GPU positions are not looked at by the host; the public check is passed by here."""
+    generator = torch.Generator().manual_seed(7)
+    q = torch.randn(3, 2, 2, 10, generator=generator)
+    k = torch.randn(3, 1, 2, 10, generator=generator)
+    cos, sin = lmfast.ops.rope_tables(4, 6)
+    starts = torch.tensor([2, 3, -1])  # both inside; second past the end; first before the start
+    forward = lmfast._dispatch.implementation("rope", "triton").forward
+    q_in, k_in = q.clone(), k.clone()
+    results = forward(q_in, k_in, cos, sin, starts, 0, interleaved, inplace)
+    assert (results[0] is q_in) == inplace
+    lost = torch.tensor([[False, False], [False, True], [True, False]])
+    inside = torch.tensor([[2, 3], [3, 0], [0, 0]])
+    expected = lmfast.ops.rope(
+        q, k, cos, sin, positions=inside, interleaved=interleaved, backend="torch"
+    )
+    for value, e in zip(results, expected, strict=True):
+        lost_rows = lost[:, None, :, None].expand_as(value)
+        assert torch.equal(value.isnan(), lost_rows)
+        torch.testing.assert_close(value[~lost_rows], e[~lost_rows])
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rope_in_place(interleaved: bool) -> None:
+    generator = torch.Generator().manual_seed(8)
+    q = torch.randn(2, 3, 4, 12, generator=generator).half()
+    k = torch.randn(2, 4, 1, 12, generator=generator).half().transpose(1, 2)
+    cos, sin = lmfast.ops.rope_tables(9, 8)
+    options = {"interleaved": interleaved, "positions": 5}
+    expected = lmfast.ops.rope(q, k, cos, sin, backend="torch", **options)
+    exact = lmfast.ops.rope(q.double(), k.double(), cos, sin, backend="torch", **options)
+    got = lmfast.ops.rope(q, k, cos, sin, inplace=True, backend="triton", **options)
+    assert got[0] is q
+    assert got[1] is k
+    for value, plain, e in zip(got, expected, exact, strict=True):
+        assert_within_error_rule(value, plain, e)
+
+
+def test_attention_joins_parts_of_the_keys() -> None:
+    """Decoding: several parts per row, some without a key, one row with none at all."""
+    generator = torch.Generator().manual_seed(9)
+    q = torch.randn(3, 4, 2, 8, generator=generator)
+    k, v = torch.randn(2, 3, 2, 1100, 8, generator=generator).unbind()
+    lengths = torch.tensor([1100, 5, 0])
+    options = {"lengths": lengths, "sinks": torch.randn(4, generator=generator)}
+    op = lmfast._dispatch.ops()["attention"]
+    check_values(op, Sample("parts", (q, k, v), options), "triton")
+    check_gradients(op, Sample("parts", (q, k, v), options), "triton")
+    window = {**options, "window": 300}
+    check_values(op, Sample("parts and window", (q, k, v), window), "triton")
+
+
+@pytest.mark.parametrize("op", ops_with("triton"), ids=lambda op: op.name)
+def test_compiles_into_one_graph(op: Op) -> None:
+    sample = next(iter(op.sample_inputs("cpu", torch.float32)))
+
+    def function(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return call(op, Sample("", args, sample.kwargs), "triton")
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(*sample.args), function(*sample.args), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_operators_pass_opcheck() -> None:
+    x, weight = torch.randn(3, 2, 5).transpose(0, 1), torch.randn(5)
+    q, k = torch.randn(2, 2, 3, 8), torch.randn(2, 3, 1, 8).transpose(1, 2)
+    cos, sin = lmfast.ops.rope_tables(8, 6)
+    namespace = torch.ops.lmfast
+    keys = torch.randn(2, 1, 5, 8)
+    options = (True, None, torch.tensor([2, 1]), None, None, 0, 0.0, None, None, 0.5)
+    out, lse = namespace.triton_attention(q, keys, keys, *options)
+    for operator, args in (
+        (namespace.triton_rms_norm, (x, weight, 1e-6)),
+        (namespace.triton_add_rms_norm, (x, x.clone(), None, 1e-6)),
+        (namespace.triton_rms_norm_backward, (x, x, weight, 1e-6, x, True)),
+        (namespace.triton_rope, (q, k, cos, sin, torch.tensor([1, 4]), 0, True, False)),
+        (namespace.triton_rope_, (q, k, cos, sin, None, 2, False)),
+        (namespace.triton_attention, (q, keys, keys, *options)),
+        (namespace.triton_attention_backward, (q, q, keys, keys, out, lse, *options)),
+    ):
+        torch.library.opcheck(operator.default, args)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "reason"),
+    [
+        (torch.ones(2, 4, dtype=torch.float64), None, "float64"),
+        (torch.ones(2, 4), torch.ones(4).half(), "weight is torch.float16"),
+        (torch.ones(1, 65537), None, "65537 elements"),
+        (torch.ones(1, 1, 1, 1, 4), None, "4 leading dimensions"),
+    ],
+)
+def test_says_why_not(x: torch.Tensor, weight: torch.Tensor | None, reason: str) -> None:
+    with pytest.raises(BackendError, match=reason):
+        lmfast.ops.rms_norm(x, weight, backend="triton")
