@@ -71,6 +71,7 @@ def chunked_linear_cross_entropy(
     z_loss: float,
     softcap: float,
     bf16: bool,
+    *,
     wanted: tuple[bool, bool, bool] = (False, False, False),
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The loss and the gradients asked for.

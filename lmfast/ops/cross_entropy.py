@@ -19,8 +19,12 @@ from lmfast.ops._library import (
     unsupported_by_cpu_kernels,
     with_unit_last_stride,
 )
+from lmfast.ops._linear_cross_entropy_arguments import (
+    REDUCTIONS,
+    check_loss_settings,
+    check_target_range,
+)
 from lmfast.ops._linear_cross_entropy_chunked import reduce_losses, row_losses
-from lmfast.ops.linear_cross_entropy import REDUCTIONS, check_loss_settings, check_target_range
 from lmfast.testing import Sample
 
 
@@ -225,7 +229,6 @@ class _CrossEntropy(torch.autograd.Function):
         logits, targets, *settings, ctx.backend = inputs
         ctx.settings = tuple(settings)
         ctx.mark_non_differentiable(output[1])
-        ctx.used = False
         if settings[-1]:
             ctx.save_for_backward(None, targets, output[1])
         else:
@@ -248,9 +251,10 @@ class _CrossEntropy(torch.autograd.Function):
             assert run is not None
             return (run(dloss, logits, targets, *ctx.settings, want_dlogits=True)[1], *rest)
         if inplace and not torch.compiler.is_compiling():
-            if ctx.used:
-                raise RuntimeError("cross_entropy: only one backward with inplace=True")
-            ctx.used = True
+            # Once: a second backward finds another version of the saved gradient and says so.
+            if grad.device.type == "cpu" and dloss.item() == 1.0:
+                torch.autograd.graph.increment_version(grad)
+                return (grad, *rest)
             return (grad.mul_(dloss), *rest)
         return ((grad * dloss).to(grad.dtype), *rest)
 
@@ -264,6 +268,7 @@ def _cpu(
     label_smoothing: float,
     z_loss: float,
     inplace: bool,
+    *,
     want_dlogits: bool,
 ) -> tuple[Tensor, Tensor]:
     rows = logits.reshape(-1, logits.shape[-1])
@@ -277,6 +282,8 @@ def _cpu(
     )
     if inplace and want_dlogits:
         loss = _inplace_op(rows, *settings)
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(logits)  # whoever saved them is to notice
         return loss, rows.detach().reshape(logits.shape)
     loss, dlogits = _op(rows, *settings, want_dlogits)
     return (
@@ -292,6 +299,7 @@ OP = register_op(
         reference=_reference,
         check=_check,
         sample_inputs=_samples,
+        differentiable=("logits",),
     )
 )
 

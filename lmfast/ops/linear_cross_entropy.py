@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,12 +10,14 @@ from torch import Tensor
 from lmfast._dispatch import Op, implementation, register, register_op, select
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import (
-    check_same_device,
-    check_tensor,
     define,
     needs_grad,
     unsupported_by_cpu_kernels,
-    with_unit_last_stride,
+)
+from lmfast.ops._linear_cross_entropy_arguments import (
+    REDUCTIONS,
+    check_linear_cross_entropy,
+    linear_cross_entropy_samples,
 )
 from lmfast.ops._linear_cross_entropy_chunked import (
     chunked_linear_cross_entropy,
@@ -24,11 +25,8 @@ from lmfast.ops._linear_cross_entropy_chunked import (
     reduce_losses,
     row_losses,
 )
-from lmfast.testing import Sample
 
 _WIDEST_FP32, _WIDEST_BF16 = 1024, 2048  # E up to which the C++ kernels win, see _cpu_supports
-
-REDUCTIONS = ("none", "mean", "sum")  # in the order of torch's own enumeration
 
 
 def linear_cross_entropy(
@@ -94,7 +92,7 @@ def linear_cross_entropy(
         >>> lmfast.ops.linear_cross_entropy(hidden, weight, torch.tensor([0, 1]))
         tensor(0.7437)
     """
-    args = _check(
+    args = check_linear_cross_entropy(
         hidden,
         weight,
         targets,
@@ -112,6 +110,7 @@ def linear_cross_entropy(
     return _with_gradients(chosen.backend, None, args)[0]
 
 
+<<<<<<< HEAD
 def check_loss_settings(
     targets: object, ignore_index: object, reduction: object, label_smoothing: float, z_loss: float
 ) -> None:
@@ -224,6 +223,8 @@ def _check(
     )
 
 
+=======
+>>>>>>> lce
 def _reference(
     hidden: Tensor,
     weight: Tensor,
@@ -244,51 +245,6 @@ def _reference(
     return reduce_losses(losses, keep, reduction, targets.shape)
 
 
-def _samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(dtype)
-
-    def ids(classes: int, *shape: int) -> Tensor:
-        return torch.randint(classes, shape, generator=generator, device=device)
-
-    # One, primes, a vector more or less, sizes around the kernels' blocks.
-    for n, e, v in ((1, 1, 1), (3, 7, 5), (7, 33, 17), (67, 16, 131), (130, 40, 257), (5, 131, 67)):
-        yield Sample(f"{n}x{e}x{v}", (normal(n, e), normal(v, e) / e**0.5, ids(v, n)))
-    some = ids(19, 2, 9)
-    some[:, 5:] = -100
-    yield Sample("ignored", (normal(2, 9, 8), normal(19, 8), some))
-    yield Sample(
-        "all ignored",
-        (normal(3, 8), normal(19, 8), torch.full((3,), 4, device=device)),
-        {"ignore_index": 4},
-    )
-    yield Sample("no rows", (normal(0, 8), normal(19, 8), ids(19, 0)))
-    yield Sample("bias", (normal(9, 8), normal(19, 8), ids(19, 9)), {"bias": normal(19)})
-    yield Sample("transposed weight", (normal(9, 24), normal(24, 35).t(), ids(35, 9)))
-    yield Sample(
-        "strided", (normal(9, 2, 12)[:, :, 1:9].transpose(0, 1), normal(38, 8)[::2], ids(19, 2, 9))
-    )
-    yield Sample("sum", (normal(9, 8), normal(19, 8), ids(19, 9)), {"reduction": "sum"})
-    yield Sample("none", (normal(2, 9, 8), normal(19, 8), some), {"reduction": "none"})
-    yield Sample(
-        "smoothing",
-        (normal(9, 8), normal(19, 8), ids(19, 9)),
-        {"label_smoothing": 0.1, "bias": normal(19)},
-    )
-    yield Sample("z-loss", (normal(9, 8), normal(19, 8), ids(19, 9)), {"z_loss": 0.01})
-    yield Sample(
-        "softcap", (normal(9, 8), normal(19, 8), ids(19, 9)), {"softcap": 3.0, "bias": normal(19)}
-    )
-    yield Sample(
-        "softcap and smoothing",
-        (normal(9, 8), normal(19, 8), ids(19, 9)),
-        {"softcap": 3.0, "label_smoothing": 0.2, "z_loss": 0.01},
-    )
-    yield Sample("large logits", (normal(9, 8) * 40, normal(19, 8) * 40, ids(19, 9)))
-
-
 def _with_gradients(
     backend: str,
     dloss: Tensor | None,
@@ -296,10 +252,10 @@ def _with_gradients(
     wanted: tuple[bool, bool, bool] = (False, False, False),
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     if backend == "torch":
-        return chunked_linear_cross_entropy(dloss, *args, wanted)
+        return chunked_linear_cross_entropy(dloss, *args, wanted=wanted)
     run = implementation("linear_cross_entropy", backend).backward
     assert run is not None
-    return run(dloss, *args, wanted)
+    return run(dloss, *args, wanted=wanted)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -405,6 +361,7 @@ def _cpu(
     z_loss: float,
     softcap: float,
     bf16: bool,
+    *,
     wanted: tuple[bool, bool, bool] = (False, False, False),
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     rows = hidden.reshape(-1, hidden.shape[-1])
@@ -466,9 +423,14 @@ OP = register_op(
         name="linear_cross_entropy",
         public=linear_cross_entropy,
         reference=_reference,
+<<<<<<< HEAD
         check=_check,
         sample_inputs=_samples,
         differentiable=("hidden", "weight", "bias"),
+=======
+        check=check_linear_cross_entropy,
+        sample_inputs=linear_cross_entropy_samples,
+>>>>>>> lce
     )
 )
 
