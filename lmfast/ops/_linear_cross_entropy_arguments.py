@@ -45,11 +45,15 @@ def check_target_range(targets: Tensor, classes: int, ignore_index: int) -> None
         )
 
 
-@torch.compiler.assume_constant_result
 def _bf16_products_allowed() -> bool:
     # A compiled graph keeps the answer; torch traces it again when the setting goes to or from
     # "highest", which it guards on.
     return torch.get_float32_matmul_precision() == "medium"
+
+
+# What torch.compiler.assume_constant_result sets; that function would import all of the compiler
+# with this module, which takes longer than torch itself.
+_bf16_products_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_linear_cross_entropy(

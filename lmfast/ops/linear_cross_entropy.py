@@ -110,121 +110,6 @@ def linear_cross_entropy(
     return _with_gradients(chosen.backend, None, args)[0]
 
 
-<<<<<<< HEAD
-def check_loss_settings(
-    targets: object, ignore_index: object, reduction: object, label_smoothing: float, z_loss: float
-) -> None:
-    """The checks that the operators with a cross-entropy share."""
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"targets must be a torch.Tensor, got {type(targets).__name__}")
-    if targets.dtype != torch.int64:
-        raise TypeError(f"targets must have dtype torch.int64, got {targets.dtype}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    if not z_loss >= 0.0:
-        raise ValueError(f"z_loss must not be negative, got {z_loss}")
-
-
-def check_target_range(targets: Tensor, classes: int, ignore_index: int) -> None:
-    """ValueError for a target outside the vocabulary; on the CPU only, as reading it would make
-    a GPU wait."""
-    if targets.device.type != "cpu" or torch.compiler.is_compiling() or targets.numel() == 0:
-        return
-    bad = ((targets < 0) | (targets >= classes)) & (targets != ignore_index)
-    if bad.any():
-        raise ValueError(
-            f"targets must be in [0, {classes}) or ignore_index {ignore_index}, "
-            f"got {targets[bad][0].item()}"
-        )
-
-
-def _bf16_products_allowed() -> bool:
-    # A compiled graph keeps the answer; torch traces it again when the setting goes to or from
-    # "highest", which it guards on.
-    return torch.get_float32_matmul_precision() == "medium"
-
-
-# What torch.compiler.assume_constant_result sets; that function would import all of the compiler
-# with this module, which takes longer than torch itself.
-_bf16_products_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-) -> tuple[Any, ...]:
-    check_tensor("hidden", hidden)
-    check_tensor("weight", weight)
-    check_loss_settings(targets, ignore_index, reduction, label_smoothing, z_loss)
-    if hidden.dim() == 0:
-        raise ValueError("hidden must have at least one dimension, got a scalar tensor")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"weight must have shape (V, {hidden.shape[-1]}), the last dimension that of hidden, "
-            f"got {tuple(weight.shape)}"
-        )
-    if weight.shape[0] == 0:
-        raise ValueError("weight must have at least one row, got none")
-    if targets.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"targets must have hidden's leading dimensions {tuple(hidden.shape[:-1])}, "
-            f"got {tuple(targets.shape)}"
-        )
-    check_same_device("weight", weight, "hidden", hidden)
-    check_same_device("targets", targets, "hidden", hidden)
-    if bias is not None:
-        check_tensor("bias", bias)
-        check_same_device("bias", bias, "hidden", hidden)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"bias must have shape ({weight.shape[0]},), one value per row of weight, "
-                f"got {tuple(bias.shape)}"
-            )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive or None, got {softcap}")
-    check_target_range(targets, weight.shape[0], ignore_index)
-    hidden = with_unit_last_stride(hidden)
-    if weight.stride(0) != 1:
-        weight = with_unit_last_stride(weight)
-    device = hidden.device.type
-    bf16 = False
-    if torch.float64 not in (hidden.dtype, weight.dtype):
-        if torch.is_autocast_enabled(device):
-            lower = torch.get_autocast_dtype(device)
-            if lower == torch.bfloat16:
-                bf16 = True
-            else:
-                hidden, weight = hidden.to(lower), weight.to(lower)
-        elif device == "cpu":
-            bf16 = _bf16_products_allowed()
-    return (
-        hidden,
-        weight,
-        targets,
-        bias,
-        ignore_index,
-        reduction,
-        float(label_smoothing),
-        float(z_loss),
-        float(softcap or 0.0),
-        bf16,
-    )
-
-
-=======
->>>>>>> lce
 def _reference(
     hidden: Tensor,
     weight: Tensor,
@@ -423,14 +308,9 @@ OP = register_op(
         name="linear_cross_entropy",
         public=linear_cross_entropy,
         reference=_reference,
-<<<<<<< HEAD
-        check=_check,
-        sample_inputs=_samples,
-        differentiable=("hidden", "weight", "bias"),
-=======
         check=check_linear_cross_entropy,
         sample_inputs=linear_cross_entropy_samples,
->>>>>>> lce
+        differentiable=("hidden", "weight", "bias"),
     )
 )
 
