@@ -292,6 +292,7 @@ OP = register_op(
         reference=_reference,
         check=_check,
         sample_inputs=_samples,
+        differentiable=("logits",),
     )
 )
 
