@@ -143,7 +143,8 @@ def row_layout(*operands: Tensor) -> tuple[int, int, int, list[int]]:
     Neighbouring dimensions merge where every operand steps through both evenly; contiguous
     tensors have one left, the most is three.
     """
-    shape, sizes = operands[0].shape[:-1], []
+    shape = operands[0].shape[:-1]
+    sizes: list[int] = []
     strides: list[list[int]] = [[] for _ in operands]
     for d, size in enumerate(shape):
         if size == 1:

@@ -185,10 +185,10 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """Launches the backward kernels; the arguments of ``lmfast::rms_norm_backward``."""
     dx = torch.empty_like(x)
-    wanted = need_dweight and weight is not None
+    like = weight if need_dweight else None
     rows, width = count_rows(x), x.shape[-1]
     if rows == 0:
-        return dx, torch.zeros_like(weight) if wanted else x.new_empty(0)
+        return dx, x.new_empty(0) if like is None else torch.zeros_like(like)
     ndim, size1, size2, strides = row_layout(dy, x, x if dsum is None else dsum, dx)
     block = next_power_of_2(width)
     tile_rows = max(1, TILE // block)
@@ -198,8 +198,10 @@ def rms_norm_backward(
     blocks = triton.cdiv(rows, tile_rows)
     programs = min(blocks, multiprocessors(x.device) * max(1, _BWD_BLOCK // tile))
     steps = triton.cdiv(blocks, programs)
-    partial = x.new_empty((programs, width), dtype=torch.float32) if wanted else None
-    dweight = torch.empty_like(weight) if wanted else x.new_empty(0)
+    partial = None
+    if like is not None:
+        partial = x.new_empty((programs, width), dtype=torch.float32)
+    dweight = x.new_empty(0) if like is None else torch.empty_like(like)
     pointers = (dy, x, weight, dsum, dx, partial)
     with on_device(x):
         if block > _BWD_BLOCK:
