@@ -70,8 +70,8 @@ def attention(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        cpu (C++; float32, bfloat16, float16), torch. Gradients for q, k, v and sinks on all, for
-        mask and alibi through torch; gradients of gradients through PyTorch.
+        cpu (C++) and triton (float32, bfloat16, float16), torch. Gradients for q, k, v and sinks on
+        all, for mask and alibi through torch; gradients of gradients through PyTorch.
 
     Source:
         Vaswani et al. 2017, arXiv:1706.03762; tiling and online softmax: Dao et al. 2022,
