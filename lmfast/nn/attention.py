@@ -37,7 +37,7 @@ class MultiHeadAttention(nn.Module):
         ValueError: a size is not positive, E is no multiple of H and `head_dim` is not given, or H
             is no multiple of Hkv.
 
-    Backends: `lmfast.ops.rope` for the rotation, PyTorch's scaled dot-product attention.
+    Backends: those of `lmfast.ops.rope` and `lmfast.ops.attention`.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762; Ainslie et al. 2023 (groups), arXiv:2305.13245.
 
