@@ -131,6 +131,7 @@ class MultiHeadAttention(nn.Module):
         q, k = self.rope(q, k, positions, length=length, inplace=inplace)
         if cache is not None:
             k, v = cache.append(k, v)
+            q = q.to(k.dtype)  # under autocast the cache has the parameters' dtype
         out = attend(q, k, v, mask=mask, q_offset=offset)  # (B, H, T, D)
         return out.transpose(1, 2).reshape(batch, steps, heads * self.head_dim) @ self.W_O
 
