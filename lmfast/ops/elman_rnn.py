@@ -68,8 +68,7 @@ def elman_rnn(
                  [0.3441, 0.3441]]])
     """
     args = _check(x, state, weights, nonlinearity=nonlinearity, lengths=lengths, reverse=reverse)
-    y, h_n, _ = select(OP, args, backend).forward(*args)
-    return y, h_n
+    return select(OP, args, backend).forward(*args)
 
 
 def _check(
