@@ -104,8 +104,8 @@ void bwd_unit(const AttentionBwdArgs& a, const Unit& u) {
         gemm_f32<false, false>(n, lanes, width, q_rows, q.stride, k_lanes, kLanes, s, kLanes);
         gemm_f32<false, false>(n, lanes, width, dout_rows, dout.stride, v_lanes, kLanes, dp,
                                kLanes);
-        if (options) apply_options_grad(f, u.b, h.head, t, n, key, s, slope);
-        hide_invisible_keys(f, u.b, t, n, key, s);
+        if (options) apply_options_by_rows(f, u.b, h.head, t, n, key, s, slope);
+        hide_invisible_by_rows(f, u.b, t, n, key, key + kLanes, s);
         if (f.softcap > 0.0f) {
           score_gradients<true>(h, t, n, unit, s, dp, slope);
         } else {
