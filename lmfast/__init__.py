@@ -1,10 +1,25 @@
 """Fused kernels and drop-in layers for fast PyTorch language models."""
 
-from lmfast import ops
+from lmfast import models, nn, ops, training
 from lmfast._allocator import tune_allocator
 from lmfast._dispatch import BackendError, explain, use_backend
 from lmfast._info import info
+from lmfast.generation import KVCache, generate
+from lmfast.tokenizer import BPETokenizer
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendError", "explain", "info", "ops", "tune_allocator", "use_backend"]
+__all__ = [
+    "BPETokenizer",
+    "BackendError",
+    "KVCache",
+    "explain",
+    "generate",
+    "info",
+    "models",
+    "nn",
+    "ops",
+    "training",
+    "tune_allocator",
+    "use_backend",
+]

@@ -113,10 +113,50 @@ def rope_cases(dtype: torch.dtype) -> Iterator[Case]:
         )
 
 
-CASES = (norm_cases, rope_cases)
+def attention_cases(dtype: torch.dtype) -> Iterator[Case]:
+    from lmfast.ops._attention_reference import Options
+    from lmfast.triton.attention import attention
+    from lmfast.triton.attention_backward import attention_backward
+
+    plain = Options(True, None, None, None, None, 0, 0.0, None, None, 0.125)
+    starts, heads = torch.zeros(2, dtype=torch.int64), torch.zeros(8)
+    every = plain._replace(
+        lengths=starts, window=100, softcap=30.0, sinks=heads, alibi=heads, offsets=starts
+    )
+    for length, head_dim, options in (
+        (512, 64, plain),
+        (512, 128, plain),
+        (512, 256, plain),
+        (512, 128, every._replace(mask=torch.ones(2, 8, 512, 512, dtype=torch.bool))),
+        (512, 64, every._replace(mask=torch.ones(2, 8, 512, 512, dtype=dtype), causal=False)),
+        (1, 64, plain._replace(lengths=starts)),
+        (1, 128, plain._replace(lengths=starts)),
+        (4, 256, every),
+    ):
+        # The slowest to compile: float16 compiles like bfloat16, float32 is for comparison.
+        if dtype != torch.bfloat16 and (head_dim != 128 or options.window):
+            continue
+        q = torch.empty(2, 8, length, head_dim, dtype=dtype)
+        k = torch.empty(2, 2, 512, head_dim, dtype=dtype)
+        kind = f"{length}x{head_dim}" + (", every option" if options.window else "")
+        yield (
+            f"attention {kind}",
+            lambda q=q, k=k, o=options: attention(q, k, k, *o),
+        )
+        if length > 4:
+            lse = torch.empty(2, 8, length)
+            yield (
+                f"attention backward {kind}",
+                lambda q=q, k=k, o=options, s=lse: attention_backward(q, q, k, k, q, s, *o),
+            )
+
+
+CASES = (norm_cases, rope_cases, attention_cases)
 
 
 def main(out: str) -> None:
+    from lmfast.triton import attention, rms_norm
+
     compiled: dict[str, dict[str, Any]] = {}
     current = ""
 
@@ -138,6 +178,8 @@ def main(out: str) -> None:
         }
 
     JITFunction.run = compile_only
+    for launcher in (attention, rms_norm):
+        launcher.multiprocessors = lambda device: 132  # an H200's: the launchers choose by it
     for dtype in DTYPES:
         for cases in CASES:
             for name, call in cases(dtype):

@@ -19,6 +19,8 @@ constexpr int kGemmVecs = 4;
 constexpr int kGemmVecs = 2;
 #endif
 
+// With kAdd the products are summed before C is added: short chains of additions round less.
+//
 // A[m][k] is at a[m * stride + k], or with kColumns at a[k * stride + m].
 template <int kRows, int kVecs, bool kColumns, bool kAdd>
 inline __attribute__((noinline)) void gemm_tile(const float* a, int64_t a_stride, const float* b,

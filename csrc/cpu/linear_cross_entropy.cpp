@@ -29,6 +29,19 @@ void lce_store_dweight(const LceCall& call, const float* from, int64_t padded_wi
                [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
 }
 
+const float* lce_uniform(const LceCall& call, Tensor* buffer, float* bias) {
+  const int64_t groups = (call.p.width + kLceGroup - 1) / kLceGroup;
+  *buffer = lce_floats(call, groups * kLceGroup);
+  const LceHiddenSumArgs a{call.p, -call.p.smoothing / static_cast<float>(call.p.classes),
+                           static_cast<float*>(buffer->mutable_data_ptr())};
+  const auto kernel = lce_hidden_sum_kernel();
+  parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  double total = 0.0;
+  for (float s : call.scale) total += s;
+  *bias = static_cast<float>(total * a.factor);
+  return a.out;
+}
+
 namespace {
 
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
@@ -141,7 +154,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
   if (want_dbias) call.dbias = static_cast<float*>(dbias.mutable_data_ptr());
 
   if (p.tokens > 0) {
-    lce_run_f32(call);
+    const bool rounded = bf16 || (p.hidden_dtype == DType::kBF16 && p.weight_dtype == DType::kBF16);
+    if (current_isa() == Isa::kAmx && p.softcap == 0) {
+      lce_run_amx(call, rounded ? 1 : 3);
+    } else {
+      lce_run_f32(call);
+    }
   } else {
     if (want_dweight) torch::stable::zero_(call.dweight);
     if (want_dbias) torch::stable::zero_(dbias);

@@ -24,6 +24,13 @@ Tensor lce_floats(const LceCall& call, int64_t count);
 // dweight in fp32 [V][padded_width] -> call.dweight.
 void lce_store_dweight(const LceCall& call, const float* from, int64_t padded_width);
 
+// The weight and bias gradient that label smoothing gives every class; E in whole groups.
+const float* lce_uniform(const LceCall& call, Tensor* buffer, float* bias);
+
+// fp32 multiply-adds, at every instruction-set level.
 void lce_run_f32(LceCall& call);
+
+// AMX tiles, at the amx level, without softcap. parts: 1 for factors rounded to bf16, 3 for fp32.
+void lce_run_amx(LceCall& call, int parts);
 
 }  // namespace lmfast

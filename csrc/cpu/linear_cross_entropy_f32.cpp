@@ -71,13 +71,7 @@ void lce_run_f32(LceCall& call) {
     a.dweight = data(dweight);
   }
   if (keep && p.smoothing > 0) {
-    uniform = floats(a.padded_width);
-    const LceHiddenSumArgs s{p, -p.smoothing / static_cast<float>(p.classes), data(uniform)};
-    run(lce_hidden_sum_kernel(), s, a.padded_width / kLceGroup);
-    a.uniform = s.out;
-    double total = 0.0;
-    for (int64_t i = 0; i < p.tokens; ++i) total += p.scale[i];
-    a.uniform_bias = static_cast<float>(total * s.factor);
+    a.uniform = lce_uniform(call, &uniform, &a.uniform_bias);
   }
 
   for (int64_t first = 0; first < p.tokens; first += lanes) {

@@ -42,13 +42,9 @@ int width_of(const Tensor& x) {
   return static_cast<int>(width);
 }
 
-// Threads per row and rows per block for rows of `vectors` vectors.
 dim3 block_of(int vectors, int most) {
-  const int wanted = (vectors + kKept - 1) / kKept;
-  if (wanted > 32) return dim3(std::min(most, (wanted + 31) / 32 * 32), 1);
-  int lanes = 8;
-  while (lanes < wanted) lanes *= 2;
-  return dim3(lanes, kRowThreads / lanes);
+  const BlockShape shape = rms_norm_block(vectors, most);
+  return dim3(shape.threads_per_row, shape.rows);
 }
 
 unsigned blocks_for(int64_t rows, const dim3& block) {

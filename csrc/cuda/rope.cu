@@ -56,8 +56,7 @@ bool divides(const Rope& p, int n, bool interleaved) {
 
 template <typename T, int N>
 void launch(const Rope& p, bool interleaved, int64_t tokens, cudaStream_t stream) {
-  const int per_pair_vector = interleaved && N > 1 ? N / 2 : N;
-  const int vectors = p.rotary / 2 / per_pair_vector + (p.head_dim - p.rotary) / N;
+  const int vectors = rope_vectors(p, N, interleaved);
   const int heads = p.q.heads + p.k.heads;
   const int x = std::min(vectors, kRopeThreads);
   const int y = std::min(kRopeThreads / x, heads);

@@ -53,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of parameters and order of the text",
     )
     parser.add_argument(
+        "--precision",
+        choices=["highest", "high", "medium"],
+        default=default.precision,
+        help="of fp32 matrix products in both implementations; medium uses bf16",
+    )
+    parser.add_argument(
         "--quick", action="store_true", help="a few seconds, only to see that everything works"
     )
 
@@ -70,6 +76,7 @@ def run(options: argparse.Namespace) -> int:
             context=options.context,
             new_tokens=options.new_tokens,
             seed=options.seed,
+            precision=options.precision,
         )
     settings = replace(settings, prompt=typed_text(options.prompt, "--prompt"))
     figures = run_demo(options.out, settings, options.data)

@@ -6,6 +6,7 @@ import ast
 import inspect
 import random
 import sysconfig
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +17,9 @@ _SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packag
 def interpreter_documentation(max_characters: int = 2_000_000) -> str:
     """Return the language reference's topics and the standard library's docstrings as one text.
 
-    The sources are parsed, not imported, so nothing runs. The order of the entries is shuffled by
-    a fixed seed, so that the end of the text, which is held out for evaluation, is like the rest.
+    The sources are parsed, not imported, so nothing runs. Entries come in an order shuffled by a
+    fixed seed, so that the end of the text, which is held out for evaluation, is of the same kind
+    as the rest.
 
     Args:
         max_characters: entries are added until there are this many.
@@ -33,17 +35,23 @@ def interpreter_documentation(max_characters: int = 2_000_000) -> str:
         >>> 20_000 <= len(text) < 200_000
         True
     """
-    entries = [*_topics(), *_docstrings()]
-    if not entries:
-        raise ValueError("this interpreter comes without documentation: give a text with --data")
-    random.Random(0).shuffle(entries)
-    chosen, size = [], 0
-    for name, text in entries:
-        entry = f"{name}\n\n{text}\n\n\n"
-        chosen.append(entry)
-        size += len(entry)
+    root = Path(sysconfig.get_paths()["stdlib"])
+    sources: list[tuple[str, str] | Path] = [*_topics(), *_modules(root)]
+    order = random.Random(0)
+    order.shuffle(sources)
+    entries: dict[str, str] = {}  # by text: the same one may stand in several places
+    size = 0
+    for source in sources:
+        for name, text in _docstrings(root, source) if isinstance(source, Path) else [source]:
+            if size < max_characters and text not in entries:
+                entries[text] = f"{name}\n\n{text}\n\n\n"
+                size += len(entries[text])
         if size >= max_characters:
             break
+    if not entries:
+        raise ValueError("this interpreter comes without documentation: give a text with --data")
+    chosen = list(entries.values())
+    order.shuffle(chosen)
     return "".join(chosen)
 
 
@@ -56,22 +64,22 @@ def _topics() -> Iterator[tuple[str, str]]:
         yield name, topics[name].strip()
 
 
-def _docstrings() -> Iterator[tuple[str, str]]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    seen = set()
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        if _SKIPPED.intersection(parts):
-            continue
-        try:
+def _modules(root: Path) -> list[Path]:
+    """Return the library's source files, in an order that does not depend on the disk."""
+    paths = sorted(root.rglob("*.py"))
+    return [path for path in paths if not _SKIPPED.intersection(path.relative_to(root).parts)]
+
+
+def _docstrings(root: Path, path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (dotted name, docstring) of everything documented in one source file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a module's source deserves to be warned of
             tree = ast.parse(path.read_bytes())
-        except (OSError, SyntaxError, ValueError):
-            continue
-        module = ".".join(part for part in parts if part != "__init__")
-        for name, text in _documented(tree, module):
-            if text not in seen:
-                seen.add(text)
-                yield name, text
+    except (OSError, SyntaxError, ValueError):
+        return
+    parts = path.relative_to(root).with_suffix("").parts
+    yield from _documented(tree, ".".join(part for part in parts if part != "__init__"))
 
 
 def _documented(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:

@@ -19,9 +19,10 @@ _COLUMNS = (
     ("peak memory MB", "peak_memory_bytes", "{:,.0f}", 1e6),
 )
 
-# Sums in another order differ by an ulp or two, and AdamW divides by the root of second moments
-# that are tiny at first. Measured after 160 steps: see `largest_difference` in figures.json.
-LOSS_TOLERANCE = 0.02
+# How far apart the two training losses of one step may be. Sums in another order differ by an ulp
+# or two, and AdamW, which divides by the root of second moments that are tiny at first, enlarges
+# that step by step: 1.4e-2 measured within 160 steps in fp32. Products in bf16 differ by 2^-9.
+LOSS_TOLERANCE = {"highest": 0.03, "high": 0.1, "medium": 0.1}
 
 
 def ratios(results: Results, model: str) -> dict[str, float]:

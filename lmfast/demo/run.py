@@ -49,7 +49,6 @@ def run_demo(
     out = Path(out)
     started = time.perf_counter()
     text = _text(settings, data)
-    out.mkdir(parents=True, exist_ok=True)
     train_text, held_out_text = split_text(text, settings.held_out)
     print(f"text: {len(text):,} characters, {len(held_out_text):,} of them held out", flush=True)
     clock = time.perf_counter()
@@ -57,12 +56,19 @@ def run_demo(
         train_text, settings.vocab_size, mode="byte", special_tokens=SPECIAL_TOKENS
     )
     train_ids, held_out_ids = (encode_text(tokenizer, t) for t in (train_text, held_out_text))
+    if min(len(train_ids), len(held_out_ids)) < 2:
+        raise ValueError(
+            f"the text is too short: {len(train_ids)} tokens to train on, "
+            f"{len(held_out_ids)} held out"
+        )
     prompt_ids = list(tokenizer.encode(settings.prompt))
+    seconds = time.perf_counter() - clock
     print(
         f"tokenizer: {tokenizer.vocab_size:,} tokens learnt and {len(train_ids):,} tokens encoded "
-        f"in {time.perf_counter() - clock:.1f} s",
+        f"in {seconds:.1f} s",
         flush=True,
     )
+    out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out / "tokenizer.json")
     with tempfile.TemporaryDirectory(prefix="lmfast-demo-") as scratch:
         work = Path(scratch)
@@ -92,6 +98,10 @@ def run_demo(
     return figures
 
 
+def _without_blank_lines(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.splitlines() if line.strip())
+
+
 def _text(settings: DemoSettings, data: Sequence[str | Path]) -> str:
     if not data:
         return interpreter_documentation(settings.text_characters)
@@ -105,8 +115,7 @@ def _in_own_process(job: Job, work: Path) -> dict[str, Any]:
     """Run a job in a new interpreter, so that its peak memory is its own."""
     path = work / "job.json"
     job.save(path)
-    command = [sys.executable, "-m", "lmfast.demo.worker", str(path)]
-    process = subprocess.Popen(command, stderr=None)
+    process = subprocess.Popen([sys.executable, "-m", "lmfast.demo.worker", str(path)])
     try:
         code = process.wait()
     except KeyboardInterrupt:
@@ -114,9 +123,13 @@ def _in_own_process(job: Job, work: Path) -> dict[str, Any]:
         raise
     if code == 130:
         raise KeyboardInterrupt
+    name = f"the {job.implementation} {job.model} run"
     if code != 0:
-        raise RuntimeError(f"the {job.implementation} {job.model} run failed, see above")
-    return json.loads(Path(job.result).read_text(encoding="utf-8"))
+        raise RuntimeError(f"{name} failed with status {code}")
+    result = json.loads(Path(job.result).read_text(encoding="utf-8"))
+    if "error" in result:
+        raise RuntimeError(f"{name} failed: {result['error']}")
+    return result
 
 
 def _figures(
@@ -138,7 +151,7 @@ def _figures(
         "results": [results[m, i] for m in MODELS for i in IMPLEMENTATIONS],
         "ratios": {model: ratios(results, model) for model in MODELS},
         "largest_difference": differences,
-        "losses_agree": max(differences.values()) <= LOSS_TOLERANCE,
+        "losses_agree": max(differences.values()) <= LOSS_TOLERANCE[settings.precision],
         "samples": samples,
     }
 
@@ -155,7 +168,7 @@ def _print(
         apart = figures["largest_difference"][model]
         print(f"{model}: over all steps the two training losses are at most {apart:.1e} apart")
     for model in MODELS:
-        print(f"\n--- {model}, sampled ---\n{samples[model].strip()}")
+        print(f"\n--- {model}, sampled ---\n{_without_blank_lines(samples[model])}")
     written = [f"{model}/" for model in MODELS] + ["tokenizer.json", "figures.json"]
     curves = {
         (model if i == "lmfast" else f"textbook {model}"): (

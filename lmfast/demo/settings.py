@@ -23,11 +23,13 @@ class DemoSettings:
     batch_size: int = 64
     context: int = 32
     steps: int = 160
-    learning_rate: float = 2e-3
+    decoder_learning_rate: float = 3e-3
+    recurrent_learning_rate: float = 5e-3
     held_out: float = 0.05
     new_tokens: int = 128
     generate_repeats: int = 3
     text_characters: int = 2_000_000
+    precision: str = "highest"
     seed: int = 42
     prompt: str = "The following methods return"
 

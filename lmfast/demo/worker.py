@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import lmfast
 from lmfast.demo.settings import DemoSettings
 from lmfast.generation import generate
 from lmfast.models import DecoderLanguageModel, LanguageModel, RecurrentLanguageModel
@@ -27,7 +28,14 @@ from lmfast.models.textbook import (
     textbook_generate,
     textbook_loss,
 )
-from lmfast.training import PackedBatches, Trainer, evaluate, save_model, seed_everything
+from lmfast.training import (
+    PackedBatches,
+    Trainer,
+    TrainingDiverged,
+    evaluate,
+    save_model,
+    seed_everything,
+)
 from lmfast.training.memory import peak_bytes, resident_bytes
 from lmfast.training.metrics import model_loss
 
@@ -107,14 +115,15 @@ def run(job: Job) -> dict[str, Any]:
     textbook = job.implementation == "textbook"
     loss = textbook_loss if textbook else model_loss
     # The textbook's optimiser is AdamW as one writes it; ours is the fused one of the Trainer.
-    optimizer = torch.optim.AdamW(model.parameters(), s.learning_rate) if textbook else None
+    rate = s.decoder_learning_rate if job.model == "decoder" else s.recurrent_learning_rate
+    optimizer = torch.optim.AdamW(model.parameters(), rate) if textbook else None
     trainer = Trainer(
         model,
         batches,
         max_steps=s.steps,
         loss=loss,
         optimizer=optimizer,
-        learning_rate=s.learning_rate,
+        learning_rate=rate,
         description=f"{job.implementation:>8} {job.model}",
     )
     report = trainer.fit()
@@ -123,7 +132,7 @@ def run(job: Job) -> dict[str, Any]:
         raise KeyboardInterrupt
     evaluation = evaluate(model, held_out, loss=loss)
     prompt = torch.tensor([job.prompt_ids])
-    rate = generation_rate(model, prompt, s.new_tokens, s.generate_repeats)
+    generated = generation_rate(model, prompt, s.new_tokens, s.generate_repeats)
     sampled = []
     if isinstance(model, LanguageModel):
         save_model(job.model_dir, model)
@@ -149,7 +158,7 @@ def run(job: Job) -> dict[str, Any]:
         "held_out_perplexity": evaluation.perplexity,
         "held_out_tokens": evaluation.tokens,
         "train_tokens_per_second": report.tokens_per_second,
-        "generate_tokens_per_second": rate,
+        "generate_tokens_per_second": generated,
         "peak_memory_bytes": peak - before,
         "sampled_ids": sampled,
     }
@@ -171,10 +180,14 @@ def generation_rate(model: nn.Module, prompt: Tensor, tokens: int, repeats: int)
 def main() -> int:
     """Run the job named on the command line and write its result."""
     job = Job.load(Path(sys.argv[1]))
+    lmfast.tune_allocator()  # this and the precision for both implementations alike
+    torch.set_float32_matmul_precision(job.settings.precision)
     try:
         result = run(job)
     except KeyboardInterrupt:
         return 130
+    except (OSError, TrainingDiverged) as error:
+        result = {"error": str(error)}
     Path(job.result).write_text(json.dumps(result), encoding="utf-8")
     return 0
 

@@ -55,7 +55,9 @@ class RecurrentLanguageModel(LanguageModel):
         self.embedding = nn.Embedding(vocab_size, emb_dim, padding_idx=pad_idx)
         self.rnn = ElmanRNN(emb_dim, num_layers)
         self.fc = nn.Linear(emb_dim, vocab_size)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        # The embedding keeps its normal(0, 1): with the 0.02 of the decoder, whose norms rescale
+        # it, the states barely depend on the input and 100 steps stay at the unigram loss
+        # (6.77 on 2 MB of text, 6.05 with 1).
         nn.init.xavier_uniform_(self.fc.weight)
         nn.init.zeros_(self.fc.bias)
         self._clear_padding()

@@ -5,10 +5,14 @@ from lmfast.nn.block import DecoderBlock
 from lmfast.nn.elman import ElmanRNN, ElmanUnit
 from lmfast.nn.mlp import MLP
 from lmfast.nn.norm import RMSNorm
+from lmfast.nn.rnn import GRU, LSTM, RNN
 from lmfast.nn.rotary import RotaryEmbedding
 
 __all__ = [
+    "GRU",
+    "LSTM",
     "MLP",
+    "RNN",
     "DecoderBlock",
     "ElmanRNN",
     "ElmanUnit",

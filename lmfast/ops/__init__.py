@@ -8,16 +8,26 @@ import lmfast.ops._gpu
 import lmfast.triton  # noqa: F401  (like _gpu, registers implementations)
 from lmfast.ops.add_rms_norm import add_rms_norm
 from lmfast.ops.attention import attention
+from lmfast.ops.cross_entropy import cross_entropy
+from lmfast.ops.elman_rnn import elman_rnn
+from lmfast.ops.gru import gru
 from lmfast.ops.linear_cross_entropy import linear_cross_entropy
+from lmfast.ops.lstm import lstm
 from lmfast.ops.rms_norm import rms_norm
 from lmfast.ops.rope import rope
 from lmfast.ops.rope_tables import rope_tables
+from lmfast.ops.selected_log_probs import selected_log_probs
 
 __all__ = [
     "add_rms_norm",
     "attention",
+    "cross_entropy",
+    "elman_rnn",
+    "gru",
     "linear_cross_entropy",
+    "lstm",
     "rms_norm",
     "rope",
     "rope_tables",
+    "selected_log_probs",
 ]

@@ -93,9 +93,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("packed projection", (q, k, v))
     cache_k, cache_v = normal(2, 2, 90, 16), normal(2, 2, 90, 16)
     cache_k[:, :, 60:], cache_v[:, :, 60:] = torch.nan, torch.nan
-    yield Sample(
-        "cache", (normal(2, 4, 1, 16), cache_k, cache_v), {"lengths": integers(60, 17)}
-    )
+    yield Sample("cache", (normal(2, 4, 1, 16), cache_k, cache_v), {"lengths": integers(60, 17)})
     q, k, v = (normal(1, 2, 16, 20).transpose(2, 3) for _ in range(3))
     yield Sample("last dimension strided", (q, k, v))
     q, k, v = qkv(1, 2, 2, 40, 40, 32)

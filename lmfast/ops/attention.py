@@ -187,7 +187,7 @@ def _unsupported(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> str | None:
     return unsupported_by_cpu_kernels(q, k, v, o.sinks, o.alibi)
 
 
-def _kernel_options(options: tuple[Any, ...]) -> Options:
+def kernel_options(options: tuple[Any, ...]) -> Options:
     """The same options with their tensors as the C++ operators take them."""
     o = Options(*options)
     return o._replace(
@@ -200,7 +200,7 @@ def _kernel_options(options: tuple[Any, ...]) -> Options:
 
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     q, k, v = (with_unit_last_stride(t) for t in (q, k, v))
-    return _forward_op(q, k, v, *_kernel_options(options))
+    return _forward_op(q, k, v, *kernel_options(options))
 
 
 def _cpu_backward(
@@ -208,13 +208,17 @@ def _cpu_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     dout, q, k, v = (with_unit_last_stride(t) for t in (dout, q, k, v))
     o = Options(*options)
-    grads = _backward_op(dout, q, k, v, out, lse, *_kernel_options(options))
-    if o.sinks is None or not o.sinks.requires_grad:
-        return *grads, None
-    # A sink takes the share e^sink / 2^lse of each row and gives it no value.
-    share = torch.exp2(o.sinks.float()[:, None] * math.log2(math.e) - lse)
+    grads = _backward_op(dout, q, k, v, out, lse, *kernel_options(options))
+    return *grads, sink_gradient(o.sinks, dout, out, lse)
+
+
+def sink_gradient(sinks: Tensor | None, dout: Tensor, out: Tensor, lse: Tensor) -> Tensor | None:
+    """A sink takes the share e^sink / 2^lse of each row and gives it no value."""
+    if sinks is None or not sinks.requires_grad:
+        return None
+    share = torch.exp2(sinks.float()[:, None] * math.log2(math.e) - lse)
     dsinks = -(share * (dout.float() * out.float()).sum(-1)).sum((0, 2))
-    return *grads, dsinks.to(o.sinks.dtype)
+    return dsinks.to(sinks.dtype)
 
 
 OP = register_op(

@@ -8,13 +8,17 @@ for by name: that is how they are tested without a GPU.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 import lmfast.ops.add_rms_norm
 import lmfast.ops.rope  # noqa: F401  (both define the operators twinned below)
 from lmfast._dispatch import register
+from lmfast.ops._attention_reference import Options
 from lmfast.ops._library import needs_grad, with_unit_last_stride
+from lmfast.ops.attention import kernel_options, sink_gradient
 from lmfast.triton._launch import DEVICES, twin, unsupported
 
 # Longest row the kernels are tested with. They hold a row, or walk it in blocks.
@@ -25,6 +29,8 @@ _add_rms_norm_op = twin("add_rms_norm", "rms_norm")
 _rms_norm_backward = twin("rms_norm_backward", "rms_norm")
 _rope = twin("rope", "rope")
 _rope_inplace = twin("rope_", "rope")
+_attention = twin("attention", "attention")
+_attention_grads = twin("attention_backward", "attention_backward")
 
 
 def _norm_forward(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -115,6 +121,30 @@ def _rope_unsupported(
     return unsupported(q, k, cos, sin)
 
 
+def _attention_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    q, k, v = (with_unit_last_stride(t) for t in (q, k, v))
+    return _attention(q, k, v, *kernel_options(options))
+
+
+def _attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    dout, q, k, v = (with_unit_last_stride(t) for t in (dout, q, k, v))
+    grads = _attention_grads(dout, q, k, v, out, lse, *kernel_options(options))
+    return *grads, sink_gradient(Options(*options).sinks, dout, out, lse)
+
+
+def _attention_unsupported(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> str | None:
+    o = Options(*options)
+    if needs_grad(o.mask, o.alibi):
+        return "no kernel for the gradient of mask or alibi"
+    if q.shape[3] > 256:
+        return f"the kernel takes head sizes to 256, got {q.shape[3]}"
+    if o.mask is not None and o.mask.dtype == torch.float64:
+        return "no kernel for a torch.float64 mask"
+    return unsupported(q, k, v)
+
+
 register(
     "rms_norm",
     "triton",
@@ -132,3 +162,6 @@ register(
     lambda x, residual, weight, eps: _norm_unsupported(x, weight),
 )
 register("rope", "triton", DEVICES, _rope_forward, _rope_rotate, _rope_unsupported)
+register(
+    "attention", "triton", DEVICES, _attention_forward, _attention_backward, _attention_unsupported
+)

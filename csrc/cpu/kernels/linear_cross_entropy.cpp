@@ -23,6 +23,7 @@
 #include "../simd.h"
 #include "../simd_exp.h"
 #include "../simd_tanh.h"
+#include "linear_cross_entropy_token.h"
 
 namespace lmfast::LMFAST_ISA {
 namespace {
@@ -30,7 +31,6 @@ namespace {
 constexpr int64_t kDepth = 256;  // of E at a time: an operand panel of 64 lanes is 64 KB
 constexpr int64_t kChunk = 96;   // classes at a time: their logits, 72 KB, stay in L2
 constexpr int64_t kMaxLanes = 192;
-constexpr float kLargestSum = 1e20f;  // beyond, coefficients may become subnormal
 
 LMFAST_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -240,11 +240,14 @@ void pack_groups(const LceBlockArgs& a, int64_t begin, int64_t end) {
     const H* h = static_cast<const H*>(p.hidden) + p.row[token] * p.hidden_stride;
     const W* w = static_cast<const W*>(p.weight) + target * p.weight_row_stride;
     VecF logit = VecF::zero();
-    for (int64_t e = 0; e < p.width; ++e) {
-      const float x = scalar_at(h + e);
-      a.hidden_t[e * a.lanes + n] = x;
-      const float y = scalar_at(w + e * p.weight_column_stride);
-      logit = fmadd(VecF::set1(y), VecF::set1(x), logit);
+    for (int64_t block = 0; block < p.width; block += kDepth) {
+      VecF part = VecF::zero();
+      for (int64_t e = block; e < smaller(block + kDepth, p.width); ++e) {
+        const float x = scalar_at(h + e), y = scalar_at(w + e * p.weight_column_stride);
+        a.hidden_t[e * a.lanes + n] = x;
+        part = fmadd(VecF::set1(y), VecF::set1(x), part);
+      }
+      logit = logit + part;
     }
     if (p.bias != nullptr) logit = logit + VecF::set1(p.bias[target]);
     if (p.softcap > 0) logit = capped(logit, p.softcap);
@@ -252,29 +255,6 @@ void pack_groups(const LceBlockArgs& a, int64_t begin, int64_t end) {
     logit.store(lanes);
     a.target_logit[n] = a.center[n] = lanes[0];
   }
-}
-
-// What the finished sums make of one token: its loss, and the factors of its gradients.
-struct Finished {
-  double loss;
-  float coefficient, target_gradient;
-};
-
-LMFAST_INLINE Finished finish_token(const LceProblem& p, float scale, float logit, float center,
-                                    float others, float mean_logit) {
-  const double target_prob = center == logit ? 1.0 : ::exp(double(logit) - center);
-  const double sum = target_prob + others;
-  const double above =
-      center == logit ? ::log1p(double(others)) : center - double(logit) + ::log(sum);
-  const double lse = logit + above;
-  const double slope = 1.0 + 2.0 * p.z_loss * lse;
-  Finished f;
-  f.loss = above + p.smoothing * (logit - double(mean_logit)) + p.z_loss * lse * lse;
-  f.coefficient = static_cast<float>(scale * slope / sum);
-  double target = ((slope - 1.0) * target_prob - others) / sum + p.smoothing;
-  if (p.softcap > 0) target *= 1.0 - double(logit) / p.softcap * (logit / p.softcap);
-  f.target_gradient = static_cast<float>(scale * target);
-  return f;
 }
 
 template <class H, class W>
@@ -292,20 +272,19 @@ void finish_groups(const LceBlockArgs& a, int64_t begin, int64_t end) {
     bool overflow = false;
     for (int64_t i = 0; i < count; ++i) {
       const float logit = a.target_logit[n0 + i];
-      overflow = overflow || !(others[i] < kLargestSum) || !(logit - logit == 0.0f);
+      overflow = overflow || sum_overflows(logit, others[i]);
     }
     a.overflow[group] = overflow;
     if (overflow && !a.redo) continue;
-    Finished done[kLceGroup] = {};
+    FinishedToken done[kLceGroup] = {};
     for (int64_t i = 0; i < count; ++i) {
       const int64_t n = n0 + i, token = a.first_token + n;
-      float mean_logit = 0.0f;
+      double mean_logit = 0.0;
       if (p.mean_weight != nullptr) {
-        double sum = p.mean_bias;
+        mean_logit = p.mean_bias;
         for (int64_t e = 0; e < p.width; ++e) {
-          sum += double(p.mean_weight[e]) * a.hidden_t[e * a.lanes + n];
+          mean_logit += double(p.mean_weight[e]) * a.hidden_t[e * a.lanes + n];
         }
-        mean_logit = static_cast<float>(sum);
       }
       done[i] =
           finish_token(p, p.scale[token], a.target_logit[n], a.center[n], others[i], mean_logit);

@@ -21,6 +21,22 @@ constexpr int kMaxFwdThreads = 1024;
 // rows with an fp32 weight spill 56 bytes per thread.
 constexpr int kMaxBwdThreads = 384;
 
+struct BlockShape {
+  int threads_per_row, rows;
+};
+
+// For rows of `vectors` vectors, with at most `most` threads.
+inline BlockShape rms_norm_block(int vectors, int most) {
+  const int wanted = (vectors + kKept - 1) / kKept;
+  if (wanted > 32) {
+    const int warps = (wanted + 31) / 32;
+    return {warps * 32 < most ? warps * 32 : most, 1};
+  }
+  int lanes = 8;
+  while (lanes < wanted) lanes *= 2;
+  return {lanes, kRowThreads / lanes};
+}
+
 struct RmsNormFwd {
   RowLayout rows;  // operands: x, y, residual, sum
   int width;

@@ -34,6 +34,12 @@ struct Rope {
   bool inplace;
 };
 
+// Vectors of n elements a head is walked in.
+inline int rope_vectors(const Rope& p, int n, bool interleaved) {
+  const int pairs = interleaved && n > 1 ? n / 2 : n;
+  return p.rotary / 2 / pairs + (p.head_dim - p.rotary) / n;
+}
+
 // The rotated vector that starts at element `at` of a head.
 template <typename T, int N, bool kInterleaved>
 __device__ __forceinline__ void rotate(const T* in, T* out, int at, int half, const float (&cos)[N],

@@ -1,0 +1,18 @@
+// The parts of the _bpe module.
+#pragma once
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "id_buffer.h"
+
+namespace lmfast::bpe {
+
+void bind_encoder(pybind11::module_& module);
+void bind_decoder(pybind11::module_& module);
+void bind_trainer(pybind11::module_& module);
+
+// The ids as an int32 array that owns their memory.
+pybind11::array_t<int32_t> to_array(IdBuffer&& ids);
+
+}  // namespace lmfast::bpe

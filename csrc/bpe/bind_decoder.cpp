@@ -1,0 +1,98 @@
+#include <string>
+#include <vector>
+
+#include "bind.h"
+#include "decoder.h"
+
+namespace py = pybind11;
+
+namespace lmfast::bpe {
+namespace {
+
+class DecoderBinding {
+ public:
+  DecoderBinding(const std::vector<std::string>& bytes, const std::vector<bool>& unknown)
+      : decoder_(bytes, unknown) {}
+
+  // Index of the first id without a meaning, or -1.
+  int64_t first_unknown(const py::object& ids) const {
+    std::vector<uint32_t> own;
+    const View view = read(ids, &own);
+    const size_t at = decoder_.first_unknown(view.ids, view.size);
+    return at == view.size ? -1 : static_cast<int64_t>(at);
+  }
+
+  py::object decode_bytes(const py::object& ids) const {
+    std::string text = bytes_of(ids);
+    return py::bytes(text);
+  }
+
+  py::object decode(const py::object& ids, const char* errors) const {
+    const std::string text = bytes_of(ids);
+    PyObject* result =
+        PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), errors);
+    if (result == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result);
+  }
+
+ private:
+  struct View {
+    const uint32_t* ids;
+    size_t size;
+  };
+
+  // A list of int, or a one-dimensional contiguous array of int32 or uint32.
+  View read(const py::object& ids, std::vector<uint32_t>* own) const {
+    if (PyList_Check(ids.ptr())) {
+      const size_t n = static_cast<size_t>(PyList_GET_SIZE(ids.ptr()));
+      own->resize(n);
+      for (size_t i = 0; i < n; ++i) {
+        const long value = PyLong_AsLong(PyList_GET_ITEM(ids.ptr(), static_cast<Py_ssize_t>(i)));
+        if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+        (*own)[i] = value < 0 || value > 0x7FFFFFFF ? 0xFFFFFFFFu : static_cast<uint32_t>(value);
+      }
+      return {own->data(), n};
+    }
+    const py::array array = py::cast<py::array>(ids);
+    if (array.ndim() != 1 || array.itemsize() != 4 || !(array.flags() & py::array::c_style)) {
+      throw py::value_error("ids must be a one-dimensional contiguous array of 32-bit integers");
+    }
+    return {static_cast<const uint32_t*>(array.data()), static_cast<size_t>(array.size())};
+  }
+
+  std::string bytes_of(const py::object& ids) const {
+    std::vector<uint32_t> own;
+    const View view = read(ids, &own);
+    const size_t at = decoder_.first_unknown(view.ids, view.size);
+    if (at != view.size) {
+      throw py::value_error("ids[" + std::to_string(at) + "] is " +
+                            std::to_string(static_cast<int32_t>(view.ids[at])) +
+                            ", which is not in the vocabulary");
+    }
+    std::string out;
+    constexpr size_t kBlock = 4096;
+    for (size_t i = 0; i < view.size; i += kBlock) {
+      const size_t n = std::min(kBlock, view.size - i);
+      const size_t before = out.size();
+      out.resize(before + decoder_.room(n));
+      const char* end = decoder_.decode(view.ids + i, n, &out[before]);
+      out.resize(static_cast<size_t>(end - out.data()));
+    }
+    return out;
+  }
+
+  Decoder decoder_;
+};
+
+}  // namespace
+
+void bind_decoder(py::module_& module) {
+  py::class_<DecoderBinding>(module, "Decoder")
+      .def(py::init<const std::vector<std::string>&, const std::vector<bool>&>(), py::arg("bytes"),
+           py::arg("unknown"))
+      .def("first_unknown", &DecoderBinding::first_unknown, py::arg("ids"))
+      .def("decode_bytes", &DecoderBinding::decode_bytes, py::arg("ids"))
+      .def("decode", &DecoderBinding::decode, py::arg("ids"), py::arg("errors"));
+}
+
+}  // namespace lmfast::bpe

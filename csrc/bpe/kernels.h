@@ -1,0 +1,70 @@
+// The parts compiled once per instruction set, and the choice between them.
+//
+// Their sources see raw pointers only: no STL, so that no inline library function is emitted with
+// instructions that the machine may lack.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "scanner.h"
+
+namespace lmfast::bpe {
+
+// Bytes that may be read beyond the part of a text that a kernel works on.
+constexpr size_t kPadding = 192;
+// Bytes scanned at a time: the boundaries of a chunk stay in L1. 1 to 8 KB measure alike.
+constexpr size_t kChunk = 4096;
+
+// Pieces up to 15 bytes are looked up by value: bytes, zeros, and the length in the last byte.
+constexpr size_t kShortPiece = 15;
+struct PieceKey {
+  uint64_t low, high;
+};
+
+// Two entries of the word cache in one cache line. ids[way][0] >> 24 is the number of ids, 1 to 4;
+// 0 marks an entry whose ids are elsewhere (see word_cache.h).
+struct alignas(64) CacheBucket {
+  PieceKey key[2];
+  uint32_t ids[2][4];
+};
+
+struct PieceSpans {
+  const uint16_t* start;
+  const uint16_t* end;
+  size_t count;
+};
+
+// What the encoding loop needs; `slow` handles every piece that is not a plain hit.
+struct EncodeContext {
+  const CacheBucket* buckets;
+  uint32_t bucket_mask;  // of a hash, giving the bucket's offset in bytes
+  void* owner;
+  uint32_t* (*slow)(void* owner, const uint8_t* piece, size_t size, PieceKey key, uint32_t offset,
+                    uint32_t* out);
+};
+
+struct Kernels {
+  const char* name;
+  uint32_t (*hash)(PieceKey key);
+  // Piece starts in text[0, n), the first at 0; n <= kChunk + kPadding. The pieces between them are
+  // final when what follows text[n] is the rest of the text; the last one may go on. Returns 0
+  // when it cannot tell (next_piece can). `ends` is filled for kWords only.
+  size_t (*scan)(Pattern pattern, const uint8_t* text, size_t n, uint16_t* starts, uint16_t* ends);
+  // Appends the ids of the pieces to `out`; returns the new end.
+  uint32_t* (*encode)(const EncodeContext& context, const uint8_t* text, PieceSpans pieces,
+                      uint32_t* out);
+};
+
+// The best level this machine has and LMFAST_CPU_ISA=default|avx2|avx512|amx allows; chosen once.
+const Kernels& kernels();
+// A level by name, or nullptr where the machine or the build lacks it: for the tests.
+const Kernels* kernels_by_name(const char* name);
+
+extern const Kernels kDefaultKernels;
+#if defined(__x86_64__)
+#define LMFAST_BPE_X86 1
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+}  // namespace lmfast::bpe

@@ -1,0 +1,74 @@
+// Portable kernels: the scalar scanner and 64-bit arithmetic.
+#include "encode_loop.h"
+
+namespace lmfast::bpe {
+namespace {
+
+uint32_t hash_key(PieceKey key) {
+  // Both halves of a 128-bit product. Two products xor-ed spread worse: 3.8 times the conflicts.
+  const uint64_t a = key.low ^ 0x9E3779B97F4A7C15ull, b = key.high ^ 0xD6E8FEB86659FD93ull;
+#if defined(__SIZEOF_INT128__)
+  const unsigned __int128 product = static_cast<unsigned __int128>(a) * b;
+  return static_cast<uint32_t>(static_cast<uint64_t>(product) ^
+                               static_cast<uint64_t>(product >> 64));
+#else
+  uint64_t x = (a ^ (b << 23 | b >> 41)) * 0xBF58476D1CE4E5B9ull;
+  x ^= x >> 31;
+  x *= 0x94D049BB133111EBull;
+  return static_cast<uint32_t>(x >> 32);
+#endif
+}
+
+struct DefaultOps {
+  static uint32_t key(const uint8_t* piece, size_t row, PieceKey* key) {
+    *key = piece_key_at(piece, row);
+    return hash_key(*key);
+  }
+
+  static uint32_t probe(const CacheBucket& bucket, const PieceKey& key, uint32_t* out) {
+    const auto differ = [&key](const PieceKey& k) {
+      return (k.low ^ key.low) | (k.high ^ key.high);
+    };
+    // Arithmetic, not conditions: which way holds a piece is random.
+    const uint32_t second = differ(bucket.key[1]) == 0;
+    const uint32_t hit = second | static_cast<uint32_t>(differ(bucket.key[0]) == 0);
+    const uint32_t* ids = bucket.ids[second];
+    std::memcpy(out, ids, 16);
+    const uint32_t count = out[0] >> 24;
+    out[0] &= 0xFFFFFF;
+    return count & (0u - hit);
+  }
+};
+
+size_t scan_default(Pattern pattern, const uint8_t* text, size_t n, uint16_t* starts,
+                    uint16_t* ends) {
+  size_t count = 0;
+  if (pattern == Pattern::kNone || pattern == Pattern::kLines) return 0;
+  const size_t limit = n + kPadding / 2;
+  const bool maybe_open = text[limit - 1] <= ' ' || text[limit - 1] >= 0x80;
+  for (size_t pos = 0; pos < n;) {
+    const Piece piece = next_piece(pattern, text, pos, limit);
+    if (piece.start >= n) break;
+    // A piece that reaches the limit may go on, and how whitespace is cut depends on its end.
+    if (piece.end + 8 >= limit || (maybe_open && all_space(text, piece.start, limit))) {
+      starts[count++] = static_cast<uint16_t>(piece.start);
+      break;
+    }
+    starts[count] = static_cast<uint16_t>(piece.start);
+    if (ends) ends[count] = static_cast<uint16_t>(piece.end);
+    ++count;
+    pos = piece.end;
+  }
+  return count;
+}
+
+uint32_t* encode_default(const EncodeContext& context, const uint8_t* text, PieceSpans pieces,
+                         uint32_t* out) {
+  return encode_loop<DefaultOps>(context, text, pieces, out);
+}
+
+}  // namespace
+
+const Kernels kDefaultKernels = {"default", hash_key, scan_default, encode_default};
+
+}  // namespace lmfast::bpe

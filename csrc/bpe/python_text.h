@@ -1,0 +1,34 @@
+// A Python str or bytes object as UTF-8.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+namespace lmfast::bpe {
+
+// Borrows the object's own bytes where it has them (bytes, ASCII, an existing UTF-8 cache), else
+// converts: pairs of surrogates are joined and lone ones become U+FFFD.
+class PythonText {
+ public:
+  // Needs the GIL. Throws pybind11::type_error naming the argument.
+  PythonText(PyObject* object, const char* argument);
+
+  // Converts if that is still to do; needs no GIL. The object must stay alive.
+  void prepare();
+  const uint8_t* data() const { return data_; }
+  size_t size() const { return size_; }
+
+ private:
+  template <class Unit>
+  void convert(const Unit* units, size_t n);
+
+  const uint8_t* data_ = nullptr;
+  size_t size_ = 0;
+  const void* units_ = nullptr;  // not yet converted
+  int kind_ = 0;
+  std::unique_ptr<uint8_t[]> own_;
+};
+
+}  // namespace lmfast::bpe

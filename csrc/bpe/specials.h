@@ -1,0 +1,32 @@
+// Finding special tokens in a text before it is split.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace lmfast::bpe {
+
+struct SpecialMatch {
+  size_t start, end;  // start == end: none is left
+  uint32_t id;
+};
+
+// The special tokens that one call may match. Leftmost first; at one place the longest.
+class Specials {
+ public:
+  explicit Specials(std::vector<std::pair<std::string, uint32_t>> tokens);
+
+  bool empty() const { return tokens_.empty(); }
+  SpecialMatch find(const uint8_t* text, size_t pos, size_t n) const;
+
+ private:
+  bool match(const uint8_t* text, size_t pos, size_t n, SpecialMatch* found) const;
+
+  std::vector<std::pair<std::string, uint32_t>> tokens_;  // longest first
+  bool begins_[256] = {};
+  int only_first_ = -1;  // the one byte all begin with, where there is one
+};
+
+}  // namespace lmfast::bpe

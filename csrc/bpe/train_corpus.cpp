@@ -1,0 +1,92 @@
+#include <stdexcept>
+
+#include "trainer.h"
+#include "unicode.h"
+
+namespace lmfast::bpe {
+namespace {
+
+constexpr uint32_t kReplacement = 0xFFFD;
+
+std::string to_utf8(uint32_t c) {
+  std::string out;
+  if (c < 0x80) {
+    out += static_cast<char>(c);
+  } else if (c < 0x800) {
+    out += static_cast<char>(0xC0 | c >> 6);
+    out += static_cast<char>(0x80 | (c & 63));
+  } else if (c < 0x10000) {
+    out += static_cast<char>(0xE0 | c >> 12);
+    out += static_cast<char>(0x80 | (c >> 6 & 63));
+    out += static_cast<char>(0x80 | (c & 63));
+  } else {
+    out += static_cast<char>(0xF0 | c >> 18);
+    out += static_cast<char>(0x80 | (c >> 12 & 63));
+    out += static_cast<char>(0x80 | (c >> 6 & 63));
+    out += static_cast<char>(0x80 | (c & 63));
+  }
+  return out;
+}
+
+template <class Use>
+void for_each_character(std::string_view text, Use use) {
+  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(text.data());
+  for (size_t pos = 0; pos < text.size();) {
+    const Char c = decode_char(bytes, pos, text.size());
+    use(c.valid ? c.code : kReplacement);
+    pos += c.length;
+  }
+}
+
+// Room for every symbol and boundary; positions are 32-bit.
+void reserve(TrainCorpus* corpus, const std::vector<WordCounter::Word>& words, size_t marker) {
+  size_t total = 1;
+  for (const auto& word : words) total += word.bytes.size() + marker + 1;
+  if (total >= 0xFFFFFFF0u)
+    throw std::length_error("the distinct words have more than 4 G symbols");
+  corpus->symbols.reserve(total);
+  corpus->symbols.push_back(TrainCorpus::kBoundary);
+  corpus->weights.reserve(words.size());
+}
+
+}  // namespace
+
+TrainCorpus byte_corpus(const std::vector<WordCounter::Word>& words,
+                        const std::vector<uint32_t>& byte_ids) {
+  TrainCorpus corpus;
+  reserve(&corpus, words, 0);
+  for (const auto& word : words) {
+    for (const char c : word.bytes) corpus.symbols.push_back(static_cast<uint8_t>(c));
+    corpus.symbols.push_back(TrainCorpus::kBoundary);
+    corpus.weights.push_back(word.count);
+  }
+  for (int b = 0; b < 256; ++b) corpus.strings.push_back(std::string(1, static_cast<char>(b)));
+  corpus.ids = byte_ids;
+  return corpus;
+}
+
+TrainCorpus character_corpus(const std::vector<WordCounter::Word>& words, const std::string& marker,
+                             uint32_t first_id) {
+  TrainCorpus corpus;
+  reserve(&corpus, words, marker.size());
+  std::vector<uint32_t> symbol_of(kCodePoints, 0);
+  const auto mark = [&](uint32_t code) { symbol_of[code] = 1; };
+  for_each_character(marker, mark);
+  for (const auto& word : words) for_each_character(word.bytes, mark);
+  for (uint32_t code = 0; code < kCodePoints; ++code) {
+    if (symbol_of[code] == 0) continue;
+    symbol_of[code] = static_cast<uint32_t>(corpus.strings.size());
+    corpus.ids.push_back(first_id + symbol_of[code]);
+    corpus.strings.push_back(to_utf8(code));
+  }
+  const auto append = [&](uint32_t code) { corpus.symbols.push_back(symbol_of[code]); };
+  for (const auto& word : words) {
+    for_each_character(marker, append);
+    for_each_character(word.bytes, append);
+    corpus.symbols.push_back(TrainCorpus::kBoundary);
+    corpus.weights.push_back(word.count);
+  }
+  return corpus;
+}
+
+}  // namespace lmfast::bpe

@@ -1,0 +1,96 @@
+#include "word_counter.h"
+
+#include <cstring>
+#include <stdexcept>
+
+#include "encode_loop.h"
+#include "split.h"
+
+namespace lmfast::bpe {
+
+WordCounter::WordCounter(Pattern pattern, const Kernels& kernels)
+    : pattern_(pattern), kernels_(kernels), slots_(1u << 12) {}
+
+uint32_t WordCounter::next_order() {
+  if (order_ == 0xFFFFFFFFu) throw std::length_error("more than 4294967295 distinct words");
+  return order_++;
+}
+
+void WordCounter::grow() {
+  std::vector<Slot> old(2 * slots_.size());
+  old.swap(slots_);
+  const size_t mask = slots_.size() - 1;
+  for (const Slot& slot : old) {
+    if (slot.key.high == 0) continue;
+    size_t at = kernels_.hash(slot.key) & mask;
+    while (slots_[at].key.high != 0) at = (at + 1) & mask;
+    slots_[at] = slot;
+  }
+}
+
+void WordCounter::add_key(PieceKey key, uint64_t count) {
+  const size_t mask = slots_.size() - 1;
+  for (size_t at = kernels_.hash(key) & mask;; at = (at + 1) & mask) {
+    Slot& slot = slots_[at];
+    if (slot.key.low == key.low && slot.key.high == key.high) {
+      slot.count += count;
+      return;
+    }
+    if (slot.key.high != 0) continue;
+    slot = {key, count, next_order()};
+    if (++used_ * 2 > slots_.size()) grow();
+    return;
+  }
+}
+
+void WordCounter::add_word(const uint8_t* word, size_t size, uint64_t count) {
+  if (size == 0 || count == 0) return;
+  if (size <= kShortPiece) {
+    uint8_t padded[16] = {};
+    std::memcpy(padded, word, size);
+    add_key(piece_key(padded, size), count);
+    return;
+  }
+  const auto [found, fresh] =
+      long_.try_emplace(std::string(reinterpret_cast<const char*>(word), size), LongWord{0, 0});
+  if (fresh) found->second.order = next_order();
+  found->second.count += count;
+}
+
+void WordCounter::add_pieces(const uint8_t* text, PieceSpans pieces) {
+  for (size_t i = 0; i < pieces.count; ++i) {
+    const uint8_t* piece = text + pieces.start[i];
+    const size_t size = static_cast<size_t>(pieces.end[i] - pieces.start[i]);
+    if (size <= kShortPiece) {
+      add_key(piece_key(piece, size), 1);
+    } else {
+      add_word(piece, size, 1);
+    }
+  }
+}
+
+void WordCounter::add_text(const uint8_t* text, size_t n) {
+  split_text(
+      kernels_, pattern_, text, n,
+      [this](const uint8_t* chunk, const PieceSpans& pieces) { add_pieces(chunk, pieces); },
+      [this](const uint8_t* piece, size_t size) { add_word(piece, size, 1); });
+}
+
+void WordCounter::add(const WordCounter& other) {
+  for (const Word& word : other.words()) {
+    add_word(reinterpret_cast<const uint8_t*>(word.bytes.data()), word.bytes.size(), word.count);
+  }
+}
+
+std::vector<WordCounter::Word> WordCounter::words() const {
+  std::vector<Word> all(order_);
+  for (const Slot& slot : slots_) {
+    if (slot.key.high == 0) continue;
+    const char* bytes = reinterpret_cast<const char*>(&slot.key);
+    all[slot.order] = {{bytes, static_cast<size_t>(slot.key.high >> 56)}, slot.count};
+  }
+  for (const auto& [word, entry] : long_) all[entry.order] = {word, entry.count};
+  return all;
+}
+
+}  // namespace lmfast::bpe

@@ -1,0 +1,46 @@
+// What the finished softmax sums make of one token. For kernels only.
+#pragma once
+
+#include <math.h>
+
+#include "linear_cross_entropy.h"
+
+namespace lmfast::LMFAST_ISA {
+namespace {
+
+// A sum that reaches this is done again relative to the largest logit: coefficients near 1 / sum
+// may become subnormal beyond.
+constexpr float kLceLargestSum = 1e20f;
+
+struct FinishedToken {
+  double loss, lse;
+  float weight;           // gradient by a logit is weight * its probability
+  float coefficient;      // or coefficient * exp(logit - center)
+  float target_gradient;  // gradient by the target's logit, without the share of smoothing
+};
+
+// others: sum of exp(logit - center) over all classes but the target.
+inline FinishedToken finish_token(const LceProblem& p, float scale, float logit, float center,
+                                  float others, double mean_logit) {
+  const double target_prob = center == logit ? 1.0 : ::exp(double(logit) - center);
+  const double sum = target_prob + others;
+  const double above =
+      center == logit ? ::log1p(double(others)) : center - double(logit) + ::log(sum);
+  FinishedToken f;
+  f.lse = logit + above;
+  const double slope = 1.0 + 2.0 * p.z_loss * f.lse;
+  f.loss = above + p.smoothing * (logit - mean_logit) + p.z_loss * f.lse * f.lse;
+  f.weight = static_cast<float>(scale * slope);
+  f.coefficient = static_cast<float>(scale * slope / sum);
+  double target = ((slope - 1.0) * target_prob - others) / sum + p.smoothing;
+  if (p.softcap > 0) target *= 1.0 - double(logit) / p.softcap * (logit / p.softcap);
+  f.target_gradient = static_cast<float>(scale * target);
+  return f;
+}
+
+LMFAST_INLINE bool sum_overflows(float logit, float others) {
+  return !(others < kLceLargestSum) || !(logit - logit == 0.0f);
+}
+
+}  // namespace
+}  // namespace lmfast::LMFAST_ISA

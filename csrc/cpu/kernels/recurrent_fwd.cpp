@@ -1,0 +1,185 @@
+// Elman, LSTM and GRU layers over a whole sequence, forward.
+//
+//   Elman  h = tanh(p + U h')  or relu
+//   LSTM   i, f, o = sigmoid, g = tanh of (p + U h');  c = f c' + i g;  h = o tanh(c)
+//   GRU    r, z = sigmoid(p + U h');  n = tanh(p_n + r (U_n h' + b_n));  h = n + z (h' - n)
+//
+// p, the products of the inputs with all biases, is one matrix product over all steps and not made
+// here. Floor of what is left: arithmetic for many rows, reading the weights out of L2 for few
+// (Elman, H = 512, one row: 1 MB a step on two cores, 5 us). So weights are packed once and each
+// core keeps its own part: few weights (below L2) are used by all cores and the rows divided,
+// without any barrier; many are divided by units of the state, with one barrier per step.
+// The state lives in y: step t reads the rows that step t - 1 wrote.
+#include "recurrent_cells.h"
+#include "recurrent_math.h"
+#include "recurrent_rounds.h"
+
+namespace lmfast::LMFAST_ISA {
+namespace {
+
+// Where a tile's rows are: row of (N, ...) operands, sequence, state before the step (null: zeros).
+struct FwdRows {
+  int64_t row, sequence;
+  const float* h;
+};
+
+template <Cell kCell>
+LMFAST_INLINE void cell_forward(const RecurrentFwdArgs& a, const VecF* sum, int64_t row,
+                                int64_t sequence, const float* h, int64_t unit, int lanes) {
+  const int64_t hidden = a.shape.hidden;
+  float* y = a.y + row * hidden + unit;
+  if constexpr (kCell == Cell::kTanh) {
+    gate_tanh(sum[0]).store(y, lanes);
+  } else if constexpr (kCell == Cell::kRelu) {
+    max(VecF::zero(), sum[0]).store(y, lanes);  // NaN stays: it comes second
+  } else if constexpr (kCell == Cell::kLstm) {
+    const VecF i = gate_sigmoid(sum[0]), f = gate_sigmoid(sum[1]);
+    const VecF g = gate_tanh(sum[2]), o = gate_sigmoid(sum[3]);
+    float* c_at = a.c + sequence * hidden + unit;
+    const VecF c = fmadd(f, VecF::load(c_at, lanes), i * g);
+    c.store(c_at, lanes);
+    (o * gate_tanh(c)).store(y, lanes);
+    if (a.gates != nullptr) {
+      float* gates = a.gates + row * 4 * hidden + unit;
+      i.store(gates, lanes);
+      f.store(gates + hidden, lanes);
+      g.store(gates + 2 * hidden, lanes);
+      o.store(gates + 3 * hidden, lanes);
+      c.store(a.cells + row * hidden + unit, lanes);
+    }
+  } else {
+    const VecF r = gate_sigmoid(sum[0]), z = gate_sigmoid(sum[1]);
+    const VecF input = VecF::load(a.projected + (row * 3 + 2) * hidden + unit, lanes);
+    const VecF n = gate_tanh(fmadd(r, sum[2], input));
+    fmadd(z, load_or_zero(h, unit, lanes) - n, n).store(y, lanes);
+    if (a.gates != nullptr) {
+      float* gates = a.gates + row * 4 * hidden + unit;
+      r.store(gates, lanes);
+      z.store(gates + hidden, lanes);
+      n.store(gates + 2 * hidden, lanes);
+      sum[2].store(gates + 3 * hidden, lanes);
+    }
+  }
+}
+
+template <Cell kCell, int kRows, bool kSmall>
+__attribute__((noinline)) void fwd_tile(const RecurrentFwdArgs& a, const float* panel, int64_t unit,
+                                        const FwdRows& at) {
+  using S = FwdTile<kCell>;
+  constexpr int W = VecF::kWidth;
+  const int64_t hidden = a.shape.hidden;
+  VecF sum[kRows][S::kVecs];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < S::kVecs; ++v) {
+      const int64_t first = unit + v / S::kGates * W;
+      const int gate = v % S::kGates, lanes = lanes_at(first, hidden);
+      if (kCell == Cell::kGru && gate == 2) {
+        sum[r][v] = load_or_zero(a.hidden_bias, first, lanes);
+      } else {
+        sum[r][v] =
+            VecF::load(a.projected + ((at.row + r) * S::kGates + gate) * hidden + first, lanes);
+      }
+    }
+  }
+  if (at.h != nullptr) {
+    multiply<kRows, S::kVecs, TileParts<kRows, kSmall>::value>(sum, at.h, hidden, panel, hidden);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const float* h = at.h == nullptr ? nullptr : at.h + r * hidden;
+#pragma GCC unroll 4
+    for (int u = 0; u < S::kUnits; ++u) {
+      const int64_t first = unit + u * W;
+      const int lanes = lanes_at(first, hidden);
+      if (lanes == 0) break;
+      cell_forward<kCell>(a, sum[r] + u * S::kGates, at.row + r, at.sequence + r, h, first, lanes);
+    }
+  }
+}
+
+// The tile of `rows` rows, 1 to kRows.
+template <Cell kCell, bool kSmall, int kRows>
+LMFAST_INLINE void fwd_tile_of(int rows, const RecurrentFwdArgs& a, const float* panel,
+                               int64_t unit, const FwdRows& at) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return fwd_tile_of<kCell, kSmall, kRows - 1>(rows, a, panel, unit, at);
+  }
+  fwd_tile<kCell, kRows, kSmall>(a, panel, unit, at);
+}
+
+// One step for the sequences [begin, end) and the panels [first, last).
+template <Cell kCell, bool kSmall>
+void fwd_step(const RecurrentFwdArgs& a, int64_t step, int64_t begin, int64_t end, int64_t first,
+              int64_t last) {
+  using S = FwdTile<kCell>;
+  const RecurrentShape& s = a.shape;
+  const int64_t t = s.reverse ? s.steps - 1 - step : step;
+  const int64_t before = s.reverse ? t + 1 : t - 1;
+  const int64_t past = least(end, s.sizes[t]);
+  // Sequences that were there one step before; the others begin here, from h0.
+  const int64_t going = least(s.sizes[t], rows_of(s, before));
+  const float* h = going > 0 ? a.y + s.offsets[before] * s.hidden : nullptr;
+  constexpr int kMost = kSmall ? kSmallBatch : S::kRows;
+  for (int64_t p = first; p < last; ++p) {
+    const float* panel = a.packed + p * s.hidden * S::kVecs * VecF::kWidth;
+    const int64_t unit = p * S::kUnits * VecF::kWidth;
+    const auto run = [&](const float* state) {
+      return [&, state](int64_t b, int rows) {
+        const float* from = state == nullptr ? nullptr : state + b * s.hidden;
+        fwd_tile_of<kCell, kSmall, kMost>(rows, a, panel, unit, {s.offsets[t] + b, b, from});
+      };
+    };
+    for_each_tile<kMost>(begin, least(past, going), run(h));
+    for_each_tile<kMost>(most(begin, going), past, run(a.h0));
+  }
+}
+
+using FwdStep = void (*)(const RecurrentFwdArgs&, int64_t, int64_t, int64_t, int64_t, int64_t);
+
+template <Cell kCell>
+FwdStep fwd_step_for(int64_t batch, int64_t* lanes) {
+  *lanes = FwdTile<kCell>::kUnits * VecF::kWidth;
+  return batch <= kSmallBatch ? fwd_step<kCell, true> : fwd_step<kCell, false>;
+}
+
+FwdStep fwd_step_of(const RecurrentShape& s, int64_t* panels) {
+  FwdStep step = nullptr;
+  int64_t lanes = 1;
+  switch (s.cell) {
+    case Cell::kTanh:
+      step = fwd_step_for<Cell::kTanh>(s.batch, &lanes);
+      break;
+    case Cell::kRelu:
+      step = fwd_step_for<Cell::kRelu>(s.batch, &lanes);
+      break;
+    case Cell::kLstm:
+      step = fwd_step_for<Cell::kLstm>(s.batch, &lanes);
+      break;
+    case Cell::kGru:
+      step = fwd_step_for<Cell::kGru>(s.batch, &lanes);
+      break;
+  }
+  *panels = (s.hidden + lanes - 1) / lanes;
+  return step;
+}
+
+}  // namespace
+
+void recurrent_fwd_rows(const RecurrentFwdArgs& a, int64_t begin, int64_t end) {
+  int64_t panels;
+  const FwdStep run = fwd_step_of(a.shape, &panels);
+  for (int64_t step = 0; step < a.shape.steps; ++step) run(a, step, begin, end, 0, panels);
+}
+
+void recurrent_fwd_together(const RecurrentFwdArgs& a, int64_t, int64_t) {
+  int64_t panels;
+  const FwdStep run = fwd_step_of(a.shape, &panels);
+  const int64_t chunks = a.progress->chunks;
+  run_rounds(*a.progress, a.shape.steps, [&](int64_t step, int64_t chunk) {
+    run(a, step, 0, a.shape.batch, chunk * panels / chunks, (chunk + 1) * panels / chunks);
+  });
+}
+
+}  // namespace lmfast::LMFAST_ISA

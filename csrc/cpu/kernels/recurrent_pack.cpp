@@ -1,0 +1,88 @@
+// Recurrent weights in the order the products read them, zeros behind the last unit.
+//
+// Forward: panel, k, unit vector, gate, lane. All gates of a unit meet in one register tile, which
+// applies them before anything is stored. Backward: panel, k over the gates' gradients, lane.
+// Copied once per call and read once per step: 0.3 ms at H = 512 with 3 gates.
+#include "recurrent_cells.h"
+#include "recurrent_tile.h"
+
+namespace lmfast::LMFAST_ISA {
+namespace {
+
+template <Cell kCell>
+void pack_fwd(const RecurrentPackArgs& a, int64_t begin, int64_t end) {
+  using S = FwdTile<kCell>;
+  constexpr int W = VecF::kWidth, kBlock = 16;
+  const int64_t step = S::kVecs * W;
+  for (int64_t p = begin; p < end; ++p) {
+    float* panel = a.packed + p * a.hidden * step;
+    for (int v = 0; v < S::kVecs; ++v) {
+      const int64_t unit = (p * S::kUnits + v / S::kGates) * W;
+      const int64_t row = (v % S::kGates) * a.hidden + unit;
+      const int lanes = lanes_at(unit, a.hidden);
+      for (int64_t k0 = 0; k0 < a.hidden; k0 += kBlock) {
+        const int64_t k1 = least(k0 + kBlock, a.hidden);
+        for (int lane = 0; lane < W; ++lane) {
+          const float* in = a.w + (row + lane) * a.row_stride;
+          float* out = panel + v * W + lane;
+          for (int64_t k = k0; k < k1; ++k) {
+            out[k * step] = lane < lanes ? in[k * a.column_stride] : 0.0f;
+          }
+        }
+      }
+    }
+  }
+}
+
+// The weight row that meets column k of the gates' gradients.
+LMFAST_INLINE int64_t weight_row(Cell cell, int64_t k, int64_t hidden) {
+  if (cell != Cell::kGru) return k;
+  return k < hidden ? 2 * hidden + k : k - hidden;  // (n, r, z) there, (r, z, n) in the weights
+}
+
+}  // namespace
+
+void recurrent_panels(const RecurrentPanelsArgs& a, int64_t, int64_t) {
+  a.out->bwd = kBwdVecs * VecF::kWidth;
+  switch (a.cell) {
+    case Cell::kTanh:
+    case Cell::kRelu:
+      a.out->fwd = FwdTile<Cell::kTanh>::kUnits * VecF::kWidth;
+      break;
+    case Cell::kLstm:
+      a.out->fwd = FwdTile<Cell::kLstm>::kUnits * VecF::kWidth;
+      break;
+    case Cell::kGru:
+      a.out->fwd = FwdTile<Cell::kGru>::kUnits * VecF::kWidth;
+      break;
+  }
+}
+
+void recurrent_pack_fwd(const RecurrentPackArgs& a, int64_t begin, int64_t end) {
+  switch (a.cell) {
+    case Cell::kTanh:
+    case Cell::kRelu:
+      return pack_fwd<Cell::kTanh>(a, begin, end);
+    case Cell::kLstm:
+      return pack_fwd<Cell::kLstm>(a, begin, end);
+    case Cell::kGru:
+      return pack_fwd<Cell::kGru>(a, begin, end);
+  }
+}
+
+void recurrent_pack_bwd(const RecurrentPackArgs& a, int64_t begin, int64_t end) {
+  constexpr int64_t kLanes = kBwdVecs * VecF::kWidth;
+  const int64_t depth = gates_of(a.cell) * a.hidden;
+  for (int64_t p = begin; p < end; ++p) {
+    const int64_t unit = p * kLanes;
+    const int64_t lanes = least(kLanes, a.hidden - unit);
+    for (int64_t k = 0; k < depth; ++k) {
+      const float* in = a.w + weight_row(a.cell, k, a.hidden) * a.row_stride;
+      float* out = a.packed + (p * depth + k) * kLanes;
+      for (int64_t lane = 0; lane < lanes; ++lane) out[lane] = in[(unit + lane) * a.column_stride];
+      for (int64_t lane = lanes; lane < kLanes; ++lane) out[lane] = 0.0f;
+    }
+  }
+}
+
+}  // namespace lmfast::LMFAST_ISA

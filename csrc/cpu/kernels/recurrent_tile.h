@@ -1,0 +1,124 @@
+// The register tile of the recurrent products, shared by forward and backward: a few rows of the
+// state (or of the gates' gradients) times one panel of packed weights.
+#pragma once
+
+#include "../simd.h"
+#include "recurrent.h"
+
+namespace lmfast::LMFAST_ISA {
+namespace {
+
+// Vectors of a panel and rows of a tile: as many accumulators as the registers hold beside the
+// panel's vectors and one broadcast. Measured equal on AVX-512: 6 x 4 and 8 x 3.
+template <int kVecs>
+struct TileRows {
+#if defined(__AVX512F__)
+  static constexpr int value = kVecs >= 4 ? 6 : 8;
+#else
+  static constexpr int value = kVecs >= 4 ? 2 : kVecs == 3 ? 4 : 6;
+#endif
+};
+
+// A batch of one or two rows leaves too few accumulators to hide the latency of an addition; its
+// sums are kept in several parts. Depends on the batch alone, so that no result depends on how
+// rows are divided over threads.
+constexpr int kSmallBatch = 2;
+template <int kRows, bool kSmall>
+struct TileParts {
+#if defined(__AVX512F__)
+  static constexpr int value = !kSmall ? 1 : kRows == 1 ? 4 : 2;
+#else
+  static constexpr int value = kSmall && kRows == 1 ? 2 : 1;
+#endif
+};
+
+// sum[r][v] += sum over k of a[r * stride + k] * panel[k][v].
+template <int kRows, int kVecs, int kParts>
+LMFAST_INLINE void multiply(VecF (&sum)[kRows][kVecs], const float* a, int64_t stride,
+                            const float* panel, int64_t depth) {
+  constexpr int W = VecF::kWidth;
+  VecF part[kParts][kRows][kVecs];
+#pragma GCC unroll 4
+  for (int p = 0; p < kParts; ++p) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) part[p][r][v] = p == 0 ? sum[r][v] : VecF::zero();
+    }
+  }
+  int64_t k = 0;
+  for (; k + kParts <= depth; k += kParts) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) {
+      VecF row[kVecs];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) row[v] = VecF::load(panel + (p * kVecs + v) * W);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const VecF x = VecF::set1(a[r * stride + p]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) part[p][r][v] = fmadd(x, row[v], part[p][r][v]);
+      }
+    }
+    a += kParts;
+    panel += kParts * kVecs * W;
+  }
+  for (; kParts > 1 && k < depth; ++k) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const VecF x = VecF::set1(a[r * stride]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        part[0][r][v] = fmadd(x, VecF::load(panel + v * W), part[0][r][v]);
+      }
+    }
+    ++a;
+    panel += kVecs * W;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      VecF total = part[0][r][v];
+#pragma GCC unroll 4
+      for (int p = 1; p < kParts; ++p) total = total + part[p][r][v];
+      sum[r][v] = total;
+    }
+  }
+}
+
+// Lanes of the vector at `unit` that hold units.
+LMFAST_INLINE int lanes_at(int64_t unit, int64_t hidden) {
+  const int64_t left = hidden - unit;
+  return static_cast<int>(left < 0 ? 0 : left < VecF::kWidth ? left : VecF::kWidth);
+}
+
+LMFAST_INLINE VecF load_or_zero(const float* p, int64_t at, int lanes) {
+  return p == nullptr ? VecF::zero() : VecF::load(p + at, lanes);
+}
+
+// Calls run(first, rows) over [begin, end) in pieces of at most kMost rows, as even as they get:
+// a last tile of one row would run at a quarter of the speed.
+template <int kMost, class Run>
+LMFAST_INLINE void for_each_tile(int64_t begin, int64_t end, const Run& run) {
+  const int64_t rows = end - begin;
+  if (rows <= 0) return;
+  const int64_t tiles = (rows + kMost - 1) / kMost;
+  const int64_t low = rows / tiles, higher = rows % tiles;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t take = low + (i < higher ? 1 : 0);
+    run(begin, static_cast<int>(take));
+    begin += take;
+  }
+}
+
+LMFAST_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+LMFAST_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Rows of step t, none for a step outside the sequence.
+LMFAST_INLINE int64_t rows_of(const RecurrentShape& s, int64_t t) {
+  return t < 0 || t >= s.steps ? 0 : s.sizes[t];
+}
+
+}  // namespace
+}  // namespace lmfast::LMFAST_ISA

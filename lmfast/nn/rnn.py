@@ -1,0 +1,225 @@
+"""torch.nn's recurrent layers with the loop over time in one fused operator per layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from lmfast._dispatch import Op, select
+from lmfast.ops._recurrent import cpu_layer
+from lmfast.ops.elman_rnn import OP as ELMAN
+from lmfast.ops.gru import OP as GRU_OP
+from lmfast.ops.lstm import OP as LSTM_OP
+
+_CELLS = {
+    "RNN_TANH": (ELMAN, "tanh"),
+    "RNN_RELU": (ELMAN, "relu"),
+    "LSTM": (LSTM_OP, "lstm"),
+    "GRU": (GRU_OP, "gru"),
+}
+
+
+def _fits(t: object, shape: tuple[int, ...], like: Tensor) -> bool:
+    return isinstance(t, Tensor) and t.shape == shape and t.dtype == like.dtype and t.device == (
+        like.device
+    )  # fmt: skip
+
+
+def _states(hx: Any, lstm: bool) -> tuple[Any, ...] | None:
+    """(h,) or (h, c); None for anything else."""
+    if not lstm:
+        return (hx,)
+    return tuple(hx) if isinstance(hx, (tuple, list)) and len(hx) == 2 else None
+
+
+def _runs_fused(op: Op, cell: str, x: Tensor, weights: list[Tensor | None]) -> bool:
+    args = (x, None, None, *weights, None, cell, False)
+    return select(op, args).backend == "cpu"
+
+
+class _FusedLayers(nn.RNNBase):
+    """Takes the calls that the fused operator can run and leaves all others, among them every
+    malformed one, to torch.nn, so that what they return or raise is torch.nn's."""
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        self._update_flat_weights()
+        prepared = self._prepare(input, hx)
+        if prepared is None:
+            return super().forward(input, hx)
+        x, states, sizes, batch = prepared
+        y, finals = self._layers(x, states, sizes, batch)
+        packed = isinstance(input, PackedSequence)
+        if packed:
+            finals = [_permuted(s, input.unsorted_indices) for s in finals]
+            y = PackedSequence(y, sizes, input.sorted_indices, input.unsorted_indices)
+        else:
+            y = y.view(-1, batch, y.shape[1])
+            if input.dim() == 2:
+                y, finals = y.squeeze(1), [s.squeeze(1) for s in finals]
+            elif self.batch_first:
+                y = y.transpose(0, 1)
+        return y, (tuple(finals) if self.mode == "LSTM" else finals[0])
+
+    def _prepare(
+        self, input: Any, hx: Any
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None, Tensor | None, int] | None:
+        """Rows in time-major order, states (L, B, H), batch sizes and B; None to leave the call."""
+        packed = isinstance(input, PackedSequence)
+        x = input.data if packed else input
+        weight = self._flat_weights[0]
+        if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or torch.jit.is_scripting():
+            return None
+        if self.proj_size or x.dtype != weight.dtype or x.shape[-1:] != (self.input_size,):
+            return None
+        if x.dim() not in ((2,) if packed else (2, 3)) or x.numel() == 0:
+            return None
+        op, cell = _CELLS[self.mode]
+        if not _runs_fused(op, cell, x, self._weights_of(0)):
+            return None
+        sizes = input.batch_sizes if packed else None
+        unbatched = not packed and x.dim() == 2
+        if packed:
+            batch = int(sizes[0])
+        elif unbatched:
+            batch = 1
+        else:
+            if self.batch_first:
+                x = x.transpose(0, 1)
+            batch = x.shape[1]
+            x = x.reshape(-1, self.input_size)
+        if hx is None:
+            return x, None, sizes, batch
+        states = _states(hx, self.mode == "LSTM")
+        stack = self.num_layers * (2 if self.bidirectional else 1)
+        shape = (stack, self.hidden_size) if unbatched else (stack, batch, self.hidden_size)
+        if states is None or not all(_fits(s, shape, x) for s in states):
+            return None
+        if unbatched:
+            states = tuple(s.unsqueeze(1) for s in states)
+        if packed:
+            states = tuple(_permuted(s, input.sorted_indices) for s in states)
+        return x, states, sizes, batch
+
+    def _weights_of(self, index: int) -> list[Tensor | None]:
+        """(w_ih, w_hh, b_ih, b_hh) of one layer and direction."""
+        each = 4 if self.bias else 2
+        found: list[Any] = list(self._flat_weights[index * each : (index + 1) * each])
+        return found if self.bias else [*found, None, None]
+
+    def _layers(
+        self, x: Tensor, states: tuple[Tensor, ...] | None, sizes: Tensor | None, batch: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """All layers over rows; returns the top's rows and the final states (L, B, H)."""
+        cell = _CELLS[self.mode][1]
+        directions = 2 if self.bidirectional else 1
+        finals: list[tuple[Tensor, ...]] = []
+        for layer in range(self.num_layers):
+            if layer and self.dropout and self.training:
+                x = F.dropout(x, self.dropout)
+            outputs = []
+            for direction in range(directions):
+                index = layer * directions + direction
+                given = [None, None] if states is None else [s[index] for s in states]
+                h0, c0 = (*given, None)[:2]
+                weights = self._weights_of(index)
+                y, *final = cpu_layer(x, h0, c0, *weights, sizes, batch, cell, direction == 1)
+                outputs.append(y)
+                finals.append(tuple(final[: 2 if cell == "lstm" else 1]))
+            x = outputs[0] if directions == 1 else torch.cat(outputs, 1)
+        return x, [torch.stack(s) for s in zip(*finals, strict=True)]
+
+
+def _permuted(state: Tensor, order: Tensor | None) -> Tensor:
+    return state if order is None else state.index_select(1, order)
+
+
+class RNN(_FusedLayers, nn.RNN):
+    """``torch.nn.RNN``, with each layer's loop over time in one operator.
+
+    ``h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)``, or relu.
+
+    Args:
+        Those of ``torch.nn.RNN``; parameters, state_dict and initialisation are its own, so weights
+        load both ways. Called as it, with tensors (T, B, D), (B, T, D) or (T, D), or a
+        PackedSequence, and an optional state.
+
+    Returns:
+        Called: what ``torch.nn.RNN`` returns.
+
+    Raises:
+        What ``torch.nn.RNN`` raises.
+
+    Backends: cpu (C++); everything else (other devices, float64) runs as ``torch.nn.RNN``.
+
+    Source: Elman, Finding Structure in Time, 1990.
+
+    Example:
+        >>> import lmfast, torch
+        >>> rnn = lmfast.nn.RNN(3, 4, num_layers=2, batch_first=True)
+        >>> y, h = rnn(torch.zeros(2, 5, 3))
+        >>> y.shape, h.shape
+        (torch.Size([2, 5, 4]), torch.Size([2, 2, 4]))
+    """
+
+
+class LSTM(_FusedLayers, nn.LSTM):
+    """``torch.nn.LSTM``, with each layer's loop over time in one operator.
+
+    ``c_t = s(f) c_{t-1} + s(i) tanh(g)``, ``h_t = s(o) tanh(c_t)`` with gates i, f, g, o from
+    ``W_ih x_t + b_ih + W_hh h_{t-1} + b_hh``.
+
+    Args:
+        Those of ``torch.nn.LSTM``; parameters, state_dict and initialisation are its own, so
+        weights load both ways. Called as it, PackedSequence included.
+
+    Returns:
+        Called: what ``torch.nn.LSTM`` returns.
+
+    Raises:
+        What ``torch.nn.LSTM`` raises.
+
+    Backends: cpu (C++); everything else (other devices, float64, projections) runs as
+    ``torch.nn.LSTM``.
+
+    Source: Hochreiter and Schmidhuber, Long Short-Term Memory, 1997.
+
+    Example:
+        >>> import lmfast, torch
+        >>> lstm = lmfast.nn.LSTM(3, 4, bidirectional=True)
+        >>> y, (h, c) = lstm(torch.zeros(5, 2, 3))
+        >>> y.shape, c.shape
+        (torch.Size([5, 2, 8]), torch.Size([2, 2, 4]))
+    """
+
+
+class GRU(_FusedLayers, nn.GRU):
+    """``torch.nn.GRU``, with each layer's loop over time in one operator.
+
+    ``n = tanh(W_in x_t + b_in + r (W_hn h_{t-1} + b_hn))``, ``h_t = (1 - z) n + z h_{t-1}`` with
+    r and z the sigmoids of their gates.
+
+    Args:
+        Those of ``torch.nn.GRU``; parameters, state_dict and initialisation are its own, so
+        weights load both ways. Called as it, PackedSequence included.
+
+    Returns:
+        Called: what ``torch.nn.GRU`` returns.
+
+    Raises:
+        What ``torch.nn.GRU`` raises.
+
+    Backends: cpu (C++); everything else (other devices, float64) runs as ``torch.nn.GRU``.
+
+    Source: Cho et al., Learning Phrase Representations using RNN Encoder-Decoder, 2014.
+
+    Example:
+        >>> import lmfast, torch
+        >>> gru = lmfast.nn.GRU(3, 4)
+        >>> y, h = gru(torch.zeros(5, 2, 3))
+        >>> y.shape, h.shape
+        (torch.Size([5, 2, 4]), torch.Size([1, 2, 4]))
+    """

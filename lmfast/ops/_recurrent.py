@@ -1,0 +1,300 @@
+"""What elman_rnn, lstm and gru share: one layer over rows, its C++ loop over time, its gradients.
+
+The input's product with its weights, and every gradient that does not depend on the order of time,
+is one matrix product over all steps by PyTorch; only the loop itself is a kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmfast.ops._autograd import apply, differentiate, recording_backward
+from lmfast.ops._library import define, needs_grad, unsupported_by_cpu_kernels
+from lmfast.ops._recurrent_reference import CELLS, reference_layer
+
+_KEPT_GATES = {"tanh": 0, "relu": 0, "lstm": 4, "gru": 4}
+
+
+def _forward_fake(
+    projected: Tensor,
+    w_hh: Tensor,
+    hidden_bias: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    batch_sizes: Tensor | None,
+    batch: int,
+    cell: int,
+    reverse: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, hidden = projected.shape[0], w_hh.shape[1]
+    kept = _KEPT_GATES[CELLS[cell]] if keep else 0
+    lstm = CELLS[cell] == "lstm"
+    return (
+        projected.new_empty(rows, hidden),
+        projected.new_empty(batch, hidden),
+        projected.new_empty(batch if lstm else 0, hidden),
+        projected.new_empty(rows if kept else 0, kept * hidden),
+        projected.new_empty(rows if lstm and keep else 0, hidden),
+    )
+
+
+def _backward_fake(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    w_hh: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    batch_sizes: Tensor | None,
+    batch: int,
+    cell: int,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    kept, hidden = _KEPT_GATES[CELLS[cell]], w_hh.shape[1]
+    return (
+        y.new_empty(y.shape[0], max(1, kept) * hidden),
+        y.new_empty(batch if kept else 0, hidden),
+    )
+
+
+_forward_op = define(
+    "recurrent_forward(Tensor projected, Tensor w_hh, Tensor? hidden_bias, Tensor? h0, Tensor? c0, "
+    "Tensor? batch_sizes, int batch, int cell, bool reverse, bool keep) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward_fake,
+)
+_backward_op = define(
+    "recurrent_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor y, Tensor gates, "
+    "Tensor cells, Tensor w_hh, Tensor? h0, Tensor? c0, Tensor? batch_sizes, int batch, int cell, "
+    "bool reverse) -> (Tensor, Tensor)",
+    _backward_fake,
+)
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _product(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    cell: str,
+) -> tuple[Tensor, Tensor | None]:
+    """The input products with every bias that can be added beforehand, and the one that cannot."""
+    hidden_bias = None
+    if b_hh is not None and cell == "gru":
+        # n's hidden bias is multiplied by the reset gate.
+        hidden = w_hh.shape[1]
+        hidden_bias = b_hh[2 * hidden :]
+        b_hh = torch.cat((b_hh[: 2 * hidden], torch.zeros_like(hidden_bias)))
+    bias = b_ih if b_hh is None else b_hh if b_ih is None else b_ih + b_hh
+    if bias is None:
+        return torch.mm(x, w_ih.t()), None
+    return torch.addmm(bias, x, w_ih.t()), hidden_bias
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None,
+        b_hh: Tensor | None,
+        batch_sizes: Tensor | None,
+        batch: int,
+        cell: str,
+        reverse: bool,
+        keep: bool,
+    ) -> tuple[Tensor, ...]:
+        projected, hidden_bias = _product(x, w_ih, w_hh, b_ih, b_hh, cell)
+        return _forward_op(
+            projected,
+            w_hh,
+            _contiguous(hidden_bias),
+            _contiguous(h0),
+            _contiguous(c0),
+            batch_sizes,
+            batch,
+            CELLS.index(cell),
+            reverse,
+            keep,
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh, sizes, ctx.batch, ctx.cell, ctx.reverse, _ = inputs
+        y, _, c_n, gates, cells = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(gates, cells, *(() if ctx.cell == "lstm" else (c_n,)))
+        ctx.save_for_backward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, sizes, y, gates, cells)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, *_: Any) -> tuple[Any, ...]:
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh, sizes, y, gates, cells = ctx.saved_tensors
+        inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
+        how = (sizes, ctx.batch, ctx.cell, ctx.reverse)
+        if dy is None and dh_n is None and dc_n is None:
+            return (None,) * 12
+        if recording_backward():
+            given = (dy, dh_n, dc_n if ctx.cell == "lstm" else None)
+            return *differentiate(lambda *t: reference_layer(*t, *how), inputs, given), *_NO_GRADS
+        with torch.autocast("cpu", enabled=False):
+            dgates, carry = _backward_op(
+                _contiguous(dy),
+                _contiguous(dh_n),
+                _contiguous(dc_n),
+                y,
+                gates,
+                cells,
+                w_hh,
+                _contiguous(h0),
+                _contiguous(c0),
+                sizes,
+                ctx.batch,
+                CELLS.index(ctx.cell),
+                ctx.reverse,
+            )
+            grads = _products_backward(ctx, inputs, how, y, dgates, carry, dh_n)
+        return *grads, *_NO_GRADS
+
+
+_NO_GRADS = (None,) * 5
+
+
+def _products_backward(
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    how: tuple[Any, ...],
+    y: Tensor,
+    dgates: Tensor,
+    carry: Tensor,
+    dh_n: Tensor | None,
+) -> list[Tensor | None]:
+    """From the gradients of the gates to those of everything else: one product for each."""
+    x, h0, _, w_ih, w_hh, *_ = inputs
+    sizes, batch, cell, reverse = how
+    hidden = w_hh.shape[1]
+    need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh = ctx.needs_input_grad[:7]
+    # GRU: (n before the reset, r, z, n after it); the first three meet the hidden weights.
+    from_input = dgates[:, hidden:] if cell == "gru" else dgates
+    from_state = dgates[:, : 3 * hidden] if cell == "gru" else dgates
+    grads: list[Tensor | None] = [None] * 7
+    if need_x:
+        grads[0] = torch.mm(from_input, w_ih)
+    if need_h0:
+        first = from_state[_first_rows(sizes, batch, reverse, x.shape[0])]
+        if x.shape[0] == 0:
+            grads[1] = dh_n
+        elif cell == "gru":
+            dn, drz = first[:, :hidden], first[:, hidden:]
+            grads[1] = torch.addmm(carry, dn, w_hh[2 * hidden :]).addmm_(drz, w_hh[: 2 * hidden])
+        else:
+            grads[1] = torch.mm(first, w_hh)
+    if need_c0 and cell == "lstm":
+        grads[2] = carry
+    if need_w_ih:
+        grads[3] = torch.mm(from_input.t(), x)
+    if need_w_hh:
+        dw = _state_weight_gradient(from_state, y, h0, sizes, batch, reverse)
+        grads[4] = torch.cat((dw[hidden:], dw[:hidden])) if cell == "gru" else dw
+    if need_b_ih or need_b_hh:
+        total = dgates.sum(0)
+        if cell == "gru":
+            grads[5] = total[hidden:]
+            grads[6] = torch.cat((total[hidden : 3 * hidden], total[:hidden]))
+        else:
+            grads[5], grads[6] = total, total.clone()
+    return grads
+
+
+def _first_rows(sizes: Tensor | None, batch: int, reverse: bool, rows: int) -> slice | Tensor:
+    """The row of every sequence's first step in the order of the loop."""
+    if not reverse:
+        return slice(0, batch)
+    if sizes is None:
+        return slice(rows - batch, rows)
+    sequence = torch.arange(batch)
+    last = (sizes[:, None] > sequence).sum(0) - 1
+    return (sizes.cumsum(0) - sizes)[last] + sequence
+
+
+def _state_weight_gradient(
+    dgates: Tensor, y: Tensor, h0: Tensor | None, sizes: Tensor | None, batch: int, reverse: bool
+) -> Tensor:
+    """Sum over steps of dgates_t^T h_{t-1}."""
+    rows = y.shape[0]
+    # Rows from step 1 on, and the rows of the same sequences one step earlier.
+    later: slice | Tensor = slice(batch, rows)
+    earlier: slice | Tensor = slice(0, max(0, rows - batch))
+    if sizes is not None:
+        earlier = torch.arange(batch, rows) - torch.repeat_interleave(sizes[:-1], sizes[1:])
+    if reverse:
+        later, earlier = earlier, later
+    dw = torch.mm(dgates[later].t(), y[earlier])
+    if h0 is not None and rows:
+        dw.addmm_(dgates[_first_rows(sizes, batch, reverse, rows)].t(), h0)
+    return dw
+
+
+def unsupported_by_recurrent_kernels(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    lengths: Tensor | None,
+    cell: str,
+    reverse: bool,
+) -> str | None:
+    """Why the C++ loop cannot take these arguments, or None."""
+    if cell == "gru_textbook":
+        return "no kernel for a reset gate before the product"
+    if x.dtype == torch.float64:
+        return "no kernel for torch.float64"
+    if lengths is not None and torch.compiler.is_compiling():
+        return "lengths per row have no fixed shape inside torch.compile"
+    return unsupported_by_cpu_kernels(x, h0, c0, w_ih, w_hh, b_ih, b_hh)
+
+
+def cpu_layer(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    batch_sizes: Tensor | None,
+    batch: int,
+    cell: str,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``reference_layer`` by the C++ loop. Narrow dtypes are widened: the state is fp32."""
+    if torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return cpu_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, batch_sizes, batch, cell, reverse)
+    dtype = x.dtype
+    tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
+    if any(t is not None and t.dtype != torch.float32 for t in tensors):
+        tensors = tuple(None if t is None else t.float() for t in tensors)
+    keep = needs_grad(*tensors)
+    run = (lambda *args: apply(_Layer, *args)) if keep else _Layer.forward
+    y, h_n, c_n, *_ = run(*tensors, batch_sizes, batch, cell, reverse, keep)
+    if dtype == torch.float32:
+        return y, h_n, c_n
+    return y.to(dtype), h_n.to(dtype), c_n.to(dtype)

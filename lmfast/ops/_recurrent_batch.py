@@ -1,0 +1,189 @@
+"""From (B, T, D) batches to the rows of one recurrent layer and back; argument checks; samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmfast._dispatch import Op, register, register_op
+from lmfast.ops._library import check_same_device, check_tensor
+from lmfast.ops._recurrent import cpu_layer, unsupported_by_recurrent_kernels
+from lmfast.ops._recurrent_reference import GATES, reference_layer
+from lmfast.testing import Sample
+
+Layer = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def _over_batch(
+    layer: Layer,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    lengths: Tensor | None,
+    cell: str,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs ``layer`` on x (B, T, D); returns y (B, T, H) and the final states (B, H)."""
+    batch, steps, width = x.shape
+    weights = (w_ih, w_hh, b_ih, b_hh)
+    hidden = w_hh.shape[1]
+    if lengths is None:
+        rows = x.transpose(0, 1).reshape(steps * batch, width)
+        y, h_n, c_n = layer(rows, h0, c0, *weights, None, batch, cell, reverse)
+        return y.view(steps, batch, hidden).transpose(0, 1), h_n, c_n
+    # Longest sequences first, rows of ended ones left out; those of length zero keep their state.
+    ordered, order = lengths.cpu().sort(descending=True, stable=True)
+    running = int((ordered > 0).sum())
+    longest = int(ordered[0]) if running else 0
+    time = torch.arange(longest)
+    present = ordered[:running] > time[:, None]  # [T, B]
+    rows_of = (order[:running] * steps + time[:, None])[present].to(x.device)
+    back = order.argsort().to(x.device)
+    order = order.to(x.device)
+
+    def started(state: Tensor | None) -> Tensor:
+        return x.new_zeros(batch, hidden) if state is None else state.index_select(0, order)
+
+    h, c = started(h0), started(c0)
+    rows = x.reshape(batch * steps, width).index_select(0, rows_of)
+    sizes = present.sum(1)
+    y, h_n, c_n = layer(rows, h[:running], c[:running], *weights, sizes, running, cell, reverse)
+    padded = x.new_zeros(batch * steps, hidden).index_copy(0, rows_of, y)
+    h_n = torch.cat((h_n, h[running:])).index_select(0, back)
+    if cell == "lstm":
+        c_n = torch.cat((c_n, c[running:])).index_select(0, back)
+    return padded.view(batch, steps, hidden), h_n, c_n
+
+
+def check_recurrent_arguments(
+    x: object, h0: object, c0: object, weights: object, lengths: object, cell: str, reverse: bool
+) -> tuple[Any, ...]:
+    """The checks the recurrent ops share; returns the normalised arguments."""
+    x = check_tensor("x", x)
+    if x.dim() != 3:
+        raise ValueError(f"x must have 3 dimensions (B, T, D), got {tuple(x.shape)}")
+    if not isinstance(weights, (tuple, list)) or len(weights) not in (2, 4):
+        raise TypeError(
+            "weights must be a tuple (w_ih, w_hh) or (w_ih, w_hh, b_ih, b_hh), got "
+            + (f"{len(weights)} of them" if isinstance(weights, (tuple, list)) else repr(weights))
+        )
+    w_ih, w_hh, b_ih, b_hh = (*weights, None, None)[:4]
+    for name, t in (("w_ih", w_ih), ("w_hh", w_hh)):
+        if check_tensor(name, t).dim() != 2:
+            raise ValueError(f"{name} must have 2 dimensions, got {tuple(t.shape)}")
+    gates, hidden = GATES[cell], w_hh.shape[1]
+    shapes = {
+        "w_ih": (w_ih, (gates * hidden, x.shape[2])),
+        "w_hh": (w_hh, (gates * hidden, hidden)),
+        "b_ih": (b_ih, (gates * hidden,)),
+        "b_hh": (b_hh, (gates * hidden,)),
+        "the hidden state": (h0, (x.shape[0], hidden)),
+        "the cell state": (c0, (x.shape[0], hidden)),
+    }
+    if hidden == 0:
+        raise ValueError(f"w_hh must have at least one column, got {tuple(w_hh.shape)}")
+    for name, (t, shape) in shapes.items():
+        if t is None:
+            continue
+        check_same_device(name, check_tensor(name, t), "x", x)
+        if t.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
+        if t.dtype != x.dtype:
+            raise TypeError(f"{name} must have x's dtype {x.dtype}, got {t.dtype}")
+    if lengths is not None:
+        _check_lengths(lengths, x)
+    return x, h0, c0, w_ih, w_hh, b_ih, b_hh, lengths, cell, bool(reverse)
+
+
+def _check_lengths(lengths: object, x: Tensor) -> None:
+    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.is_complex():
+        raise TypeError(f"lengths must be an integer tensor, got {lengths!r}")
+    if lengths.shape != x.shape[:1]:
+        raise ValueError(f"lengths must have shape ({x.shape[0]},), got {tuple(lengths.shape)}")
+    if torch.compiler.is_compiling() or lengths.numel() == 0:
+        return
+    low, high = int(lengths.min()), int(lengths.max())
+    if low < 0 or high > x.shape[1]:
+        raise ValueError(
+            f"lengths must be between 0 and T = {x.shape[1]}, got values from {low} to {high}"
+        )
+
+
+def reference(*args: Any) -> Any:
+    """The op in plain PyTorch on normalised arguments."""
+    return _over_batch(reference_layer, *args)
+
+
+def cpu_forward(*args: Any) -> Any:
+    """The op with the C++ loop on normalised arguments; differentiable."""
+    return _over_batch(cpu_layer, *args)
+
+
+def register_recurrent_op(
+    name: str,
+    public: Callable[..., Any],
+    check: Callable[..., tuple[Any, ...]],
+    samples: Callable[..., Iterator[Sample]],
+) -> Op:
+    """Registers a recurrent op with its reference and its C++ implementation."""
+    op = register_op(Op(name, public, reference, check, samples, ("x", "state", "weights")))
+    register(name, "cpu", ("cpu",), cpu_forward, None, unsupported_by_recurrent_kernels)
+    return op
+
+
+def recurrent_samples(
+    device: str, dtype: torch.dtype, gates: int, lstm: bool, options: list[dict[str, Any]]
+) -> Iterator[Sample]:
+    """Samples of a recurrent op: odd sizes, lengths, reverse, strides, no bias, no state."""
+    generator = torch.Generator(device).manual_seed(3)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    def sample(
+        name: str, batch: int, steps: int, width: int, hidden: int, *, state: bool = True,
+        bias: bool = True, **options: Any,
+    ) -> Sample:  # fmt: skip
+        scale = hidden**-0.5
+        shapes = [(gates * hidden, width), (gates * hidden, hidden)]
+        shapes += [(gates * hidden,)] * 2 if bias else []
+        weights = tuple((normal(*s) * scale).to(dtype) for s in shapes)
+        states = [normal(batch, hidden).to(dtype) for _ in range(2 if lstm else 1)]
+        given = None if not state else tuple(states) if lstm else states[0]
+        x = normal(batch, steps, width).to(dtype)
+        return Sample(name, (x, given, weights), options)
+
+    for number, extra in enumerate(options):
+        label = " ".join(f"{k}={v}" for k, v in extra.items())
+        yield sample(f"small {label}", 2, 3, 2, 3, **extra)
+        yield sample(f"one {label}", 1, 1, 1, 1, **extra)
+        yield sample(f"odd {label}", 5, 7, 6, 67, **extra)
+        yield sample(f"no state {label}", 3, 4, 5, 17, state=False, **extra)
+        yield sample(f"no bias {label}", 4, 3, 5, 16, bias=False, **extra)
+        lengths = torch.tensor([2, 4, 0, 1, 4], device=device)
+        yield sample(f"lengths {label}", 5, 4, 3, 18, lengths=lengths, **extra)
+        yield sample(f"reverse {label}", 3, 5, 4, 33, reverse=True, **extra)
+        yield sample(
+            f"lengths, reverse {label}", 5, 5, 3, 2, lengths=lengths, reverse=True, **extra
+        )
+        if number == 0:
+            yield sample("one sequence", 1, 40, 8, 130)
+            yield sample("one sequence together", 1, 9, 8, 300)
+            yield sample("rows", 70, 5, 16, 64)
+            yield sample("together", 40, 4, 16, 530 if gates == 1 else 300)
+            yield sample("no steps", 2, 0, 3, 4)
+            yield sample("no rows", 0, 2, 3, 4)
+            small = sample("", 4, 6, 5, 9)
+            x, given, weights = small.args
+            strided = tuple(w.t().contiguous().t() for w in weights)
+            yield Sample(
+                "strided", (x.transpose(0, 1).contiguous().transpose(0, 1), given, strided)
+            )
+            yield Sample("large", (x * 100, given, weights))

@@ -1,0 +1,112 @@
+"""Recurrent layers in plain PyTorch, step by step: the reference, and the ``torch`` backend.
+
+One layer, one direction. Rows are in time-major order, with as many rows per step as sequences are
+still running: a padded batch has equally many, a PackedSequence fewer and fewer.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lmfast.ops._library import accumulation_dtype
+
+# The first four are the kernels' numbers for them. gru_textbook resets before the product.
+CELLS = ("tanh", "relu", "lstm", "gru", "gru_textbook")
+GATES = {"tanh": 1, "relu": 1, "lstm": 4, "gru": 3, "gru_textbook": 3}
+
+
+def cell_step(
+    cell: str, projected: Tensor, h: Tensor, c: Tensor, w_hh: Tensor, b_hh: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One step of ``cell``.
+
+    Args:
+        projected: (B, G*H), the input's product with its bias.
+        h, c: (B, H), the states before the step; only the LSTM looks at c.
+        w_hh, b_hh: (G*H, H) and (G*H,) or None.
+
+    Returns:
+        The states after the step.
+    """
+    if cell == "gru_textbook":
+        hidden = h.shape[1]
+        w_gates, w_new = w_hh.split((2 * hidden, hidden))
+        b_gates, b_new = (None, None) if b_hh is None else b_hh.split((2 * hidden, hidden))
+        p_gates, p_new = projected.split((2 * hidden, hidden), 1)
+        r, z = torch.sigmoid(p_gates + F.linear(h, w_gates, b_gates)).chunk(2, 1)
+        n = torch.tanh(p_new + F.linear(r * h, w_new, b_new))
+        return (1 - z) * h + z * n, c
+    recurrent = F.linear(h, w_hh, b_hh)
+    if cell == "tanh":
+        return torch.tanh(projected + recurrent), c
+    if cell == "relu":
+        return torch.relu(projected + recurrent), c
+    if cell == "lstm":
+        i, f, g, o = (projected + recurrent).chunk(4, 1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+    p_r, p_z, p_n = projected.chunk(3, 1)
+    h_r, h_z, h_n = recurrent.chunk(3, 1)
+    r, z = torch.sigmoid(p_r + h_r), torch.sigmoid(p_z + h_z)
+    n = torch.tanh(p_n + r * h_n)
+    return (1 - z) * n + z * h, c
+
+
+def reference_layer(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    batch_sizes: Tensor | None,
+    batch: int,
+    cell: str,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer over all steps.
+
+    Args:
+        x: (N, D), the rows of step 0, then of step 1, ...
+        h0, c0: (B, H) or None for zeros.
+        w_ih, w_hh, b_ih, b_hh: (G*H, D), (G*H, H), (G*H,) or None.
+        batch_sizes: (T,) int64 on the CPU, rows per step, B first and never growing; None: B each.
+        batch: B.
+        cell: one of ``CELLS``.
+        reverse: from each sequence's last step to its first.
+
+    Returns:
+        y (N, H), and the states (B, H) after each sequence's last step; the cell state is (0, H)
+        except for the LSTM.
+    """
+    wide = accumulation_dtype(x.dtype)
+    weights = [None if w is None else w.to(wide) for w in (w_ih, w_hh, b_ih, b_hh)]
+    w_ih, w_hh, b_ih, b_hh = weights
+    hidden = w_hh.shape[1]
+    h = x.new_zeros(batch, hidden, dtype=wide) if h0 is None else h0.to(wide)
+    c = x.new_zeros(batch, hidden, dtype=wide) if c0 is None else c0.to(wide)
+    if batch_sizes is None:
+        sizes = [batch] * (x.shape[0] // batch if batch else 0)
+    else:
+        sizes = batch_sizes.tolist()
+    products = F.linear(x.to(wide), w_ih, b_ih)
+    if not sizes:
+        # No numbers, but a result that depends on everything: gradients are zeros, not missing.
+        y = F.linear(products[:, :hidden], w_hh, b_hh)[:, :hidden]
+        return y.to(x.dtype), h.to(x.dtype), (c if cell == "lstm" else c[:0]).to(x.dtype)
+    projected = products.split(sizes)
+    states: list[Tensor] = [h] * len(sizes)
+    for t in reversed(range(len(sizes))) if reverse else range(len(sizes)):
+        n = sizes[t]
+        h_new, c_new = cell_step(cell, projected[t], h[:n], c[:n], w_hh, b_hh)
+        states[t] = h_new
+        h = h_new if n == batch else torch.cat((h_new, h[n:]))
+        c = c_new if n == batch else torch.cat((c_new, c[n:]))
+    return (
+        torch.cat(states).to(x.dtype),
+        h.to(x.dtype),
+        (c if cell == "lstm" else c[:0]).to(x.dtype),
+    )

@@ -1,0 +1,91 @@
+"""The LSTM layer over whole sequences, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmfast._dispatch import select
+from lmfast.ops._recurrent_batch import (
+    check_recurrent_arguments,
+    recurrent_samples,
+    register_recurrent_op,
+)
+from lmfast.testing import Sample
+
+
+def lstm(
+    x: Tensor,
+    state: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Runs one LSTM layer over sequences.
+
+    With ``i, f, g, o = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh`` and s the sigmoid:
+    ``c_t = s(f) c_{t-1} + s(i) tanh(g)``, ``h_t = s(o) tanh(c_t)``. States are kept in fp32 (fp64
+    for fp64 input).
+
+    Args:
+        x: (B, T, D), float32, bfloat16, float16 or float64; any strides. Time-major memory seen
+            through ``transpose(0, 1)`` is read in place.
+        state: (h, c), each (B, H), before the first step; None for zeros.
+        weights: (w_ih (4H, D), w_hh (4H, H)), or these and (b_ih (4H,), b_hh (4H,)), rows in the
+            order i, f, g, o as in ``torch.nn.LSTM``; any strides.
+        lengths: (B,) integers, real steps of each right-padded row; None: all T.
+        reverse: from each row's last real step to its first.
+        backend: overrides the choice of implementation.
+
+    Returns:
+        (y, (h, c)): y (B, T, H), zero behind a row's end, and the states (B, H) after each row's
+        last step in the order of the loop.
+
+    Raises:
+        TypeError: wrong types or dtypes.
+        ValueError: shapes that do not fit, lengths out of range.
+        BackendError: the backend asked for cannot run this call.
+
+    Backends:
+        cpu (C++, not float64), torch. Gradients on both; gradients of gradients through PyTorch.
+
+    Source:
+        Hochreiter and Schmidhuber, Long Short-Term Memory, 1997; Gers et al., Learning to Forget,
+        2000.
+
+    Example:
+        >>> import lmfast, torch
+        >>> x, w_ih, w_hh = torch.ones(1, 2, 3), torch.full((8, 3), 0.1), torch.full((8, 2), 0.1)
+        >>> y, (h, c) = lmfast.ops.lstm(x, None, (w_ih, w_hh))
+        >>> y.shape, torch.equal(y[:, -1], h)
+        (torch.Size([1, 2, 2]), True)
+    """
+    args = _check(x, state, weights, lengths=lengths, reverse=reverse)
+    y, h_n, c_n = select(OP, args, backend).forward(*args)
+    return y, (h_n, c_n)
+
+
+def _check(
+    x: Tensor,
+    state: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    lengths: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Any, ...]:
+    if state is not None and (not isinstance(state, (tuple, list)) or len(state) != 2):
+        raise TypeError(f"state must be a tuple (h, c), got {type(state).__name__}")
+    h0, c0 = state or (None, None)
+    return check_recurrent_arguments(x, h0, c0, weights, lengths, "lstm", reverse)
+
+
+def _samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    return recurrent_samples(device, dtype, 4, True, [{}])
+
+
+OP = register_recurrent_op("lstm", lstm, _check, _samples)

@@ -1,0 +1,319 @@
+"""Encoding and decoding: the half of BPETokenizer that works on text and ids."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from .backend import default_threads
+from .dropout import encode_with_dropout
+from .invalid import encode_invalid
+from .model import Model
+from .patterns import scanner_code, splitter
+from .reference import Specials, sound_text, to_bytes
+from .spans import character_spans
+from .streaming import Appender, StreamDecoder
+
+Special = Literal["all"] | Collection[str]
+
+
+class Allowed(NamedTuple):
+    """The special tokens one call may match, and the engine's matcher of them."""
+
+    tokens: list[tuple[bytes, int]]
+    matcher: Any
+
+
+class Coding:
+    """What BPETokenizer does with text and ids; see there."""
+
+    __slots__ = ()
+
+    _model: Model
+    _engine: Any
+    _encoder: Any
+    _decoder: Any
+    _all_specials: Allowed
+    _no_specials: Allowed
+
+    def _allowed(
+        self, text: str | bytes, allowed: Special | None, disallowed: Special | None
+    ) -> Allowed:
+        """The special tokens one call may match; raises on a disallowed one in the text."""
+        specials = self._model.special_tokens
+        if allowed is None and disallowed is None:
+            return self._all_specials
+        wanted = set(specials) if allowed == "all" else set(allowed or ())
+        unknown = wanted - set(specials)
+        if unknown:
+            raise ValueError(f"allowed_special holds {sorted(unknown)[0]!r}, which is not special")
+        forbidden = (
+            set(specials) - wanted
+            if disallowed is None or disallowed == "all"
+            else set(disallowed) - wanted
+        )
+        if forbidden:
+            searched = text if isinstance(text, str) else text.decode("utf-8", "replace")
+            for token in sorted(forbidden):
+                if token in searched:
+                    raise ValueError(
+                        f"text holds the special token {token!r} as plain text. Pass "
+                        f"allowed_special={{{token!r}, ...}} to encode it as one token, "
+                        f"disallowed_special=() to encode it as ordinary text, or remove it"
+                    )
+        if len(wanted) in (0, len(specials)):
+            return self._all_specials if wanted else self._no_specials
+        tokens = [(t.encode(), specials[t]) for t in sorted(wanted)]
+        return Allowed(tokens, self._engine.Specials(tokens))
+
+    def encode(
+        self,
+        text: str | bytes,
+        *,
+        allowed_special: Special | None = None,
+        disallowed_special: Special | None = None,
+        dropout: float = 0.0,
+        seed: int | None = None,
+    ) -> list[int]:
+        """The ids of a text.
+
+        Args:
+            text: str or bytes. Lone surrogates count as U+FFFD; bytes need not be UTF-8.
+            allowed_special: special tokens that become their id: a collection or "all".
+            disallowed_special: special tokens whose presence raises: a collection or "all".
+                With neither argument every special token in the text becomes its id. With either,
+                the rules are tiktoken's: nothing is allowed and all others are disallowed unless
+                said so, and those neither allowed nor disallowed are ordinary text.
+            dropout: probability of leaving out each possible merge (BPE-dropout), in [0, 1].
+            seed: of the dropout; the same seed gives the same ids. None: a new one each time.
+
+        Returns:
+            List of int.
+
+        Raises:
+            TypeError: text is neither str nor bytes.
+            ValueError: a disallowed special token is in the text.
+
+        Example:
+            >>> from lmfast import BPETokenizer
+            >>> t = BPETokenizer.train(["ab ab ab"], 258)
+            >>> t.encode("ab ab")
+            [256, 257]
+        """
+        _check_text(text)
+        specials = self._allowed(text, allowed_special, disallowed_special)
+        if dropout:
+            return encode_with_dropout(self._model, text, specials.tokens, dropout, seed)
+        ids = self._encode_by_python(text, specials)
+        return self._encoder.encode(text, specials.matcher) if ids is None else ids
+
+    def encode_numpy(
+        self,
+        text: str | bytes,
+        *,
+        allowed_special: Special | None = None,
+        disallowed_special: Special | None = None,
+    ) -> np.ndarray:
+        """As `encode`, as an int32 array: no Python object per token."""
+        _check_text(text)
+        specials = self._allowed(text, allowed_special, disallowed_special)
+        ids = self._encode_by_python(text, specials)
+        if ids is not None:
+            return np.array(ids, dtype=np.int32)
+        return self._encoder.encode_array(text, specials.matcher)
+
+    def count(
+        self,
+        text: str | bytes,
+        *,
+        allowed_special: Special | None = None,
+        disallowed_special: Special | None = None,
+    ) -> int:
+        """The number of tokens of a text, without making the ids."""
+        _check_text(text)
+        specials = self._allowed(text, allowed_special, disallowed_special)
+        ids = self._encode_by_python(text, specials)
+        return self._encoder.count(text, specials.matcher) if ids is None else len(ids)
+
+    def encode_batch(
+        self,
+        texts: Iterable[str | bytes],
+        *,
+        threads: int | None = None,
+        flat: bool = False,
+        allowed_special: Special | None = None,
+        disallowed_special: Special | None = None,
+    ) -> Any:
+        """Encode many texts, on several threads and without the GIL.
+
+        Args:
+            texts: the texts.
+            threads: None takes all CPUs of the process. The ids do not depend on it.
+            flat: return (ids, offsets), text i being ids[offsets[i]:offsets[i + 1]].
+            allowed_special, disallowed_special: as for `encode`.
+
+        Returns:
+            List of int32 arrays, or with ``flat`` an int32 and an int64 array.
+        """
+        texts = list(texts)
+        for i, text in enumerate(texts):
+            _check_text(text, f"texts[{i}]")
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        specials = self._allowed("", allowed_special, disallowed_special)
+        if disallowed_special is not None or allowed_special is not None:
+            for text in texts:
+                self._allowed(text, allowed_special, disallowed_special)
+        if scanner_code(self._model.pattern) is None or bytes in map(type, texts):
+            encode = self._encoder.encode
+            rows = [self._encode_by_python(t, specials) for t in texts]
+            rows = [encode(t, specials.matcher) if r is None else r for t, r in zip(texts, rows)]
+            ids = np.array([id for row in rows for id in row], dtype=np.int32)
+            offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+        else:
+            count = threads or default_threads()
+            ids, offsets = self._encoder.encode_batch(texts, specials.matcher, count)
+        if flat:
+            return ids, offsets
+        bounds = offsets.tolist()
+        return [ids[a:b] for a, b in pairwise(bounds)]
+
+    def _encode_by_python(self, text: str | bytes, specials: Allowed) -> list[int] | None:
+        """What the engine's scanners do not cover: patterns of the user, and bytes that are not
+        UTF-8. None where they do."""
+        rest = b""
+        if isinstance(text, bytes) and self._model.mode == "byte":
+            valid = self._engine.valid_prefix(text)
+            text, rest = text[:valid], text[valid:]
+        if not rest and scanner_code(self._model.pattern) is not None:
+            return None
+        *before, (last, _) = Specials(specials.tokens).split(sound_text(text))
+        ids: list[int] = []
+        for part, special in before:
+            ids += self._encode_part(part) if special is None else [special]
+        if rest:
+            return ids + encode_invalid(
+                self._model, last, rest, self._encode_part, self._merge_piece
+            )
+        return ids + self._encode_part(last)
+
+    def _encode_part(self, text: str) -> list[int]:
+        """The ids of text without special tokens."""
+        if scanner_code(self._model.pattern) is not None:
+            return self._encoder.encode(text, self._no_specials.matcher)
+        pieces = [to_bytes(piece) for piece in splitter(self._model.pattern)(text)]
+        ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+        return self._encoder.encode(b"".join(pieces), self._no_specials.matcher, ends)
+
+    def _merge_piece(self, piece: bytes) -> list[int]:
+        """The ids of bytes taken as one piece."""
+        ends = np.array([len(piece)], dtype=np.int64)
+        return self._encoder.encode(piece, self._no_specials.matcher, ends)
+
+    def offsets(self, text: str, **special: Any) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a text and, for each, the characters it covers.
+
+        Args:
+            text: the text; keyword arguments are those of `encode`.
+
+        Returns:
+            (ids, spans): ``text[start:end]`` of a span holds every character of which the token has
+            at least one byte. Tokens that share a character overlap in it.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a str, got {type(text).__name__}")
+        ids = self.encode_numpy(text, **special)
+        keys = ("allowed_special", "disallowed_special")
+        allowed = self._allowed(text, *(special.get(key) for key in keys))
+        return ids.tolist(), character_spans(self._model, text, ids, allowed.tokens)
+
+    def truncate(self, text: str, max_tokens: int, **special: Any) -> str:
+        """The longest beginning of a text that ends with a token and has at most so many tokens.
+
+        Args:
+            text: the text; further keyword arguments are those of `encode`.
+            max_tokens: the most tokens, >= 0.
+        """
+        if max_tokens < 0:
+            raise ValueError(f"max_tokens must be >= 0, got {max_tokens}")
+        ids, where = self.offsets(text, **special)
+        keep = max_tokens
+        while len(ids) > keep > 0:
+            end = where[keep - 1][1]
+            # A token that ends inside a character would count it for both neighbours.
+            if where[keep][0] >= end and self.count(text[:end], **special) <= max_tokens:
+                return text[:end]
+            keep -= 1
+        return text if len(ids) <= max_tokens else ""
+
+    def appender(self, text: str = "") -> Appender:
+        """An encoding that grows as text arrives; see `Appender`."""
+        return Appender(self, text)
+
+    def decode(
+        self, ids: Any, *, errors: str = "replace", skip_special_tokens: bool = False
+    ) -> str:
+        """The text of ids.
+
+        Args:
+            ids: list, array or tensor of ints, one-dimensional.
+            errors: for bytes that are not UTF-8: "strict", "replace" or "ignore".
+            skip_special_tokens: leave out special tokens.
+
+        Raises:
+            ValueError: an id is not in the vocabulary; names it and its place.
+            UnicodeDecodeError: the bytes are not UTF-8 and errors is "strict".
+        """
+        if errors not in ("strict", "replace", "ignore"):
+            raise ValueError(f'errors must be "strict", "replace" or "ignore", got {errors!r}')
+        ids = self._clean_ids(ids, skip_special_tokens)
+        text = self._decoder.decode(ids, errors)
+        # In the char mode the marker is the space between words: there is none before the first.
+        return text[1:] if self._model.mode == "char" and text[:1] == " " else text
+
+    def decode_bytes(self, ids: Any, *, skip_special_tokens: bool = False) -> bytes:
+        """The bytes of ids: as `decode`, for text that need not be UTF-8."""
+        raw = self.raw_bytes(self._clean_ids(ids, skip_special_tokens))
+        return raw[1:] if self._model.mode == "char" and raw[:1] == b" " else raw
+
+    def raw_bytes(self, ids: Any) -> bytes:
+        """The bytes of ids as they stand in the middle of a text: a first marker is a space too."""
+        return self._decoder.decode_bytes(self._clean_ids(ids, False))
+
+    def decode_batch(self, batch: Iterable[Any], **options: Any) -> list[str]:
+        """`decode` for each of several sequences of ids."""
+        return [self.decode(ids, **options) for ids in batch]
+
+    def stream_decoder(self, *, errors: str = "replace") -> StreamDecoder:
+        """A decoder for ids that come one by one; see `StreamDecoder`."""
+        return StreamDecoder(self, errors=errors)
+
+    def _clean_ids(self, ids: Any, skip: bool) -> Any:
+        if type(ids) is list:
+            if skip:
+                special = set(self._model.special_tokens.values())
+                return [id for id in ids if id not in special]
+            return ids
+        array = np.asarray(ids)
+        if array.size == 0:
+            return []
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise TypeError(
+                f"ids must be a one-dimensional sequence of ints, got shape {array.shape} of "
+                f"{array.dtype}"
+            )
+        if array.dtype.itemsize != 4:
+            # Beyond 32 bits an id must not wrap into the vocabulary.
+            array = np.clip(array, -1, 2**31 - 1)
+        array = np.ascontiguousarray(array, dtype=np.int32 if array.dtype.itemsize != 4 else None)
+        if skip:
+            array = array[~np.isin(array, list(self._model.special_tokens.values()))]
+        return array
+
+
+def _check_text(text: object, name: str = "text") -> None:
+    if not isinstance(text, (str, bytes)):
+        raise TypeError(f"{name} must be a str or bytes, got {type(text).__name__}")

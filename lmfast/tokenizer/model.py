@@ -1,0 +1,161 @@
+"""The immutable data of a tokenizer, checked once: everything an engine needs and a file holds."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .patterns import canonical_pattern, scanner_code
+
+MODES = ("byte", "char")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Tokens, merges and rules of one tokenizer.
+
+    Args:
+        mode: "byte" (every text is encodable) or "char" (words of known characters).
+        pattern: name of a pattern or a regular expression; None: a text is one piece.
+        tokens: id -> bytes (UTF-8 in the char mode). None marks an id that has no text of its own:
+            a special token or a gap.
+        merges: (n, 4) int64 array of left id, right id, new id and rank, ascending by rank.
+        special_tokens: text -> id; matched before splitting, never merged.
+        whole_piece: a piece that is a token becomes that token, whatever the merges say.
+        marker: what stands before each word (char mode).
+        unk: the special token of unknown characters (char mode).
+    """
+
+    mode: str
+    pattern: str | None
+    tokens: tuple[bytes | None, ...]
+    merges: np.ndarray
+    special_tokens: Mapping[str, int] = field(default_factory=dict)
+    whole_piece: bool = False
+    marker: str = ""
+    unk: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
+        object.__setattr__(self, "pattern", canonical_pattern(self.pattern))
+        object.__setattr__(self, "tokens", tuple(self.tokens))
+        merges = np.ascontiguousarray(self.merges, dtype=np.int64).reshape(-1, 4)
+        merges.flags.writeable = False
+        object.__setattr__(self, "merges", merges)
+        object.__setattr__(self, "special_tokens", dict(self.special_tokens))
+        self._check_ids()
+        self._check_merges()
+
+    def _check_ids(self) -> None:
+        if len(self.tokens) >= 1 << 21:
+            raise ValueError(f"a vocabulary holds at most 2097151 ids, got {len(self.tokens)}")
+        seen: dict[bytes, int] = {}
+        for id, token in enumerate(self.tokens):
+            if token is None:
+                continue
+            if not token:
+                raise ValueError(f"token {id} is empty")
+            if token in seen:
+                raise ValueError(f"token {token!r} has two ids, {seen[token]} and {id}")
+            seen[token] = id
+        object.__setattr__(self, "ids", seen)
+        owner: dict[int, str] = {}
+        for text, id in self.special_tokens.items():
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"a special token must be a non-empty str, got {text!r}")
+            if not 0 <= id < len(self.tokens):
+                raise ValueError(f"special token {text!r} has id {id}, outside the vocabulary")
+            if id in owner:
+                raise ValueError(f"special tokens {owner[id]!r} and {text!r} share the id {id}")
+            owner[id] = text
+        if self.mode == "byte":
+            texts = {text.encode() for text in self.special_tokens}
+            missing = [b for b in range(256) if bytes([b]) not in seen and bytes([b]) not in texts]
+            if missing:
+                raise ValueError(f"the byte {missing[0]:#04x} is not in the vocabulary")
+            return
+        if scanner_code(self.pattern) is None or self.pattern not in ("words", "lines"):
+            raise ValueError(f"the char mode splits by words or lines, got {self.pattern!r}")
+        if self.marker.encode("utf-8", "replace") not in seen or len(self.marker) != 1:
+            raise ValueError(f"the marker {self.marker!r} is not a character of the vocabulary")
+        if self.unk not in self.special_tokens:
+            raise ValueError(f"the char mode needs a special token for unknown, got {self.unk!r}")
+
+    def _check_merges(self) -> None:
+        tokens, size = self.tokens, len(self.tokens)
+        special = {id: text.encode() for text, id in self.special_tokens.items()}
+        pairs: set[tuple[int, int]] = set()
+        previous = None
+        for index, (left, right, new, rank) in enumerate(self.merges.tolist()):
+            name = f"merge {index} ({left}, {right}) -> {new}"
+            if not (0 <= left < size and 0 <= right < size and 0 <= new < size):
+                raise ValueError(f"{name} has an id outside the vocabulary of {size}")
+            parts = (tokens[left] or special.get(left), tokens[right] or special.get(right))
+            if parts[0] is None or parts[1] is None:
+                raise ValueError(f"{name} joins an id that has no text")
+            if (tokens[new] or special.get(new)) != parts[0] + parts[1]:
+                raise ValueError(f"{name}: {parts[0]!r} and {parts[1]!r} do not make the new token")
+            if (left, right) in pairs:
+                raise ValueError(f"{name} repeats an earlier pair")
+            if previous is not None and rank < previous:
+                raise ValueError(f"{name} is out of rank order")
+            pairs.add((left, right))
+            previous = rank
+
+    ids: Mapping[bytes, int] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return len(self.tokens)
+
+    @functools.cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """Bytes of each id, special tokens included."""
+        lengths = np.array([len(token or b"") for token in self.tokens], dtype=np.int64)
+        for text, id in self.special_tokens.items():
+            lengths[id] = len(text.encode())
+        return lengths
+
+    @functools.cached_property
+    def char_lengths(self) -> np.ndarray:
+        """Characters of each id (char mode), the marker included."""
+        return np.array([len((t or b"").decode("utf-8", "replace")) for t in self.tokens])
+
+    @functools.cached_property
+    def rank_table(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """(left, right) -> (rank, new id)."""
+        return {(a, b): (rank, new) for a, b, new, rank in self.merges.tolist()}
+
+    def symbols(self) -> dict[int, int]:
+        """Byte value or code point -> id of the symbols that merging starts from."""
+        if self.mode == "byte":
+            own = {text.encode(): id for text, id in self.special_tokens.items()}
+            return {b: self.ids.get(bytes([b]), own.get(bytes([b]), -1)) for b in range(256)}
+        made = set(self.merges[:, 2].tolist())
+        found = {}
+        for token, id in self.ids.items():
+            text = token.decode("utf-8", "replace")
+            if len(text) == 1 and id not in made:
+                found[ord(text)] = id
+        return found
+
+    def text_of(self, id: int) -> bytes | None:
+        """The bytes of a token, special ones included; None for an id without a meaning."""
+        token = self.tokens[id]
+        if token is not None:
+            return token
+        return next((t.encode() for t, i in self.special_tokens.items() if i == id), None)
+
+
+def make_merges(pairs: Sequence[tuple[int, int, int]]) -> np.ndarray:
+    """(left, right, new) triples in order -> the merges array of a Model."""
+    merges = np.empty((len(pairs), 4), dtype=np.int64)
+    if len(pairs):
+        merges[:, :3] = pairs
+    merges[:, 3] = np.arange(len(pairs))
+    return merges

@@ -1,0 +1,354 @@
+"""BPETokenizer: the public class over the engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from . import formats, huggingface, training
+from .backend import engine
+from .encoding import Allowed, Coding
+from .model import Model
+from .patterns import scanner_code
+
+_NAMES = {
+    "pad": ("<pad>", "[PAD]", "<|pad|>"),
+    "unk": ("<unk>", "[UNK]", "<UNK>", "<|unk|>"),
+    "bos": ("<bos>", "<s>", "[BOS]", "<|startoftext|>", "<|begin_of_text|>"),
+    "eos": ("<eos>", "</s>", "[EOS]", "<|endoftext|>", "<|end_of_text|>"),
+}
+
+
+class BPETokenizer(Coding):
+    """Byte-pair encoding: trains, encodes and decodes; immutable and usable from any thread.
+
+    Two modes: ``"byte"`` cuts text by a pattern and merges bytes, lossless for any text, as GPT-2
+    and tiktoken do; ``"char"`` splits at whitespace, puts a marker before each word and merges
+    characters, as the textbooks do.
+
+    Args:
+        model: tokens, merges and rules. Use `train`, `load` or a `from_...` method to get one.
+        backend: "auto", "cpu" (the compiled engine) or "reference" (Python, the same answers).
+
+    Example:
+        >>> from lmfast import BPETokenizer
+        >>> t = BPETokenizer.train(["low low lower"], 8, mode="char")
+        >>> t.decode(t.encode("low lower"))
+        'low lower'
+    """
+
+    __slots__ = (
+        "_all_specials",
+        "_backend",
+        "_decoder",
+        "_encoder",
+        "_engine",
+        "_model",
+        "_no_specials",
+    )
+
+    def __init__(self, model: Model, *, backend: str = "auto") -> None:
+        if not isinstance(model, Model):
+            raise TypeError(
+                f"model must be a Model, got {type(model).__name__}; see train and load"
+            )
+        self._model, self._backend = model, backend
+        self._engine = engine(backend)
+        self._encoder = self._make_encoder()
+        self._decoder = self._engine.Decoder(*_decoder_tables(model))
+        every = [(t.encode(), id) for t, id in model.special_tokens.items()]
+        self._all_specials = Allowed(every, self._engine.Specials(every))
+        self._no_specials = Allowed([], self._engine.Specials([]))
+
+    def _make_encoder(self):
+        model = self._model
+        symbols = model.symbols()
+        if model.mode == "char":
+            flat = [value for pair in symbols.items() for value in pair]
+        else:
+            flat = [symbols[byte] for byte in range(256)]
+        return self._engine.Encoder(
+            scanner_code(model.pattern) or 0,
+            model.mode == "char",
+            model.whole_piece,
+            model.ids[model.marker.encode()] if model.mode == "char" else -1,
+            -1 if model.unk is None else model.special_tokens[model.unk],
+            [token or b"" for token in model.tokens],
+            np.array(flat, dtype=np.int32),
+            np.ascontiguousarray(_dense_ranks(model.merges), dtype=np.int32),
+        )
+
+    # Making one ------------------------------------------------------------------------------
+
+    @classmethod
+    def train(
+        cls,
+        corpus: training.Corpus,
+        vocab_size: int | Sequence[int],
+        *,
+        mode: str = "byte",
+        pattern: str | None = "default",
+        special_tokens: Sequence[str] | None = None,
+        min_frequency: int = 0,
+        max_token_length: int | None = None,
+        tie_break: str = "first",
+        marker: str = training.MARKER,
+        unk_token: str = "<unk>",
+        threads: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        backend: str = "auto",
+    ) -> Any:
+        """Learn merges: again and again join the most frequent pair of neighbouring symbols.
+
+        Args:
+            corpus: a str or bytes (one text), a path (read in blocks), an iterable of those, or a
+                mapping of words to counts, see `count_words`.
+            vocab_size: number of ids to reach. In the byte mode special tokens and the 256 bytes
+                count; in the char mode symbols and merges count and special tokens come on top, so
+                that the merges are the textbook loop's. A sequence gives a list of tokenizers, one
+                per size, from one run.
+            mode: "byte" or "char".
+            pattern: "gpt2" (the byte mode's default), "cl100k", "o200k", "llama3", "whitespace",
+                any regular expression (needs the regex package), or None: no splitting. In the
+                char mode "words" (the default) or "lines".
+            special_tokens: their ids come first, in this order. The char mode's default is
+                "<pad>", "<unk>", "<bos>", "<eos>", the byte mode's is none.
+            min_frequency: stop when no pair is as frequent.
+            max_token_length: learn only tokens of fewer symbols than this; pairs of two single
+                symbols are exempt (the rule of Hugging Face).
+            tie_break: among pairs of equal count "first" takes the one met first in the corpus,
+                "ids" the smallest (left id, right id), which is Hugging Face's rule,
+                "lexicographic" the smallest (left, right) strings.
+            marker: the character put before each word (char mode). A text that holds it does not
+                survive decoding.
+            unk_token: which special token stands for unknown characters (char mode).
+            threads: for counting; None takes all CPUs. The result does not depend on it.
+            progress: called with (merges done, merges wanted) now and then.
+            backend: "auto", "cpu" or "reference".
+
+        Returns:
+            A BPETokenizer, or a list of them for several sizes.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong type or out of range; names it.
+            ImportError: the pattern needs the regex package.
+
+        Backends:
+            cpu: vectorised counting, incremental merging. reference: the recounting loop.
+
+        Source:
+            Gage 1994; Sennrich, Haddow and Birch 2016 (arXiv 1508.07909).
+
+        Example:
+            >>> from lmfast import BPETokenizer
+            >>> t = BPETokenizer.train(["aaaa aaa aa"], 6, mode="char", marker="_")
+            >>> t.merges
+            [('a', 'a'), ('_', 'aa'), ('_aa', 'aa'), ('_aa', 'a')]
+        """
+        models = training.train_models(
+            corpus,
+            vocab_size,
+            mode=mode,
+            pattern=pattern,
+            special_tokens=special_tokens,
+            min_frequency=min_frequency,
+            max_token_length=max_token_length,
+            tie_break=tie_break,
+            marker=marker,
+            unk_token=unk_token,
+            threads=threads,
+            progress=progress,
+            backend=backend,
+        )
+        tokenizers = [cls(model, backend=backend) for model in models]
+        return tokenizers[0] if isinstance(vocab_size, int) else tokenizers
+
+    count_words = staticmethod(training.count_words)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, *, backend: str = "auto") -> BPETokenizer:
+        """Read a file written by `save`. Raises ValueError naming the entry that is wrong."""
+        return cls(formats.load_json(path), backend=backend)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the tokenizer as one JSON file: text only, versioned, the same on every machine."""
+        formats.save_json(self._model, path)
+
+    @classmethod
+    def from_gpt2(
+        cls,
+        encoder_json: str | os.PathLike,
+        vocab_bpe: str | os.PathLike,
+        *,
+        pattern: str | None = "gpt2",
+        special_tokens: Sequence[str] | None = None,
+        backend: str = "auto",
+    ) -> BPETokenizer:
+        """Read GPT-2's two files: vocabulary (JSON) and merges (one pair per line).
+
+        Args:
+            encoder_json: token in stand-in characters -> id. Entries that are neither a byte nor
+                made by a merge become special tokens.
+            vocab_bpe: merges; lines that begin with "#version" are skipped.
+            pattern: how text is split.
+            special_tokens: take these entries as special, instead of all that no merge makes.
+            backend: as for the class.
+        """
+        model = formats.read_gpt2(encoder_json, vocab_bpe, pattern, special_tokens)
+        return cls(model, backend=backend)
+
+    @classmethod
+    def from_tiktoken(
+        cls,
+        ranks: str | os.PathLike | dict[bytes, int],
+        *,
+        pattern: str | None,
+        special_tokens: dict[str, int] | None = None,
+        backend: str = "auto",
+    ) -> BPETokenizer:
+        """Read a .tiktoken file (base64 token, space, rank) or take ranks from a dict.
+
+        Args:
+            ranks: path or dict.
+            pattern: "gpt2", "cl100k", "o200k", or the encoding's regular expression.
+            special_tokens: text -> id.
+            backend: as for the class.
+        """
+        return cls(formats.read_tiktoken(ranks, pattern, special_tokens), backend=backend)
+
+    @classmethod
+    def from_huggingface(cls, source: Any, *, backend: str = "auto") -> BPETokenizer:
+        """Take over a ``tokenizer.json`` (path or text), a ``tokenizers.Tokenizer`` or a
+        transformers fast tokenizer: byte-level BPE, or one written by `to_huggingface`.
+
+        Raises:
+            ValueError: the tokenizer has a part that has no counterpart here; names it.
+        """
+        return cls(huggingface.read(source), backend=backend)
+
+    def to_huggingface(self) -> Any:
+        """A ``tokenizers.Tokenizer`` that encodes the same. Needs the tokenizers package."""
+        return huggingface.build(self._model)
+
+    # What it is ------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> Model:
+        """The data of this tokenizer."""
+        return self._model
+
+    @property
+    def backend(self) -> str:
+        """Which engine works: "cpu" or "reference"."""
+        return "reference" if self._engine.__name__.endswith("reference") else "cpu"
+
+    @property
+    def mode(self) -> str:
+        return self._model.mode
+
+    @property
+    def pattern(self) -> str | None:
+        return self._model.pattern
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id, special tokens included."""
+        return self._model.size
+
+    def __len__(self) -> int:
+        return self._model.size
+
+    @property
+    def merges(self) -> list[tuple[Any, Any]]:
+        """The merges in order, as pairs of str (char mode) or bytes (byte mode)."""
+        text = [self._model.text_of(id) or b"" for id in range(self._model.size)]
+        pairs = [(text[left], text[right]) for left, right, _, _ in self._model.merges.tolist()]
+        if self.mode == "char":
+            return [(left.decode(), right.decode()) for left, right in pairs]
+        return pairs
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Text -> id of the special tokens."""
+        return dict(self._model.special_tokens)
+
+    def _named(self, name: str) -> int | None:
+        specials = self._model.special_tokens
+        if name == "unk" and self._model.unk is not None:
+            return specials[self._model.unk]
+        return next((specials[text] for text in _NAMES[name] if text in specials), None)
+
+    @property
+    def pad_id(self) -> int | None:
+        """Id of the padding token, None if there is none; likewise unk_id, bos_id, eos_id."""
+        return self._named("pad")
+
+    @property
+    def unk_id(self) -> int | None:
+        return self._named("unk")
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._named("bos")
+
+    @property
+    def eos_id(self) -> int | None:
+        return self._named("eos")
+
+    def token_to_id(self, token: str | bytes) -> int | None:
+        """Id of a token or special token; None if it is neither."""
+        if isinstance(token, str) and token in self._model.special_tokens:
+            return self._model.special_tokens[token]
+        return self._model.ids.get(token.encode() if isinstance(token, str) else token)
+
+    def id_to_token(self, id: int) -> bytes | None:
+        """The bytes of an id, as stored (with the marker); None for an unused id."""
+        if not 0 <= id < self._model.size:
+            raise ValueError(f"id must be in [0, {self._model.size}), got {id}")
+        return self._model.text_of(id)
+
+    def __repr__(self) -> str:
+        return (
+            f"BPETokenizer(mode={self.mode!r}, vocab_size={self.vocab_size}, "
+            f"pattern={self.pattern!r}, backend={self.backend!r})"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BPETokenizer):
+            return NotImplemented
+        return formats.to_document(self._model) == formats.to_document(other._model)
+
+    def __hash__(self) -> int:
+        return hash((self._model.mode, self._model.pattern, self._model.tokens))
+
+    def __reduce__(self):
+        return _rebuild, (formats.to_document(self._model), self._backend)
+
+
+def _rebuild(document: dict[str, Any], backend: str) -> BPETokenizer:
+    return BPETokenizer(formats.from_document(document), backend=backend)
+
+
+def _dense_ranks(merges: np.ndarray) -> np.ndarray:
+    """The merges with their ranks renumbered without gaps."""
+    out = merges.copy()
+    if len(out):
+        out[:, 3] = np.cumsum(np.diff(out[:, 3], prepend=out[0, 3]) != 0)
+    return out
+
+
+def _decoder_tables(model: Model) -> tuple[list[bytes], list[bool]]:
+    """What each id decodes to, and which ids mean nothing."""
+    texts = [token or b"" for token in model.tokens]
+    unknown = [token is None for token in model.tokens]
+    marker = model.marker.encode()
+    if model.mode == "char":
+        texts = [b" " + t[len(marker) :] if t.startswith(marker) else t for t in texts]
+    for text, id in model.special_tokens.items():
+        spaced = model.mode == "char" and text != model.unk
+        texts[id] = (b" " if spaced else b"") + text.encode()
+        unknown[id] = False
+    return texts, unknown

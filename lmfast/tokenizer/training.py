@@ -1,0 +1,312 @@
+"""Counting the words of a corpus and learning a tokenizer from them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+
+from .backend import default_threads, engine
+from .byte_alphabet import BYTE_ORDER
+from .model import MODES, Model, make_merges
+from .patterns import canonical_pattern, safe_cut, scanner_code, splitter
+from .reference import TIE_BREAKS, sound_text, to_bytes
+
+Corpus = str | bytes | os.PathLike | Iterable[str | bytes | os.PathLike] | Mapping[str | bytes, int]
+CHAR_SPECIALS = ("<pad>", "<unk>", "<bos>", "<eos>")
+MARKER = "▁"
+_BLOCK = 4 << 20
+_ITEMS = 1 << 16
+_TAIL = 1 << 16
+
+
+class WordCounts(dict[bytes, int]):
+    """Distinct words with their counts, in order of first appearance.
+
+    Counts of parts of a corpus add up with ``+`` to the counts of the whole, wherever they were
+    made: the object is a plain dict of bytes that pickles. Add the parts in corpus order where ties
+    are broken by first appearance.
+    """
+
+    def __init__(self, words: Mapping[bytes, int] = (), *, mode: str, pattern: str | None) -> None:
+        super().__init__(words)
+        self.mode, self.pattern = mode, pattern
+
+    def __add__(self, other: WordCounts) -> WordCounts:
+        if not isinstance(other, WordCounts):
+            return NotImplemented
+        if (self.mode, self.pattern) != (other.mode, other.pattern):
+            raise ValueError(
+                f"counts of mode {self.mode!r}, pattern {self.pattern!r} cannot be added to "
+                f"counts of mode {other.mode!r}, pattern {other.pattern!r}"
+            )
+        total = WordCounts(self, mode=self.mode, pattern=self.pattern)
+        for word, count in other.items():
+            total[word] = total.get(word, 0) + count
+        return total
+
+    def __reduce__(self):
+        return _word_counts, (dict(self), self.mode, self.pattern)
+
+
+def _word_counts(words: dict[bytes, int], mode: str, pattern: str | None) -> WordCounts:
+    return WordCounts(words, mode=mode, pattern=pattern)
+
+
+def resolve_pattern(mode: str, pattern: str | None) -> str | None:
+    """The pattern of a mode: "default" is GPT-2's for bytes and words for characters."""
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+    if pattern == "default":
+        return "gpt2" if mode == "byte" else "words"
+    pattern = canonical_pattern(pattern)
+    if mode == "char" and pattern not in ("words", "lines"):
+        raise ValueError(f'pattern must be "words" or "lines" in the char mode, got {pattern!r}')
+    if mode == "byte" and pattern in ("words", "lines"):
+        raise ValueError(f"pattern {pattern!r} drops text and is for the char mode only")
+    return pattern
+
+
+def _file_blocks(path: os.PathLike, pattern: str | None) -> Iterator[bytes]:
+    """A file in blocks that end at piece boundaries, so that no piece is cut in two."""
+    with open(path, "rb") as file:
+        rest = b""
+        while block := file.read(_BLOCK):
+            rest += block
+            # Latin-1 keeps every byte; the cut is found among ASCII characters.
+            cut = safe_cut(rest[-_TAIL:].decode("latin-1"), pattern)
+            if cut:
+                cut += max(0, len(rest) - _TAIL)
+                yield rest[:cut]
+                rest = rest[cut:]
+        if rest:
+            yield rest
+
+
+def _texts(corpus: Corpus, pattern: str | None) -> Iterator[str | bytes]:
+    if isinstance(corpus, (str, bytes)):
+        yield corpus
+    elif isinstance(corpus, os.PathLike):
+        yield from _file_blocks(corpus, pattern)
+    else:
+        try:
+            items = iter(corpus)
+        except TypeError:
+            raise TypeError(
+                "corpus must be text, a path, an iterable of those or word counts, "
+                f"got {type(corpus).__name__}"
+            ) from None
+        for item in items:
+            if isinstance(item, os.PathLike):
+                yield from _file_blocks(item, pattern)
+            elif isinstance(item, (str, bytes)):
+                yield item
+            else:
+                raise TypeError(f"corpus must yield str, bytes or paths, got {type(item).__name__}")
+
+
+def _batches(corpus: Corpus, pattern: str | None) -> Iterator[list[str | bytes]]:
+    """Lists of texts, small enough for Ctrl-C to be heard and memory to stay bounded."""
+    if isinstance(corpus, list) and all(type(t) is str for t in islice(corpus, 8)):
+        if not any(isinstance(t, os.PathLike) for t in corpus):
+            for i in range(0, len(corpus), _ITEMS):
+                yield corpus[i : i + _ITEMS]
+            return
+    batch: list[str | bytes] = []
+    size = 0
+    for text in _texts(corpus, pattern):
+        batch.append(text)
+        size += len(text)
+        if size >= 8 * _BLOCK or len(batch) == _ITEMS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _count(corpus: Corpus, mode: str, pattern: str | None, threads: int | None, backend: str):
+    """A Counter of the engine with the words of the corpus."""
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    code = scanner_code(pattern)
+    counter = engine(backend).Counter(code or 0)
+    if isinstance(corpus, Mapping):
+        if isinstance(corpus, WordCounts) and (corpus.mode, corpus.pattern) != (mode, pattern):
+            raise ValueError(
+                f"the counts are of mode {corpus.mode!r}, pattern {corpus.pattern!r}; "
+                f"training asks for mode {mode!r}, pattern {pattern!r}"
+            )
+        words = [w if isinstance(w, bytes) else to_bytes(sound_text(w)) for w in corpus]
+        for word, count in corpus.items():
+            if not isinstance(count, int) or count < 0:
+                raise ValueError(f"the count of {word!r} must be an int >= 0, got {count!r}")
+        counter.add_words(words, list(corpus.values()))
+        return counter
+    for batch in _batches(corpus, pattern):
+        if code is not None:
+            counter.add_texts(batch, threads or default_threads())
+            continue
+        split = splitter(pattern)
+        found: dict[bytes, int] = {}
+        for text in batch:
+            for piece in split(sound_text(text)):
+                raw = to_bytes(piece)
+                found[raw] = found.get(raw, 0) + 1
+        counter.add_words(list(found), list(found.values()))
+    return counter
+
+
+def count_words(
+    corpus: Corpus,
+    *,
+    mode: str = "byte",
+    pattern: str | None = "default",
+    threads: int | None = None,
+    backend: str = "auto",
+) -> WordCounts:
+    """Count the words of a corpus, or of a part of it, for training later or elsewhere.
+
+    Args:
+        corpus: text, a path, or an iterable of texts and paths.
+        mode: "byte" or "char", as for training.
+        pattern: as for training.
+        threads: None takes all CPUs of the process. The result does not depend on it.
+        backend: "auto", "cpu" or "reference".
+
+    Returns:
+        WordCounts; ``count_words(a) + count_words(b)`` counts a corpus of the texts a and b.
+
+    Example:
+        >>> counts = count_words(["a b"], mode="char") + count_words(["b"], mode="char")
+        >>> dict(counts)
+        {b'a': 1, b'b': 2}
+    """
+    pattern = resolve_pattern(mode, pattern)
+    counter = _count(corpus, mode, pattern, threads, backend)
+    return WordCounts(dict(counter.items()), mode=mode, pattern=pattern)
+
+
+def _checked_size(vocab_size: int | Sequence[int]) -> list[int]:
+    sizes = [vocab_size] if isinstance(vocab_size, int) else list(vocab_size)
+    for size in sizes:
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"vocab_size must be an int or several, got {size!r}")
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"vocab_size must be at least 1, got {vocab_size!r}")
+    return sizes
+
+
+def train_models(
+    corpus: Corpus,
+    vocab_size: int | Sequence[int],
+    *,
+    mode: str,
+    pattern: str | None,
+    special_tokens: Sequence[str] | None,
+    min_frequency: int,
+    max_token_length: int | None,
+    tie_break: str,
+    marker: str,
+    unk_token: str,
+    threads: int | None,
+    progress: Callable[[int, int], None] | None,
+    backend: str,
+) -> list[Model]:
+    """The models for one or several vocabulary sizes, all from one run."""
+    sizes = _checked_size(vocab_size)
+    pattern = resolve_pattern(mode, pattern)
+    if tie_break not in TIE_BREAKS:
+        raise ValueError(f"tie_break must be one of {TIE_BREAKS}, got {tie_break!r}")
+    if min_frequency < 0:
+        raise ValueError(f"min_frequency must be >= 0, got {min_frequency}")
+    if max_token_length is not None and max_token_length < 1:
+        raise ValueError(f"max_token_length must be at least 1 or None, got {max_token_length}")
+    if special_tokens is None:
+        special_tokens = CHAR_SPECIALS if mode == "char" else ()
+    specials = {text: id for id, text in enumerate(dict.fromkeys(special_tokens))}
+    if mode == "char":
+        if len(marker) != 1 or marker.isspace():
+            raise ValueError(f"marker must be one character that is not a space, got {marker!r}")
+        if unk_token not in specials:
+            raise ValueError(f"special_tokens must hold the unk_token {unk_token!r}")
+    taken = _taken(specials, mode)
+    first, byte_ids, least = len(specials), None, 0
+    if mode == "byte":
+        byte_ids = [0] * 256
+        for byte in BYTE_ORDER:
+            if bytes([byte]) in taken:
+                byte_ids[byte] = taken[bytes([byte])]
+            else:
+                byte_ids[byte] = first
+                first += 1
+        least = first
+        if min(sizes) < least:
+            raise ValueError(
+                f"vocab_size must be at least {least} (256 bytes and {len(specials)} special "
+                f"tokens), got {min(sizes)}"
+            )
+    counter = _count(corpus, mode, pattern, threads, backend)
+    target = max(sizes) - least
+    report = None if progress is None else lambda done: progress(done, target)
+    symbols, pairs, _ = engine(backend).learn(
+        counter,
+        byte_ids,
+        marker,
+        first,
+        TIE_BREAKS.index(tie_break),
+        target,
+        min_frequency,
+        max_token_length or 0,
+        first if mode == "byte" else -1,
+        taken,
+        report,
+    )
+    if progress is not None:
+        progress(len(pairs), target)
+    ids = byte_ids if byte_ids is not None else range(first, first + len(symbols))
+    return [
+        _assemble(
+            list(ids), symbols, pairs, specials, taken, size, mode, pattern, marker, unk_token
+        )
+        for size in sizes
+    ]
+
+
+def _taken(specials: dict[str, int], mode: str) -> dict[bytes, int]:
+    """Strings whose token is a special one: Hugging Face lets a merge that makes the text of a
+    special token have its id, and compares the printable stand-ins of the bytes."""
+    if mode == "char":
+        return {}
+    return {t.encode(): id for t, id in specials.items() if all("!" <= c <= "~" for c in t)}
+
+
+def _assemble(
+    ids, symbols, pairs, specials, taken, size, mode, pattern, marker, unk_token
+) -> Model:
+    """Number the symbols and as many merges as fit."""
+    tokens: list[bytes | None] = [None] * (max(max(ids), len(specials) - 1) + 1)
+    for id, symbol in zip(ids, symbols):
+        tokens[id] = None if symbol in taken else symbol
+    strings = list(symbols)
+    merges = []
+    # In the char mode the size counts symbols and merges only, as the textbook loop does.
+    room = size + (len(specials) if mode == "char" else 0)
+    for left, right in pairs.tolist():
+        if len(tokens) >= room:
+            break
+        string = strings[left] + strings[right]
+        new = taken.get(string, len(tokens))
+        if new == len(tokens):
+            tokens.append(string)
+        strings.append(string)
+        merges.append((ids[left], ids[right], new))
+        ids.append(new)
+    return Model(
+        mode=mode,
+        pattern=pattern,
+        tokens=tuple(tokens),
+        merges=make_merges(merges),
+        special_tokens=specials,
+        marker=marker if mode == "char" else "",
+        unk=unk_token if mode == "char" else None,
+    )
