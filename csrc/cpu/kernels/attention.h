@@ -62,7 +62,7 @@ struct AttentionDecodeArgs {
 };
 
 constexpr int64_t kAttentionLanes = 64;  // query rows (forward) or keys (backward) of a block
-constexpr int64_t kAttentionChunk = 64;  // keys (forward) or query rows (backward) per step
+constexpr int64_t kAttentionChunk = 64;  // rows of scores kept at a time
 
 constexpr int64_t kAttentionDecodeRows = 8;  // query rows that decoding takes at once
 

@@ -10,6 +10,9 @@ namespace {
 
 constexpr int kLanes = static_cast<int>(kAttentionLanes);
 constexpr int kChunk = static_cast<int>(kAttentionChunk);
+// Rows per step in fp32: a multiple of kGemmRows that leaves S, K and V in the first-level cache.
+// (60 against 96 and 128: 2 and 5 % faster.)
+constexpr int kFloatStep = 60;
 constexpr int kDecodeRows = static_cast<int>(kAttentionDecodeRows);
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLowest = -3.402823466e38f;

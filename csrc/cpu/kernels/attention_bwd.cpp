@@ -95,7 +95,7 @@ void bwd_unit(const AttentionBwdArgs& a, const Unit& u) {
       for (int64_t t = rows.lo; t < rows.hi; t += n) {
         // Rows on the diagonal see the first keys only: 16 rows at a time, as many lanes as needed.
         const bool diagonal = visible_keys(f, u.b, t).hi < key + count;
-        const int64_t most = diagonal ? 16 : kChunk;
+        const int64_t most = diagonal ? 16 : kFloatStep;
         n = static_cast<int>(rows.hi - t < most ? rows.hi - t : most);
         const int64_t seen = clamp(visible_keys(f, u.b, t + n - 1).hi - key, 0, count);
         const int64_t lanes = round_up(seen, 16);
