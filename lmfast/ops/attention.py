@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lmfast._dispatch import Op, implementation, register, register_op, select
 from lmfast.ops._attention_arguments import check
-from lmfast.ops._attention_reference import Options, reference
+from lmfast.ops._attention_reference import Options, peer, reference
 from lmfast.ops._attention_samples import samples
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import (
@@ -229,6 +229,7 @@ OP = register_op(
         check=check,
         sample_inputs=samples,
         differentiable=("q", "k", "v", "sinks"),
+        peer=peer,
     )
 )
 
