@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 # fp64 is compared with a reference that is fp64 itself: both differ from the exact value by a few
 # roundings, so the rule has no exact side and a fixed multiple of eps takes its place.
@@ -27,22 +28,13 @@ class Sample:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Sample:
-        """The sample with ``function`` applied to every tensor argument."""
-
-        def change(value: Any) -> Any:
-            return function(value) if isinstance(value, Tensor) else value
-
-        return Sample(
-            self.name,
-            tuple(change(a) for a in self.args),
-            {k: change(v) for k, v in self.kwargs.items()},
-        )
+        """The sample with ``function`` applied to every tensor, also inside tuples."""
+        args, kwargs = tree_map_only(Tensor, function, (self.args, self.kwargs))
+        return Sample(self.name, args, kwargs)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor argument."""
-        for value in (*self.args, *self.kwargs.values()):
-            if isinstance(value, Tensor):
-                yield value
+        """Every tensor argument, also inside tuples."""
+        return (t for t in tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor))
 
     def to_fp64(self) -> Sample:
         """The same values with every floating-point tensor in float64."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import lmfast
 from lmfast import _dispatch
@@ -49,7 +50,7 @@ def with_kernel(op: str, sample: Sample | None = None) -> None:
 
 
 def outputs(value: Any) -> tuple[Tensor, ...]:
-    return value if isinstance(value, tuple) else (value,)
+    return tuple(tree_leaves(value))
 
 
 def call(op: str, sample: Sample, backend: str) -> tuple[Tensor, ...]:
@@ -70,14 +71,24 @@ def named_arguments(op: str, sample: Sample) -> dict[str, Any]:
 def with_gradients(op: str, sample: Sample) -> tuple[dict[str, Any], list[Tensor]]:
     """The sample's arguments, fresh leaves where the op is differentiable, and those leaves."""
     arguments = named_arguments(op, sample)
-    leaves = []
+    leaves: list[Tensor] = []
+
+    def leaf(value: Tensor) -> Tensor:
+        leaves.append(value.detach().clone(memory_format=torch.preserve_format).requires_grad_())
+        return leaves[-1]
+
     for name in OPS[op].differentiable:
-        value = arguments.get(name)
-        if isinstance(value, Tensor):
-            leaf = value.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-            arguments[name] = leaf
-            leaves.append(leaf)
+        if name in arguments:
+            arguments[name] = tree_map_only(Tensor, leaf, arguments[name])
     return arguments, leaves
+
+
+def substituted(
+    arguments: dict[str, Any], leaves: list[Tensor], tensors: tuple[Tensor, ...]
+) -> dict[str, Any]:
+    """The arguments with ``tensors`` in the places of ``leaves``."""
+    new = {id(leaf): t for leaf, t in zip(leaves, tensors, strict=True)}
+    return tree_map_only(Tensor, lambda t: new.get(id(t), t), arguments)
 
 
 def gradients(op: str, sample: Sample, backend: str) -> list[Tensor]:
@@ -133,10 +144,9 @@ def test_gradcheck_twice(op: str, index: int, backend: str) -> None:
     arguments, leaves = with_gradients(op, sample)
     if any(leaf.numel() == 0 or leaf.dtype != torch.float64 for leaf in leaves):
         pytest.skip("nothing to differentiate")
-    names = [n for n in OPS[op].differentiable if isinstance(arguments.get(n), Tensor)]
 
     def function(*tensors: Tensor) -> Any:
-        return OPS[op].public(**{**arguments, **dict(zip(names, tensors))}, backend=backend)
+        return outputs(OPS[op].public(**substituted(arguments, leaves, tensors), backend=backend))
 
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
@@ -192,13 +202,15 @@ def test_compiles_in_one_graph(op: str, needs_cpu_kernels: None) -> None:
 def test_inputs_and_incoming_gradients_stay(op: str) -> None:
     for sample in samples(op, torch.float32):
         arguments, leaves = with_gradients(op, sample)
-        before = {n: v.detach().clone() for n, v in arguments.items() if isinstance(v, Tensor)}
+        before = tree_map_only(Tensor, lambda t: t.detach().clone(), arguments)
         results = outputs(OPS[op].public(**arguments))
         given = [upstream(r) for r in results]
         kept = [g.clone() for g in given]
         torch.autograd.grad(results, leaves, given)
-        for name, value in before.items():
-            assert torch.equal(arguments[name], value), f"{op} wrote to {name}"
+        for name, values in before.items():
+            for now, value in zip(outputs(arguments[name]), outputs(values), strict=True):
+                if isinstance(value, Tensor):
+                    assert torch.equal(now, value), f"{op} wrote to {name}"
         for g, k in zip(given, kept, strict=True):
             assert torch.equal(g, k), f"{op} wrote to an incoming gradient"
 
@@ -235,10 +247,9 @@ def test_expanded_incoming_gradient(op: str) -> None:
 @EVERY_OP
 def test_functional_transform(op: str) -> None:
     arguments, leaves = with_gradients(op, samples(op, torch.float32)[0])
-    names = [n for n in OPS[op].differentiable if isinstance(arguments.get(n), Tensor)]
 
     def loss(*tensors: Tensor) -> Tensor:
-        results = outputs(OPS[op].public(**{**arguments, **dict(zip(names, tensors))}))
+        results = outputs(OPS[op].public(**substituted(arguments, leaves, tensors)))
         return sum((r.float() * upstream(r)).sum() for r in results)
 
     found = torch.func.grad(loss, argnums=tuple(range(len(leaves))))(*leaves)

@@ -232,3 +232,37 @@ def test_half_precision_is_close_to_fp64(golden_model, dtype):
     logits = golden_model.to(dtype)(IDS)
     assert logits.dtype == dtype
     torch.testing.assert_close(logits.double(), expected, atol=2e-2, rtol=0)
+
+
+def test_autocast_trains_and_generates_close_to_fp32():
+    torch.manual_seed(0)
+    model = DecoderLanguageModel(23, 16, 2, 2, 0)
+    ids, targets = torch.randint(1, 23, (3, 9)), torch.randint(1, 23, (3, 9))
+    expected = model.loss(ids, targets)
+    expected_gradient = torch.autograd.grad(expected, model.output)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(ids, targets)
+        with torch.no_grad():
+            logits, _ = model.step(ids, model.new_state(3))
+    # bf16 has 8 bits: 4e-3 per product, on values of order 1.
+    torch.testing.assert_close(loss.float(), expected, atol=2e-2, rtol=0)
+    torch.testing.assert_close(logits.float(), model(ids)[:, -1], atol=2e-2, rtol=0)
+    gradient = torch.autograd.grad(loss, model.output)[0]
+    assert gradient.dtype == torch.float32
+    assert (gradient - expected_gradient).norm() < 2e-2 * expected_gradient.norm()
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_loss_compiles_as_one_graph(tie):
+    torch.manual_seed(0)
+    model = DecoderLanguageModel(23, 16, 2, 2, 0, tie_weights=tie)
+    ids, targets = torch.randint(1, 23, (3, 9)), torch.randint(1, 23, (3, 9))
+
+    def loss():
+        return model.loss(ids, targets)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    gradients = [torch.autograd.grad(f(), list(model.parameters())) for f in (loss, compiled)]
+    torch.testing.assert_close(compiled(), loss())
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from golden import fill
 
+from lmfast import ops
 from lmfast.models.textbook import TextbookBlock, TextbookElman
 from lmfast.nn import MLP, DecoderBlock, ElmanRNN, RMSNorm, RotaryEmbedding
 
@@ -87,6 +88,17 @@ def test_rotary_tables_survive_inference_mode():
     rotated.square().sum().backward()
     # A rotation keeps the norm, so the gradient of |rotated|^2 is 2q.
     torch.testing.assert_close(q.grad, 2 * q.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
+def test_rotary_scaling_uses_the_tables_of_its_length(kind):
+    scaling = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 8}
+    rope = RotaryEmbedding(8, scaling=scaling)
+    x = fill(1, (1, 2, 20, 8), 1.0)
+    for steps in (5, 20):
+        cos, sin = ops.rope_tables(steps, 8, scaling=scaling)
+        expected = ops.rope(x[:, :, :steps], x[:, :, :steps], cos, sin)[0]
+        assert torch.equal(rope(x[:, :, :steps], x[:, :, :steps])[0], expected)
 
 
 def test_rotary_rejects_odd_sizes():

@@ -72,6 +72,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def norm_cases(dtype: torch.dtype) -> Iterator[Case]:
     from lmfast.triton import rms_norm as kernels
+    from lmfast.triton.rms_norm_backward import rms_norm_backward
 
     for rows, width in ((64, 64), (64, 769), (8, 4096), (4, 8192), (4, 16384), (2, 65536)):
         x, weight = torch.empty(rows, width, dtype=dtype), torch.empty(width, dtype=dtype)
@@ -79,13 +80,13 @@ def norm_cases(dtype: torch.dtype) -> Iterator[Case]:
         yield f"add {width}", lambda x=x, w=weight: kernels.add_rms_norm(x, x, w, 1e-6)
         yield (
             f"backward {width}",
-            lambda x=x, w=weight: kernels.rms_norm_backward(x, x, w, 1e-6, x, True),
+            lambda x=x, w=weight: rms_norm_backward(x, x, w, 1e-6, x, True),
         )
     heads = torch.empty(2, 8, 4, 64, dtype=dtype).transpose(1, 2)
     yield "heads", lambda: kernels.rms_norm(heads, None, 1e-6)
     yield (
         "heads backward",
-        lambda: kernels.rms_norm_backward(heads, heads, None, 1e-6, None, False),
+        lambda: rms_norm_backward(heads, heads, None, 1e-6, None, False),
     )
 
 
@@ -155,7 +156,7 @@ CASES = (norm_cases, rope_cases, attention_cases)
 
 
 def main(out: str) -> None:
-    from lmfast.triton import attention, rms_norm
+    from lmfast.triton import attention, rms_norm_backward
 
     compiled: dict[str, dict[str, Any]] = {}
     current = ""
@@ -178,7 +179,7 @@ def main(out: str) -> None:
         }
 
     JITFunction.run = compile_only
-    for launcher in (attention, rms_norm):
+    for launcher in (attention, rms_norm_backward):
         launcher.multiprocessors = lambda device: 132  # an H200's: the launchers choose by it
     for dtype in DTYPES:
         for cases in CASES:

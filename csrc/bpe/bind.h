@@ -4,7 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "id_buffer.h"
+#include "buffer.h"
 
 namespace lmfast::bpe {
 

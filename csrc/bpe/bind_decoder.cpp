@@ -1,13 +1,17 @@
+#include <algorithm>
 #include <string>
 #include <vector>
 
 #include "bind.h"
 #include "decoder.h"
+#include "python_text.h"
 
 namespace py = pybind11;
 
 namespace lmfast::bpe {
 namespace {
+
+using Bytes = Buffer<uint8_t>;
 
 class DecoderBinding {
  public:
@@ -23,16 +27,13 @@ class DecoderBinding {
   }
 
   py::object decode_bytes(const py::object& ids) const {
-    std::string text = bytes_of(ids);
-    return py::bytes(text);
+    const Bytes text = bytes_of(ids);
+    return py::bytes(reinterpret_cast<const char*>(text.data()), text.size());
   }
 
   py::object decode(const py::object& ids, const char* errors) const {
-    const std::string text = bytes_of(ids);
-    PyObject* result =
-        PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), errors);
-    if (result == nullptr) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(result);
+    const Bytes text = bytes_of(ids);
+    return make_str(text.data(), text.size(), errors);
   }
 
  private:
@@ -60,7 +61,7 @@ class DecoderBinding {
     return {static_cast<const uint32_t*>(array.data()), static_cast<size_t>(array.size())};
   }
 
-  std::string bytes_of(const py::object& ids) const {
+  Bytes bytes_of(const py::object& ids) const {
     std::vector<uint32_t> own;
     const View view = read(ids, &own);
     const size_t at = decoder_.first_unknown(view.ids, view.size);
@@ -69,14 +70,13 @@ class DecoderBinding {
                             std::to_string(static_cast<int32_t>(view.ids[at])) +
                             ", which is not in the vocabulary");
     }
-    std::string out;
-    constexpr size_t kBlock = 4096;
+    Bytes out;
+    constexpr size_t kBlock = 256;
     for (size_t i = 0; i < view.size; i += kBlock) {
       const size_t n = std::min(kBlock, view.size - i);
-      const size_t before = out.size();
-      out.resize(before + decoder_.room(n));
-      const char* end = decoder_.decode(view.ids + i, n, &out[before]);
-      out.resize(static_cast<size_t>(end - out.data()));
+      uint8_t* const to = out.room(decoder_.room(n));
+      char* const end = decoder_.decode(view.ids + i, n, reinterpret_cast<char*>(to));
+      out.set_end(reinterpret_cast<uint8_t*>(end));
     }
     return out;
   }

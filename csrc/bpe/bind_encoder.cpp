@@ -27,12 +27,20 @@ struct GilGuard {
 
 class EncoderBinding {
  public:
-  EncoderBinding(VocabularyData data, const char* level)
-      : vocabulary_(std::move(data)),
+  EncoderBinding(VocabularyData data, Specials specials, const char* level)
+      : specials_(std::move(specials)),
+        vocabulary_(std::move(data)),
         kernels_(level == nullptr ? kernels() : *kernels_by_name(level)),
         encoder_(vocabulary_, kernels_) {}
   ~EncoderBinding() {
     for (PyObject* number : numbers_) Py_XDECREF(number);
+  }
+
+  // With all special tokens: the usual call, with the fewest arguments.
+  py::list encode_text(const py::object& text) {
+    IdBuffer ids;
+    run(text, specials_, py::none(), &ids);
+    return to_list(ids);
   }
 
   py::list encode(const py::object& text, const Specials& specials, const py::object& ends) {
@@ -139,6 +147,7 @@ class EncoderBinding {
     return py::reinterpret_steal<py::list>(list);
   }
 
+  const Specials specials_;
   Vocabulary vocabulary_;
   const Kernels& kernels_;
   Encoder encoder_;
@@ -148,7 +157,7 @@ class EncoderBinding {
 std::unique_ptr<EncoderBinding> make_encoder(int pattern, bool characters, bool whole_piece,
                                              int64_t marker, int64_t unk, const py::list& tokens,
                                              const Ids& symbols, const Ids& merges,
-                                             const py::object& level) {
+                                             const Specials& specials, const py::object& level) {
   VocabularyData data;
   data.pattern = static_cast<Pattern>(pattern);
   data.characters = characters;
@@ -172,7 +181,8 @@ std::unique_ptr<EncoderBinding> make_encoder(int pattern, bool characters, bool 
   if (!name.empty() && kernels_by_name(name.c_str()) == nullptr) {
     throw py::value_error("this machine does not have the level " + name);
   }
-  return std::make_unique<EncoderBinding>(std::move(data), name.empty() ? nullptr : name.c_str());
+  return std::make_unique<EncoderBinding>(std::move(data), specials,
+                                          name.empty() ? nullptr : name.c_str());
 }
 
 Specials make_specials(const SpecialList& tokens) {
@@ -204,7 +214,9 @@ void bind_encoder(py::module_& module) {
   py::class_<EncoderBinding>(module, "Encoder")
       .def(py::init(&make_encoder), py::arg("pattern"), py::arg("characters"),
            py::arg("whole_piece"), py::arg("marker"), py::arg("unk"), py::arg("tokens"),
-           py::arg("symbols"), py::arg("merges"), py::arg("level") = py::none())
+           py::arg("symbols"), py::arg("merges"), py::arg("specials"),
+           py::arg("level") = py::none())
+      .def("encode_text", &EncoderBinding::encode_text, py::arg("text"), py::pos_only())
       .def("encode", &EncoderBinding::encode, py::arg("text"), py::arg("specials"),
            py::arg("ends") = py::none())
       .def("encode_array", &EncoderBinding::encode_array, py::arg("text"), py::arg("specials"),

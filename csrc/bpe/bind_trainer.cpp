@@ -117,18 +117,20 @@ py::tuple learn(const Counter& counter, const py::object& byte_ids, const std::s
     };
     merges = learn_merges(corpus, options);
   }
-  py::list symbols;
-  for (const std::string& symbol : corpus.strings) symbols.append(py::bytes(symbol));
   py::array_t<int64_t> pairs({static_cast<py::ssize_t>(merges.size()), py::ssize_t{2}});
   py::array_t<int64_t> counts(static_cast<py::ssize_t>(merges.size()));
   int64_t* pair = pairs.mutable_data();
   int64_t* count = counts.mutable_data();
+  std::vector<std::string>& strings = corpus.strings;
   for (const LearnedMerge& merge : merges) {
+    strings.push_back(strings[merge.left] + strings[merge.right]);
     *pair++ = merge.left;
     *pair++ = merge.right;
     *count++ = static_cast<int64_t>(merge.count);
   }
-  return py::make_tuple(symbols, pairs, counts);
+  py::list texts(strings.size());
+  for (size_t i = 0; i < strings.size(); ++i) texts[i] = py::bytes(strings[i]);
+  return py::make_tuple(texts, pairs, counts);
 }
 
 }  // namespace

@@ -43,6 +43,14 @@ inline PieceKey piece_key(const uint8_t* piece, size_t size) {
 }
 
 template <class Ops>
+void keys_loop(const uint8_t* text, PieceSpans pieces, PieceKey* keys, uint32_t* hashes) {
+  for (size_t i = 0; i < pieces.count; ++i) {
+    const size_t size = static_cast<size_t>(pieces.end[i] - pieces.start[i]);
+    hashes[i] = Ops::key(text + pieces.start[i], 16 * (size < 16 ? size : 16), keys + i);
+  }
+}
+
+template <class Ops>
 uint32_t* encode_loop(const EncodeContext& context, const uint8_t* text, PieceSpans pieces,
                       uint32_t* out) {
   constexpr size_t kBatch = 128;

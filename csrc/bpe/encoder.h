@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "id_buffer.h"
+#include "buffer.h"
 #include "kernels.h"
 #include "specials.h"
 #include "vocabulary.h"

@@ -50,6 +50,8 @@ struct Kernels {
   // final when what follows text[n] is the rest of the text; the last one may go on. Returns 0
   // when it cannot tell (next_piece can). `ends` is filled for kWords only.
   size_t (*scan)(Pattern pattern, const uint8_t* text, size_t n, uint16_t* starts, uint16_t* ends);
+  // Keys and hashes of the pieces; the key of a longer piece than kShortPiece means nothing.
+  void (*keys)(const uint8_t* text, PieceSpans pieces, PieceKey* keys, uint32_t* hashes);
   // Appends the ids of the pieces to `out`; returns the new end.
   uint32_t* (*encode)(const EncodeContext& context, const uint8_t* text, PieceSpans pieces,
                       uint32_t* out);

@@ -119,7 +119,7 @@ uint32_t* encode(const EncodeContext& context, const uint8_t* text, PieceSpans p
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", hash_key, scan, encode};
+const Kernels kAvx2Kernels = {"avx2", hash_key, scan, keys_loop<Avx2Ops>, encode};
 
 }  // namespace lmfast::bpe
 #endif

@@ -111,7 +111,7 @@ uint32_t* encode(const EncodeContext& context, const uint8_t* text, PieceSpans p
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", hash_key, scan, encode};
+const Kernels kAvx512Kernels = {"avx512", hash_key, scan, keys_loop<Avx512Ops>, encode};
 
 }  // namespace lmfast::bpe
 #endif

@@ -69,6 +69,7 @@ uint32_t* encode_default(const EncodeContext& context, const uint8_t* text, Piec
 
 }  // namespace
 
-const Kernels kDefaultKernels = {"default", hash_key, scan_default, encode_default};
+const Kernels kDefaultKernels = {"default", hash_key, scan_default, keys_loop<DefaultOps>,
+                                 encode_default};
 
 }  // namespace lmfast::bpe

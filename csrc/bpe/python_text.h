@@ -31,4 +31,8 @@ class PythonText {
   std::unique_ptr<uint8_t[]> own_;
 };
 
+// A str of UTF-8. Bytes that are not UTF-8 are treated as `errors` says; the Python error is set
+// and thrown where it is "strict".
+pybind11::object make_str(const uint8_t* text, size_t n, const char* errors);
+
 }  // namespace lmfast::bpe

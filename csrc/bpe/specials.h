@@ -26,7 +26,9 @@ class Specials {
 
   std::vector<std::pair<std::string, uint32_t>> tokens_;  // longest first
   bool begins_[256] = {};
-  int only_first_ = -1;  // the one byte all begin with, where there is one
+  // A byte that all tokens have at the same place, the rarest in text; -1: there is none.
+  int common_ = -1;
+  size_t common_at_ = 0;
 };
 
 }  // namespace lmfast::bpe

@@ -43,7 +43,7 @@ void split_text(const Kernels& kernels, Pattern pattern, const uint8_t* text, si
   while (solid > 0 && padded[solid - 1] <= ' ') --solid;
   size_t count = kernels.scan(pattern, padded, n, starts, scanned_ends);
   count -= count > 0;
-  while (count > 0 && ends[count - 1] >= solid) --count;
+  while (count > 0 && ends[count - 1] > solid) --count;
   if (count > 0) many(padded, PieceSpans{starts, ends, count});
   for (pos = count == 0 ? 0 : ends[count - 1]; pos < n;) {
     const Piece piece = next_piece(pattern, padded, pos, n);

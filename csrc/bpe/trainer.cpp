@@ -91,12 +91,21 @@ class Learner {
   void push(const Candidate& c) {
     if (c.count < std::max<uint64_t>(options_.min_count, 1)) return;
     if (c.count < level_) {
-      buckets_[c.count].push_back({c.count, c.key, c.pair});
+      buckets_[c.count].push_back(c.pair);
       return;
     }
     heap_.push_back(c);
     std::push_heap(heap_.begin(), heap_.end(),
                    [this](const Candidate& a, const Candidate& b) { return worse(a, b); });
+  }
+
+  // Most pairs wait in low buckets that are never reached: they cost four bytes there, and get
+  // their key only now. Positions that vanished meanwhile make the key of kFirst too small at
+  // worst.
+  void open_bucket(uint64_t count) {
+    for (const uint32_t pair : buckets_[count])
+      heap_.push_back({count, key_of(pairs_[pair]), pair});
+    std::vector<uint32_t>().swap(buckets_[count]);
   }
 
   // The best pair with its true count.
@@ -105,7 +114,7 @@ class Learner {
     for (;;) {
       while (heap_.empty()) {
         if (level_ == 0) return false;
-        heap_.swap(buckets_[--level_]);
+        open_bucket(--level_);
         std::make_heap(heap_.begin(), heap_.end(), order);
       }
       std::pop_heap(heap_.begin(), heap_.end(), order);
@@ -186,7 +195,7 @@ class Learner {
     for (const uint32_t id : touched_) sums_[id] = Sum();
     touched_.clear();
     for (Candidate& c : pending_) {
-      c.key = key_of(pairs_[c.pair]);
+      if (c.count >= level_) c.key = key_of(pairs_[c.pair]);
       push(c);
     }
     pending_.clear();
@@ -229,22 +238,39 @@ class Learner {
     }
   }
 
+  // Numbers the pairs of the untouched words: by a table where there are few symbols, else by hash.
+  class PairIndex {
+   public:
+    explicit PairIndex(size_t symbols) : symbols_(symbols) {
+      if (symbols <= 512) table_.assign(symbols * symbols, kDead);
+    }
+    uint32_t& at(uint32_t left, uint32_t right) {
+      if (!table_.empty()) return table_[left * symbols_ + right];
+      return map_.try_emplace(static_cast<uint64_t>(left) << 32 | right, kDead).first->second;
+    }
+
+   private:
+    size_t symbols_;
+    std::vector<uint32_t> table_;
+    std::unordered_map<uint64_t, uint32_t> map_;
+  };
+
   void count_initial_pairs() {
-    std::unordered_map<uint64_t, uint32_t> index;
+    PairIndex index(strings_.size());
     std::vector<uint32_t> pair_at(slots_.size(), kDead);
     std::vector<uint64_t> counts;
     for (size_t at = 0; at + 1 < slots_.size(); ++at) {
       const uint32_t left = slots_[at].id, right = slots_[at + 1].id;
       if (left == kBoundary || right == kBoundary) continue;
-      const uint64_t key = static_cast<uint64_t>(left) << 32 | right;
-      const auto [found, fresh] = index.try_emplace(key, static_cast<uint32_t>(pairs_.size()));
-      if (fresh) {
+      uint32_t& number = index.at(left, right);
+      if (number == kDead) {
+        number = static_cast<uint32_t>(pairs_.size());
         pairs_.push_back({left, right, 0, 0});
         counts.push_back(0);
       }
-      pair_at[at] = found->second;
-      ++pairs_[found->second].size;
-      counts[found->second] += slots_[at].weight;
+      pair_at[at] = number;
+      ++pairs_[number].size;
+      counts[number] += slots_[at].weight;
     }
     uint64_t offset = 0;
     for (Pair& pair : pairs_) {
@@ -252,6 +278,8 @@ class Learner {
       offset += pair.size;
       pair.size = 0;
     }
+    // New pairs add at most two positions per merged one.
+    arena_.reserve(3 * offset);
     arena_.resize(offset);
     for (size_t at = 0; at < slots_.size(); ++at) {
       if (pair_at[at] == kDead) continue;
@@ -274,7 +302,7 @@ class Learner {
   std::vector<uint32_t> arena_;
   // Counts below level_ wait in buckets_, the others are in the heap.
   std::vector<Candidate> heap_;
-  std::vector<std::vector<Candidate>> buckets_;
+  std::vector<std::vector<uint32_t>> buckets_;
   uint64_t level_ = kBuckets;
   std::vector<LearnedMerge> merges_;
 };

@@ -120,21 +120,27 @@ uint32_t* WordCache::short_miss(const uint8_t* piece, size_t size, PieceKey key,
   return end;
 }
 
-void WordCache::store(PieceKey key, size_t bucket, const uint32_t* ids, size_t count) {
-  uint32_t entry[4] = {};
-  if (count <= 4) {
+// Fills an entry's ids: in place where they fit, else in the arena.
+void WordCache::pack(const uint32_t* ids, size_t count, size_t most, uint32_t* entry) {
+  if (count <= most) {
     std::copy(ids, ids + count, entry);
     entry[0] |= static_cast<uint32_t>(count) << 24;
-  } else {
-    if (arena_.size() + count > kArenaIds) {
-      arena_.clear();
-      ++generation_;
-    }
-    entry[1] = static_cast<uint32_t>(arena_.size());
-    entry[2] = static_cast<uint32_t>(count);
-    entry[3] = generation_;
-    arena_.insert(arena_.end(), ids, ids + count);
+    return;
   }
+  if (arena_.size() + count > kArenaIds) {
+    arena_.clear();
+    ++generation_;
+  }
+  entry[0] = 0;
+  entry[1] = static_cast<uint32_t>(arena_.size());
+  entry[2] = static_cast<uint32_t>(count);
+  entry[3] = generation_;
+  arena_.insert(arena_.end(), ids, ids + count);
+}
+
+void WordCache::store(PieceKey key, size_t bucket, const uint32_t* ids, size_t count) {
+  uint32_t entry[4] = {};
+  pack(ids, count, 4, entry);
   CacheBucket& home = buckets_[bucket];
   CacheBucket& near = buckets_[bucket ^ 1];
   int way = static_cast<int>(turn_ & 1);
@@ -199,17 +205,17 @@ uint32_t* WordCache::medium_piece(const uint8_t* piece, size_t size, uint32_t* o
   const size_t home = hash_bytes(wanted.key, 32) & (medium_.size() - 1);
   for (const size_t at : {home, home ^ 1}) {
     const MediumEntry& entry = medium_[at];
-    if (std::memcmp(entry.key, wanted.key, 32) != 0) continue;
+    if (std::memcmp(entry.key, wanted.key, 32) != 0 || stale(entry.ids)) continue;
+    if (entry.ids[0] >> 24 == 0) return emit(entry.ids, out);
     std::memcpy(out, entry.ids, sizeof(entry.ids));
     out[0] &= 0xFFFFFF;
     return out + (entry.ids[0] >> 24);
   }
   uint32_t* const end = merge_piece(piece, size, out);
-  const size_t count = static_cast<size_t>(end - out);
-  if (count > kMediumIds) return end;
-  std::copy(out, end, wanted.ids);
-  wanted.ids[0] |= static_cast<uint32_t>(count) << 24;
-  const size_t at = medium_[home].key[31] == 0 || (turn_++ & 1) ? home : home ^ 1;
+  pack(out, static_cast<size_t>(end - out), kMediumIds, wanted.ids);
+  size_t at = home;
+  if (medium_[home].key[31] != 0 && (medium_[home ^ 1].key[31] == 0 || (turn_++ & 1)))
+    at = home ^ 1;
   if (medium_[at].key[31] == 0) ++medium_used_;
   medium_[at] = wanted;
   return end;

@@ -1,8 +1,8 @@
 // Remembers the ids of pieces. Bounded by construction: nothing is ever rehashed beyond a maximum.
 //
 // Three levels by size: up to 15 bytes in two-way buckets of one cache line (4 MB: measured best on
-// prose, 2 MB -25 %, 8 MB equal), up to 31 bytes and 8 ids in 64-byte entries that grow to 16 MB,
-// everything else in an arena of 8 MB that is emptied when full.
+// prose, 2 MB -25 %, 8 MB equal), up to 31 bytes in 64-byte entries that grow to 32 MB, everything
+// else in 8 MB that are emptied when full. Ids that do not fit their entry go to an arena of 16 MB.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -35,8 +35,8 @@ class WordCache {
   static constexpr uint32_t kBuckets = 1u << 16;
   static constexpr uint32_t kMask = (kBuckets - 1) * sizeof(CacheBucket);
   static constexpr size_t kMediumPiece = 31, kMediumIds = 8;
-  static constexpr size_t kMediumStart = 1u << 10, kMediumMost = 1u << 18;
-  static constexpr size_t kArenaIds = 1u << 20, kLongBytes = 8u << 20;
+  static constexpr size_t kMediumStart = 1u << 10, kMediumMost = 1u << 19;
+  static constexpr size_t kArenaIds = 4u << 20, kLongBytes = 8u << 20;
 
   struct alignas(64) MediumEntry {
     uint8_t key[32];  // bytes, zeros, the length in the last byte; length 0 is an empty entry
@@ -58,6 +58,7 @@ class WordCache {
                        uint32_t* out);
   uint32_t* emit(const uint32_t* entry, uint32_t* out) const;
   bool stale(const uint32_t* entry) const;
+  void pack(const uint32_t* ids, size_t count, size_t most, uint32_t* entry);
   void store(PieceKey key, size_t bucket, const uint32_t* ids, size_t count);
   uint32_t* long_piece(const uint8_t* piece, size_t size, uint32_t* out);
   uint32_t* medium_piece(const uint8_t* piece, size_t size, uint32_t* out);

@@ -1,5 +1,6 @@
 #include "word_counter.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
@@ -28,9 +29,9 @@ void WordCounter::grow() {
   }
 }
 
-void WordCounter::add_key(PieceKey key, uint64_t count) {
+void WordCounter::add_key(PieceKey key, uint32_t hash, uint64_t count) {
   const size_t mask = slots_.size() - 1;
-  for (size_t at = kernels_.hash(key) & mask;; at = (at + 1) & mask) {
+  for (size_t at = hash & mask;; at = (at + 1) & mask) {
     Slot& slot = slots_[at];
     if (slot.key.low == key.low && slot.key.high == key.high) {
       slot.count += count;
@@ -48,7 +49,8 @@ void WordCounter::add_word(const uint8_t* word, size_t size, uint64_t count) {
   if (size <= kShortPiece) {
     uint8_t padded[16] = {};
     std::memcpy(padded, word, size);
-    add_key(piece_key(padded, size), count);
+    const PieceKey key = piece_key(padded, size);
+    add_key(key, kernels_.hash(key), count);
     return;
   }
   const auto [found, fresh] =
@@ -57,14 +59,25 @@ void WordCounter::add_word(const uint8_t* word, size_t size, uint64_t count) {
   found->second.count += count;
 }
 
+// Keys first, so that the slots are on their way to the cache when they are needed.
 void WordCounter::add_pieces(const uint8_t* text, PieceSpans pieces) {
-  for (size_t i = 0; i < pieces.count; ++i) {
-    const uint8_t* piece = text + pieces.start[i];
-    const size_t size = static_cast<size_t>(pieces.end[i] - pieces.start[i]);
-    if (size <= kShortPiece) {
-      add_key(piece_key(piece, size), 1);
-    } else {
-      add_word(piece, size, 1);
+  constexpr size_t kBatch = 64;
+  PieceKey keys[kBatch];
+  uint32_t hashes[kBatch];
+  for (size_t done = 0; done < pieces.count; done += kBatch) {
+    const size_t count = std::min(kBatch, pieces.count - done);
+    const PieceSpans batch = {pieces.start + done, pieces.end + done, count};
+    kernels_.keys(text, batch, keys, hashes);
+    for (size_t i = 0; i < count; ++i) {
+      __builtin_prefetch(slots_.data() + (hashes[i] & (slots_.size() - 1)));
+    }
+    for (size_t i = 0; i < count; ++i) {
+      const size_t size = static_cast<size_t>(batch.end[i] - batch.start[i]);
+      if (size <= kShortPiece) {
+        add_key(keys[i], hashes[i], 1);
+      } else {
+        add_word(text + batch.start[i], size, 1);
+      }
     }
   }
 }

@@ -41,7 +41,7 @@ class WordCounter {
   };
 
   void add_pieces(const uint8_t* text, PieceSpans pieces);
-  void add_key(PieceKey key, uint64_t count);
+  void add_key(PieceKey key, uint32_t hash, uint64_t count);
   uint32_t next_order();
   void grow();
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lmfast.generation.cache import KVCache
 from lmfast.models.base import LanguageModel, check_sizes
-from lmfast.nn.attend import causal_mask
 from lmfast.nn.block import DecoderBlock
 from lmfast.nn.norm import RMSNorm
 
@@ -56,7 +55,8 @@ class DecoderLanguageModel(LanguageModel):
     Raises:
         ValueError: sizes that do not fit together.
 
-    Backends: `lmfast.ops.rms_norm`, `add_rms_norm`, `rope`, `linear_cross_entropy`.
+    Backends: those of `lmfast.ops.rms_norm`, `add_rms_norm`, `rope`, `attention` and
+    `linear_cross_entropy`.
 
     Example:
         >>> import torch
@@ -167,8 +167,8 @@ class DecoderLanguageModel(LanguageModel):
                 )
             real = attention_mask.bool()
             positions = (real.cumsum(1) - 1).clamp_min(0)  # (B, T)
-            steps = ids.shape[1]
-            mask = causal_mask(steps, steps, 0, ids.device) & real[:, None, None]  # (B, 1, T, T)
+            visible = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device)
+            mask = visible.tril() & real[:, None, None]  # (B, 1, T, T)
         x = self.embedding(ids)
         for layer in self.layers:
             x = layer(x, mask, None, positions)

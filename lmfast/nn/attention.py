@@ -37,7 +37,7 @@ class MultiHeadAttention(nn.Module):
         ValueError: a size is not positive, E is no multiple of H and `head_dim` is not given, or H
             is no multiple of Hkv.
 
-    Backends: `lmfast.ops.rope` for the rotation, PyTorch's scaled dot-product attention.
+    Backends: those of `lmfast.ops.rope` and `lmfast.ops.attention`.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762; Ainslie et al. 2023 (groups), arXiv:2305.13245.
 
@@ -131,6 +131,7 @@ class MultiHeadAttention(nn.Module):
         q, k = self.rope(q, k, positions, length=length, inplace=inplace)
         if cache is not None:
             k, v = cache.append(k, v)
+            q = q.to(k.dtype)  # under autocast the cache has the parameters' dtype
         out = attend(q, k, v, mask=mask, q_offset=offset)  # (B, H, T, D)
         return out.transpose(1, 2).reshape(batch, steps, heads * self.head_dim) @ self.W_O
 

@@ -31,8 +31,8 @@ class DecoderBlock(nn.Module):
     Raises:
         ValueError: as the layers it is made of.
 
-    Backends: `lmfast.ops.rms_norm`, `add_rms_norm` (the first residual sum and the second norm in
-        one pass), `rope`.
+    Backends: those of `lmfast.ops.rms_norm`, `add_rms_norm` (the first residual sum and the second
+    norm in one pass), `rope` and `attention`.
 
     Source: Xiong et al. 2020 (pre-norm), arXiv:2002.04745.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lmfast.ops._library import accumulation_dtype
@@ -102,3 +103,43 @@ def reference(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
     weights = weights / total.masked_fill(total == 0, 1)
     out = weights.view(batch, kv_heads, group * length, keys) @ v.to(dtype)
     return out.view(batch, heads, length, width).to(q.dtype)
+
+
+def peer(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
+    """PyTorch's own operator where it has the options, else the formula in q's dtype.
+
+    The measure of the error rule: ``reference`` computes in fp32 whatever the dtype.
+    """
+    o = Options(*options)
+    length, keys = q.shape[2], k.shape[2]
+    hidden = ~visible_keys(length, keys, o, q.device)[:, None].expand(*q.shape[:3], keys)
+    bias = torch.zeros((1, 1, 1, 1), dtype=accumulation_dtype(q.dtype), device=q.device)
+    if o.alibi is not None:
+        at = query_positions(length, keys, o, q.device)[:, None, :, None]
+        distance = torch.arange(keys, device=q.device) - at
+        bias = bias + o.alibi.to(bias.dtype)[:, None, None] * distance.to(bias.dtype)
+    if o.mask is not None:
+        hidden = hidden | hidden_by_mask(o.mask)
+        if o.mask.dtype != torch.bool:
+            bias = bias + o.mask.masked_fill(hidden_by_mask(o.mask), 0)
+    if o.lengths is not None:
+        behind = torch.arange(keys, device=k.device) >= o.lengths[:, None]
+        k = k.masked_fill(behind[:, None, :, None], 0)
+        v = v.masked_fill(behind[:, None, :, None], 0)
+    bias = bias.masked_fill(hidden, -torch.inf).to(q.dtype)
+    nothing = hidden.all(-1, keepdim=True)
+    if o.softcap == 0 and o.sinks is None and keys > 0 and q.numel() > 0:
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, scale=o.scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return out.masked_fill(nothing, 0)
+    group = q.shape[1] // k.shape[1]
+    scores = q @ k.repeat_interleave(group, 1).transpose(-1, -2) * o.scale
+    if o.softcap > 0:
+        scores = o.softcap * torch.tanh(scores / o.softcap)
+    scores = scores + bias
+    if o.sinks is not None:
+        sinks = o.sinks.to(q.dtype)[:, None, None].expand(*q.shape[:3], 1)
+        scores = torch.cat((scores, sinks), -1)
+    weights = torch.softmax(scores, -1)[..., :keys]
+    return weights.masked_fill(nothing, 0) @ v.repeat_interleave(group, 1)

@@ -77,6 +77,18 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
             "mask": normal(1, 4, 1, 80),
         },
     )
+    yield Sample(
+        "decode, all options",
+        qkv(2, 4, 2, 2, 150, 24),
+        {
+            "lengths": integers(149, 71),
+            "window": 90,
+            "softcap": 4.0,
+            "sinks": normal(4),
+            "alibi": normal(4).float().abs(),
+            "mask": torch.rand((2, 1, 2, 150), generator=generator, device=device) < 0.8,
+        },
+    )
     q, k, v = normal(2, 33, 3 * 4 * 16).view(2, 33, 3, 4, 16).permute(2, 0, 3, 1, 4)
     yield Sample("packed projection", (q, k, v))
     cache_k, cache_v = normal(2, 2, 90, 16), normal(2, 2, 90, 16)

@@ -29,15 +29,16 @@ def _over_batch(
     lengths: Tensor | None,
     cell: str,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs ``layer`` on x (B, T, D); returns y (B, T, H) and the final states (B, H)."""
+) -> tuple[Tensor, Any]:
+    """Runs ``layer`` on x (B, T, D); returns y (B, T, H) and the final state."""
     batch, steps, width = x.shape
     weights = (w_ih, w_hh, b_ih, b_hh)
     hidden = w_hh.shape[1]
     if lengths is None:
         rows = x.transpose(0, 1).reshape(steps * batch, width)
         y, h_n, c_n = layer(rows, h0, c0, *weights, None, batch, cell, reverse)
-        return y.view(steps, batch, hidden).transpose(0, 1), h_n, c_n
+        y = y.view(steps, batch, hidden).transpose(0, 1)
+        return y, (h_n, c_n) if cell == "lstm" else h_n
     # Longest sequences first, rows of ended ones left out; those of length zero keep their state.
     ordered, order = lengths.cpu().sort(descending=True, stable=True)
     running = int((ordered > 0).sum())
@@ -57,9 +58,10 @@ def _over_batch(
     y, h_n, c_n = layer(rows, h[:running], c[:running], *weights, sizes, running, cell, reverse)
     padded = x.new_zeros(batch * steps, hidden).index_copy(0, rows_of, y)
     h_n = torch.cat((h_n, h[running:])).index_select(0, back)
-    if cell == "lstm":
-        c_n = torch.cat((c_n, c[running:])).index_select(0, back)
-    return padded.view(batch, steps, hidden), h_n, c_n
+    y = padded.view(batch, steps, hidden)
+    if cell != "lstm":
+        return y, h_n
+    return y, (h_n, torch.cat((c_n, c[running:])).index_select(0, back))
 
 
 def check_recurrent_arguments(

@@ -50,7 +50,7 @@ def add_rms_norm(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        cpu (C++), triton, torch. Gradients on all.
+        cpu (C++), cuda (C++), triton, torch. Gradients on all.
 
     Source:
         As ``rms_norm``; fused with the addition as in every pre-norm Transformer kernel library.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lmfast._dispatch import Op, implementation, register, register_op, select
 from lmfast.ops._attention_arguments import check
-from lmfast.ops._attention_reference import Options, reference
+from lmfast.ops._attention_reference import Options, peer, reference
 from lmfast.ops._attention_samples import samples
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import (
@@ -70,8 +70,8 @@ def attention(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        cpu (C++; float32, bfloat16, float16), torch. Gradients for q, k, v and sinks on all, for
-        mask and alibi through torch; gradients of gradients through PyTorch.
+        cpu (C++) and triton (float32, bfloat16, float16), torch. Gradients for q, k, v and sinks on
+        all, for mask and alibi through torch; gradients of gradients through PyTorch.
 
     Source:
         Vaswani et al. 2017, arXiv:1706.03762; tiling and online softmax: Dao et al. 2022,
@@ -82,7 +82,7 @@ def attention(
         >>> import lmfast, torch
         >>> q, k, v = torch.randn(3, 1, 2, 5, 16).unbind(0)
         >>> out = lmfast.ops.attention(q, k, v)
-        >>> torch.equal(out[:, :, 0], v[:, :, 0])  # the first query sees the first key only
+        >>> torch.allclose(out[:, :, 0], v[:, :, 0])  # the first query sees the first key only
         True
     """
     args = check(
@@ -229,6 +229,7 @@ OP = register_op(
         check=check,
         sample_inputs=samples,
         differentiable=("q", "k", "v", "sinks"),
+        peer=peer,
     )
 )
 

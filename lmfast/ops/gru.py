@@ -70,8 +70,7 @@ def gru(
         (torch.Size([1, 2, 2]), True)
     """
     args = _check(x, state, weights, reset_after=reset_after, lengths=lengths, reverse=reverse)
-    y, h_n, _ = select(OP, args, backend).forward(*args)
-    return y, h_n
+    return select(OP, args, backend).forward(*args)
 
 
 def _check(

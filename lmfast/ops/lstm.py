@@ -66,8 +66,7 @@ def lstm(
         (torch.Size([1, 2, 2]), True)
     """
     args = _check(x, state, weights, lengths=lengths, reverse=reverse)
-    y, h_n, c_n = select(OP, args, backend).forward(*args)
-    return y, (h_n, c_n)
+    return select(OP, args, backend).forward(*args)
 
 
 def _check(

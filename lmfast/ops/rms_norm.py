@@ -46,7 +46,8 @@ def rms_norm(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        cpu (C++), triton, torch. Gradients on all; gradients of gradients through PyTorch.
+        cpu (C++), cuda (C++), triton, torch. Gradients on all; gradients of gradients through
+        PyTorch.
 
     Source:
         Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, arXiv:1910.07467.

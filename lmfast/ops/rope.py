@@ -61,7 +61,7 @@ def rope(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        cpu (C++), triton, torch. Gradients of any order on all; none for the tables.
+        cpu (C++), cuda (C++), triton, torch. Gradients of any order on all; none for the tables.
 
     Source:
         Su et al., RoFormer, 2021, arXiv:2104.09864.

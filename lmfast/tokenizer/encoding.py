@@ -34,10 +34,17 @@ class Coding:
 
     _model: Model
     _engine: Any
-    _encoder: Any
-    _decoder: Any
+    _encode_text: Any
     _all_specials: Allowed
     _no_specials: Allowed
+
+    @property
+    def _encoder(self) -> Any:
+        raise NotImplementedError
+
+    @property
+    def _decoder(self) -> Any:
+        raise NotImplementedError
 
     def _allowed(
         self, text: str | bytes, allowed: Special | None, disallowed: Special | None
@@ -103,6 +110,14 @@ class Coding:
             >>> t.encode("ab ab")
             [256, 257]
         """
+        if (
+            type(text) is str
+            and self._encode_text is not None
+            and allowed_special is None
+            and disallowed_special is None
+            and not dropout
+        ):
+            return self._encode_text(text)
         _check_text(text)
         specials = self._allowed(text, allowed_special, disallowed_special)
         if dropout:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -43,12 +44,25 @@ class Model:
             raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
         object.__setattr__(self, "pattern", canonical_pattern(self.pattern))
         object.__setattr__(self, "tokens", tuple(self.tokens))
-        merges = np.ascontiguousarray(self.merges, dtype=np.int64).reshape(-1, 4)
-        merges.flags.writeable = False
-        object.__setattr__(self, "merges", merges)
         object.__setattr__(self, "special_tokens", dict(self.special_tokens))
+        merges = np.ascontiguousarray(self.merges, dtype=np.int64).reshape(-1, 4)
+        object.__setattr__(self, "merges", merges)
         self._check_ids()
         self._check_merges()
+        merges.flags.writeable = False
+
+    @classmethod
+    def trusted(cls, **fields: Any) -> Model:
+        """A model of fields that are known to fit together; the checks cost more than training."""
+        model = object.__new__(cls)
+        model.__dict__.update(fields)
+        model.merges.flags.writeable = False
+        return model
+
+    @functools.cached_property
+    def ids(self) -> dict[bytes, int]:
+        """Token -> id."""
+        return {token: id for id, token in enumerate(self.tokens) if token is not None}
 
     def _check_ids(self) -> None:
         if len(self.tokens) >= 1 << 21:
@@ -62,7 +76,6 @@ class Model:
             if token in seen:
                 raise ValueError(f"token {token!r} has two ids, {seen[token]} and {id}")
             seen[token] = id
-        object.__setattr__(self, "ids", seen)
         owner: dict[int, str] = {}
         for text, id in self.special_tokens.items():
             if not isinstance(text, str) or not text:
@@ -105,8 +118,6 @@ class Model:
                 raise ValueError(f"{name} is out of rank order")
             pairs.add((left, right))
             previous = rank
-
-    ids: Mapping[bytes, int] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     @property
     def size(self) -> int:

@@ -184,7 +184,9 @@ class Encoder:
         tokens: Sequence[bytes],
         symbols: np.ndarray,
         merges: np.ndarray,
+        specials: Specials,
     ) -> None:
+        self._specials = specials
         self._split = splitter(SCANNERS[pattern] if pattern else None)
         self._characters, self._marker, self._unk = characters, marker, unk
         self._whole = {token: id for id, token in enumerate(tokens) if token} if whole_piece else {}
@@ -211,6 +213,9 @@ class Encoder:
         else:
             symbols = [self._symbols[b] for b in raw]
         return apply_merges(symbols, self._ranks)
+
+    def encode_text(self, text: str | bytes) -> list[int]:
+        return self.encode(text, self._specials)
 
     def encode(
         self, text: str | bytes, specials: Specials, ends: np.ndarray | None = None
@@ -313,7 +318,8 @@ def learn(
     taken: Mapping[bytes, int],
     progress: Callable[[int], None] | None,
 ) -> tuple[list[bytes], np.ndarray, np.ndarray]:
-    """Symbols, merges as (n, 2) indices of symbols and earlier merges, and their counts."""
+    """Strings of the symbols and of what each merge makes, merges as (n, 2) indices of strings, and
+    their counts."""
     words: dict[Word, int] = {}
     if byte_ids is None:
         for raw, count in counter.items():
@@ -344,4 +350,5 @@ def learn(
     for i, (left, right, _) in enumerate(merges):
         pairs[i] = index[left], index[right]
         index[left + right] = len(symbols) + i
-    return symbols, pairs, np.array([m[2] for m in merges], dtype=np.int64)
+    strings = [*symbols, *(left + right for left, right, _ in merges)]
+    return strings, pairs, np.array([m[2] for m in merges], dtype=np.int64)

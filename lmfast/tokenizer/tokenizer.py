@@ -43,9 +43,10 @@ class BPETokenizer(Coding):
     __slots__ = (
         "_all_specials",
         "_backend",
-        "_decoder",
-        "_encoder",
+        "_encode_text",
         "_engine",
+        "_made_decoder",
+        "_made_encoder",
         "_model",
         "_no_specials",
     )
@@ -57,29 +58,44 @@ class BPETokenizer(Coding):
             )
         self._model, self._backend = model, backend
         self._engine = engine(backend)
-        self._encoder = self._make_encoder()
-        self._decoder = self._engine.Decoder(*_decoder_tables(model))
         every = [(t.encode(), id) for t, id in model.special_tokens.items()]
         self._all_specials = Allowed(every, self._engine.Specials(every))
         self._no_specials = Allowed([], self._engine.Specials([]))
+        self._made_encoder = self._made_decoder = self._encode_text = None
 
-    def _make_encoder(self):
-        model = self._model
-        symbols = model.symbols()
-        if model.mode == "char":
-            flat = [value for pair in symbols.items() for value in pair]
-        else:
-            flat = [symbols[byte] for byte in range(256)]
-        return self._engine.Encoder(
-            scanner_code(model.pattern) or 0,
-            model.mode == "char",
-            model.whole_piece,
-            model.ids[model.marker.encode()] if model.mode == "char" else -1,
-            -1 if model.unk is None else model.special_tokens[model.unk],
-            [token or b"" for token in model.tokens],
-            np.array(flat, dtype=np.int32),
-            np.ascontiguousarray(_dense_ranks(model.merges), dtype=np.int32),
-        )
+    # Both engines are built when first used: training and loading need neither. Two threads may
+    # build one at the same time; they are equal, and one of them is kept.
+
+    @property
+    def _encoder(self) -> Any:
+        if self._made_encoder is None:
+            model = self._model
+            symbols = model.symbols()
+            if model.mode == "char":
+                flat = [value for pair in symbols.items() for value in pair]
+            else:
+                flat = [symbols[byte] for byte in range(256)]
+            encoder = self._engine.Encoder(
+                scanner_code(model.pattern) or 0,
+                model.mode == "char",
+                model.whole_piece,
+                model.ids[model.marker.encode()] if model.mode == "char" else -1,
+                -1 if model.unk is None else model.special_tokens[model.unk],
+                [token or b"" for token in model.tokens],
+                np.array(flat, dtype=np.int32),
+                np.ascontiguousarray(_dense_ranks(model.merges), dtype=np.int32),
+                self._all_specials.matcher,
+            )
+            self._made_encoder = encoder
+            if scanner_code(model.pattern) is not None:
+                self._encode_text = encoder.encode_text
+        return self._made_encoder
+
+    @property
+    def _decoder(self) -> Any:
+        if self._made_decoder is None:
+            self._made_decoder = self._engine.Decoder(*_decoder_tables(self._model))
+        return self._made_decoder
 
     # Making one ------------------------------------------------------------------------------
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from typing import Any
+
+import numpy as np
 
 from .backend import default_threads, engine
 from .byte_alphabet import BYTE_ORDER
-from .model import MODES, Model, make_merges
+from .model import MODES, Model
 from .patterns import canonical_pattern, safe_cut, scanner_code, splitter
 from .reference import TIE_BREAKS, sound_text, to_bytes
 
@@ -107,11 +109,10 @@ def _texts(corpus: Corpus, pattern: str | None) -> Iterator[str | bytes]:
 
 def _batches(corpus: Corpus, pattern: str | None) -> Iterator[list[str | bytes]]:
     """Lists of texts, small enough for Ctrl-C to be heard and memory to stay bounded."""
-    if isinstance(corpus, list) and all(type(t) is str for t in islice(corpus, 8)):
-        if not any(isinstance(t, os.PathLike) for t in corpus):
-            for i in range(0, len(corpus), _ITEMS):
-                yield corpus[i : i + _ITEMS]
-            return
+    if isinstance(corpus, list) and {str, bytes}.issuperset(map(type, corpus)):
+        for i in range(0, len(corpus), _ITEMS):
+            yield corpus[i : i + _ITEMS]
+        return
     batch: list[str | bytes] = []
     size = 0
     for text in _texts(corpus, pattern):
@@ -248,7 +249,7 @@ def train_models(
     counter = _count(corpus, mode, pattern, threads, backend)
     target = max(sizes) - least
     report = None if progress is None else lambda done: progress(done, target)
-    symbols, pairs, _ = engine(backend).learn(
+    strings, pairs, _ = engine(backend).learn(
         counter,
         byte_ids,
         marker,
@@ -263,13 +264,18 @@ def train_models(
     )
     if progress is not None:
         progress(len(pairs), target)
-    ids = byte_ids if byte_ids is not None else range(first, first + len(symbols))
-    return [
-        _assemble(
-            list(ids), symbols, pairs, specials, taken, size, mode, pattern, marker, unk_token
-        )
-        for size in sizes
-    ]
+    symbols = len(strings) - len(pairs)
+    ids = byte_ids if byte_ids is not None else list(range(first, first + symbols))
+    options = {
+        "mode": mode,
+        "pattern": pattern,
+        "special_tokens": specials,
+        "marker": marker if mode == "char" else "",
+        "unk": unk_token if mode == "char" else None,
+    }
+    # In the char mode the size counts symbols and merges only, as the textbook loop does.
+    extra = len(specials) if mode == "char" else 0
+    return [_assemble(ids, strings, pairs, taken, size + extra, options) for size in sizes]
 
 
 def _taken(specials: dict[str, int], mode: str) -> dict[bytes, int]:
@@ -281,32 +287,36 @@ def _taken(specials: dict[str, int], mode: str) -> dict[bytes, int]:
 
 
 def _assemble(
-    ids, symbols, pairs, specials, taken, size, mode, pattern, marker, unk_token
+    ids: list[int],
+    strings: list[bytes],
+    pairs: np.ndarray,
+    taken: dict[bytes, int],
+    size: int,
+    options: dict[str, Any],
 ) -> Model:
-    """Number the symbols and as many merges as fit."""
-    tokens: list[bytes | None] = [None] * (max(max(ids), len(specials) - 1) + 1)
-    for id, symbol in zip(ids, symbols):
+    """Number the symbols, whose ids are given, and as many merges as fit."""
+    symbols, specials = len(ids), options["special_tokens"]
+    first = max(max(ids), len(specials) - 1) + 1
+    tokens: list[bytes | None] = [None] * first
+    for id, symbol in zip(ids, strings):
         tokens[id] = None if symbol in taken else symbol
-    strings = list(symbols)
-    merges = []
-    # In the char mode the size counts symbols and merges only, as the textbook loop does.
-    room = size + (len(specials) if mode == "char" else 0)
-    for left, right in pairs.tolist():
-        if len(tokens) >= room:
-            break
-        string = strings[left] + strings[right]
-        new = taken.get(string, len(tokens))
-        if new == len(tokens):
-            tokens.append(string)
-        strings.append(string)
-        merges.append((ids[left], ids[right], new))
-        ids.append(new)
-    return Model(
-        mode=mode,
-        pattern=pattern,
-        tokens=tuple(tokens),
-        merges=make_merges(merges),
-        special_tokens=specials,
-        marker=marker if mode == "char" else "",
-        unk=unk_token if mode == "char" else None,
-    )
+    if taken.keys().isdisjoint(strings[symbols:]):
+        count = min(len(pairs), max(size - first, 0))
+        tokens += strings[symbols : symbols + count]
+        numbers = np.array([*ids, *range(first, first + count)], dtype=np.int64)
+    else:
+        numbers_of = list(ids)
+        for string in strings[symbols:]:
+            if len(tokens) >= size:
+                break
+            new = taken.get(string, len(tokens))
+            if new == len(tokens):
+                tokens.append(string)
+            numbers_of.append(new)
+        numbers = np.array(numbers_of, dtype=np.int64)
+        count = len(numbers) - symbols
+    merges = np.empty((count, 4), dtype=np.int64)
+    merges[:, :2] = numbers[pairs[:count]]
+    merges[:, 2] = numbers[symbols:]
+    merges[:, 3] = np.arange(count)
+    return Model.trusted(tokens=tuple(tokens), merges=merges, whole_piece=False, **options)

@@ -26,7 +26,7 @@ MAX_WIDTH = 65536
 
 _rms_norm = twin("rms_norm", "rms_norm")
 _add_rms_norm_op = twin("add_rms_norm", "rms_norm")
-_rms_norm_backward = twin("rms_norm_backward", "rms_norm")
+_rms_norm_backward = twin("rms_norm_backward", "rms_norm_backward")
 _rope = twin("rope", "rope")
 _rope_inplace = twin("rope_", "rope")
 _attention = twin("attention", "attention")

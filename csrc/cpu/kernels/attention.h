@@ -58,11 +58,13 @@ struct AttentionReduceArgs {
 struct AttentionDecodeArgs {
   AttentionArgs fwd;
   int64_t splits, keys_per_split;
-  float* partial;  // (B, Hkv, splits, rows, head_dim + 2)
+  float* partial;  // (B, Hkv, splits, rows, head_dim rounded up to 16, and 2)
 };
 
 constexpr int64_t kAttentionLanes = 64;  // query rows (forward) or keys (backward) of a block
-constexpr int64_t kAttentionChunk = 64;  // keys (forward) or query rows (backward) per step
+constexpr int64_t kAttentionChunk = 64;  // rows of scores kept at a time
+
+constexpr int64_t kAttentionDecodeRows = 8;  // query rows that decoding takes at once
 
 static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -79,8 +81,10 @@ static inline int64_t attention_bwd_scratch_bytes(const AttentionArgs& a) {
          lanes * (4 * width + 5 * kAttentionChunk) * 4 + 160 * 1024;
 }
 
-LMFAST_DECLARE_KERNEL(attention_fwd, AttentionArgs)           // range: units, (B, Hkv, ranges)
-LMFAST_DECLARE_KERNEL(attention_bwd, AttentionBwdArgs)        // range: units, (B, Hkv, ranges)
-LMFAST_DECLARE_KERNEL(attention_reduce, AttentionReduceArgs)  // range: query rows, (B, H, T)
+LMFAST_DECLARE_KERNEL(attention_fwd, AttentionArgs)            // range: units, (B, Hkv, ranges)
+LMFAST_DECLARE_KERNEL(attention_bwd, AttentionBwdArgs)         // range: units, (B, Hkv, ranges)
+LMFAST_DECLARE_KERNEL(attention_reduce, AttentionReduceArgs)   // range: query rows, (B, H, T)
+LMFAST_DECLARE_KERNEL(attention_decode, AttentionDecodeArgs)   // range: units, (B, Hkv, splits)
+LMFAST_DECLARE_KERNEL(attention_combine, AttentionDecodeArgs)  // range: query rows, (B, H, T)
 
 }  // namespace lmfast

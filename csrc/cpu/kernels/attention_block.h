@@ -10,9 +10,19 @@ namespace {
 
 constexpr int kLanes = static_cast<int>(kAttentionLanes);
 constexpr int kChunk = static_cast<int>(kAttentionChunk);
+// Rows per step in fp32: a multiple of kGemmRows that leaves S, K and V in the first-level cache.
+// (60 against 96 and 128: 2 and 5 % faster.)
+constexpr int kFloatStep = 60;
+constexpr int kDecodeRows = static_cast<int>(kAttentionDecodeRows);
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLowest = -3.402823466e38f;
 constexpr float kInfinity = __builtin_inff();
+
+// An integer as a type, to pass it to a generic lambda.
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
 
 // Hands out 64-byte aligned pieces of a participant's scratch.
 class Scratch {
@@ -90,6 +100,14 @@ LMFAST_INLINE const T* row_of(const AttentionTensor& x, int64_t b, int64_t head,
 template <class T>
 LMFAST_INLINE T* mutable_row_of(const AttentionTensor& x, int64_t b, int64_t head, int64_t row) {
   return const_cast<T*>(row_of<T>(x, b, head, row));
+}
+
+template <class T>
+LMFAST_INLINE void to_float_row(const T* in, int64_t n, float* out) {
+  constexpr int W = VecF::kWidth;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) VecF::load(in + i).store(out + i);
+  if (i < n) VecF::load(in + i, static_cast<int>(n - i)).store(out + i, static_cast<int>(n - i));
 }
 
 // tanh with a relative error of a few 1e-8 everywhere: near 0 an odd polynomial (Cephes), since

@@ -95,7 +95,7 @@ void bwd_unit(const AttentionBwdArgs& a, const Unit& u) {
       for (int64_t t = rows.lo; t < rows.hi; t += n) {
         // Rows on the diagonal see the first keys only: 16 rows at a time, as many lanes as needed.
         const bool diagonal = visible_keys(f, u.b, t).hi < key + count;
-        const int64_t most = diagonal ? 16 : kChunk;
+        const int64_t most = diagonal ? 16 : kFloatStep;
         n = static_cast<int>(rows.hi - t < most ? rows.hi - t : most);
         const int64_t seen = clamp(visible_keys(f, u.b, t + n - 1).hi - key, 0, count);
         const int64_t lanes = round_up(seen, 16);
@@ -104,8 +104,8 @@ void bwd_unit(const AttentionBwdArgs& a, const Unit& u) {
         gemm_f32<false, false>(n, lanes, width, q_rows, q.stride, k_lanes, kLanes, s, kLanes);
         gemm_f32<false, false>(n, lanes, width, dout_rows, dout.stride, v_lanes, kLanes, dp,
                                kLanes);
-        if (options) apply_options_grad(f, u.b, h.head, t, n, key, s, slope);
-        hide_invisible_keys(f, u.b, t, n, key, s);
+        if (options) apply_options_by_rows(f, u.b, h.head, t, n, key, s, slope);
+        hide_invisible_by_rows(f, u.b, t, n, key, key + kLanes, s);
         if (f.softcap > 0.0f) {
           score_gradients<true>(h, t, n, unit, s, dp, slope);
         } else {

@@ -163,8 +163,8 @@ void bwd_unit_amx(const AttentionBwdArgs& a, const Unit& u) {
             score_rows(q, at, groups, kt.k_lanes, depth, pair, s);
             score_rows(dout, at, groups, kt.v_lanes, depth, pair, dp);
           }
-          if (options) apply_options_grad(f, u.b, h.head, at, 32 * groups, key, s, slope);
-          hide_invisible_keys(f, u.b, at, 32 * groups, key, s);
+          if (options) apply_options_by_rows(f, u.b, h.head, at, 32 * groups, key, s, slope);
+          hide_invisible_by_rows(f, u.b, at, 32 * groups, key, key + kLanes, s);
           const int64_t done = i * kLaneTiles * kTileBytes;
           const GradTiles tiles{p + done, ds + done, ds_rows};
           if (f.softcap > 0.0f) {

@@ -6,14 +6,6 @@
 namespace lmfast::LMFAST_ISA {
 namespace {
 
-template <class T>
-LMFAST_INLINE void to_float_row(const T* in, int64_t n, float* out) {
-  constexpr int W = VecF::kWidth;
-  int64_t i = 0;
-  for (; i + W <= n; i += W) VecF::load(in + i).store(out + i);
-  if (i < n) VecF::load(in + i, static_cast<int>(n - i)).store(out + i, static_cast<int>(n - i));
-}
-
 // fp32 rows of a tensor: where they are, or a copy.
 struct FloatRows {
   const float* data;

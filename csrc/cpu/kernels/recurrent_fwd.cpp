@@ -72,16 +72,7 @@ __attribute__((noinline)) void fwd_tile(const RecurrentFwdArgs& a, const float* 
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < S::kVecs; ++v) {
-      const int64_t first = unit + v / S::kGates * W;
-      const int gate = v % S::kGates, lanes = lanes_at(first, hidden);
-      if (kCell == Cell::kGru && gate == 2) {
-        sum[r][v] = load_or_zero(a.hidden_bias, first, lanes);
-      } else {
-        sum[r][v] =
-            VecF::load(a.projected + ((at.row + r) * S::kGates + gate) * hidden + first, lanes);
-      }
-    }
+    for (int v = 0; v < S::kVecs; ++v) sum[r][v] = VecF::zero();
   }
   if (at.h != nullptr) {
     multiply<kRows, S::kVecs, TileParts<kRows, kSmall>::value>(sum, at.h, hidden, panel, hidden);
@@ -94,7 +85,16 @@ __attribute__((noinline)) void fwd_tile(const RecurrentFwdArgs& a, const float* 
       const int64_t first = unit + u * W;
       const int lanes = lanes_at(first, hidden);
       if (lanes == 0) break;
-      cell_forward<kCell>(a, sum[r] + u * S::kGates, at.row + r, at.sequence + r, h, first, lanes);
+      VecF* gates = sum[r] + u * S::kGates;
+      // Added last: the partial sums of the product are smaller, and so are their roundings.
+#pragma GCC unroll 4
+      for (int g = 0; g < S::kGates; ++g) {
+        const float* added = kCell == Cell::kGru && g == 2
+                                 ? a.hidden_bias
+                                 : a.projected + ((at.row + r) * S::kGates + g) * hidden;
+        gates[g] = gates[g] + load_or_zero(added, first, lanes);
+      }
+      cell_forward<kCell>(a, gates, at.row + r, at.sequence + r, h, first, lanes);
     }
   }
 }

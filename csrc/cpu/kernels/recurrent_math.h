@@ -27,10 +27,10 @@ LMFAST_INLINE VecF gate_sigmoid(VecF x) {
   return reciprocal(exp2<6>(z) + VecF::set1(1.0f));
 }
 
-// Within 3 ulp; NaN stays. 1 - 2 / (e^2|x| + 1) cancels near zero, where an odd polynomial (fitted
-// on |x| < 0.625) takes over.
+// Within 1.5 ulp; NaN stays. 1 - 2 / (e^2|x| + 1) cancels near zero, where an odd polynomial
+// (minimax on |x| < 0.625) takes over; with x in place of |x| its error is 3 ulp below zero.
 LMFAST_INLINE VecF gate_tanh(VecF x) {
-  const VecF one = VecF::set1(1.0f);
+  const VecF one = VecF::set1(1.0f), zero = VecF::zero();
   const VecF square = x * x;
   VecF p = VecF::set1(-5.70498872745e-3f);
   p = fmadd(p, square, VecF::set1(2.06390887954e-2f));
@@ -38,9 +38,9 @@ LMFAST_INLINE VecF gate_tanh(VecF x) {
   p = fmadd(p, square, VecF::set1(1.33314422036e-1f));
   p = fmadd(p, square, VecF::set1(-3.33332819422e-1f));
   const VecF near = fmadd(p * square, x, x);
-  const VecF z = min(VecF::set1(125.0f), VecF::set1(2.88539008177792681f) * x);
+  const VecF z = min(VecF::set1(125.0f), VecF::set1(2.88539008177792681f) * max(x, zero - x));
   const VecF far = fmadd(VecF::set1(-2.0f), reciprocal(exp2<6>(z) + one), one);
-  return select_less(square, VecF::set1(0.390625f), near, far);
+  return select_less(square, VecF::set1(0.390625f), near, select_less(x, zero, zero - far, far));
 }
 
 }  // namespace

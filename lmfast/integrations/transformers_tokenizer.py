@@ -1,0 +1,130 @@
+"""LMFastTokenizer: a BPETokenizer with the interface of transformers' tokenizers.
+
+Padding, truncation, chat templates, special tokens and saving come from transformers; splitting and
+merging from the engine.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import PreTrainedTokenizer
+
+from lmfast.tokenizer import BPETokenizer
+from lmfast.tokenizer.byte_alphabet import CHAR_TO_BYTE, from_stand_ins, to_stand_ins
+
+_FILE = "lmfast_tokenizer.json"
+
+
+class LMFastTokenizer(PreTrainedTokenizer):
+    """A transformers tokenizer over `lmfast.BPETokenizer`.
+
+    Args:
+        vocab_file: a file written by `BPETokenizer.save`; `from_pretrained` gives it.
+        tokenizer: a BPETokenizer, instead of a file.
+        kwargs: those of transformers, such as pad_token, padding_side, model_max_length and
+            chat_template. The names of padding, unknown, begin and end tokens are taken from the
+            tokenizer's special tokens unless given.
+
+    Raises:
+        TypeError: neither a file nor a tokenizer was given, or both.
+
+    Example:
+        >>> from lmfast import BPETokenizer
+        >>> from lmfast.integrations.transformers_tokenizer import LMFastTokenizer
+        >>> t = LMFastTokenizer(tokenizer=BPETokenizer.train(["a b"], 5, mode="char"))
+        >>> t(["a", "a b"], padding=True)["attention_mask"]
+        [[1, 0], [1, 1]]
+    """
+
+    vocab_files_names = {"vocab_file": _FILE}  # noqa: RUF012, transformers' own class attribute
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        vocab_file: str | os.PathLike | None = None,
+        *,
+        tokenizer: BPETokenizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if (vocab_file is None) == (tokenizer is None):
+            raise TypeError("give either vocab_file or tokenizer")
+        self.bpe = tokenizer if vocab_file is None else BPETokenizer.load(vocab_file)
+        model = self.bpe.model
+        special = {id: text for text, id in model.special_tokens.items()}
+        stand_in = to_stand_ins if model.mode == "byte" else _as_text
+        self._names = [
+            special.get(id) or stand_in(token or b"") or f"<unused {id}>"
+            for id, token in enumerate(model.tokens)
+        ]
+        self._ids = {name: id for id, name in enumerate(self._names)}
+        # A merge may have made the text of a special token: the name means the special one.
+        self._ids.update(model.special_tokens)
+        for name in ("pad", "unk", "bos", "eos"):
+            id = getattr(self.bpe, f"{name}_id")
+            if id is not None:
+                kwargs.setdefault(f"{name}_token", special[id])
+        named = {str(kwargs.get(f"{name}_token")) for name in ("pad", "unk", "bos", "eos")}
+        kwargs.setdefault(
+            "extra_special_tokens", [t for t in model.special_tokens if t not in named]
+        )
+        kwargs.setdefault("clean_up_tokenization_spaces", False)
+        super().__init__(**kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids of the BPETokenizer; tokens added later come on top."""
+        return self.bpe.vocab_size
+
+    def get_vocab(self) -> dict[str, int]:
+        """Token -> id, in printable stand-ins for bytes as GPT-2 has them."""
+        return {**self._ids, **self.added_tokens_encoder}
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        names = self._names
+        return [names[id] for id in self.bpe.encode(text, disallowed_special=())]
+
+    def _convert_token_to_id(self, token: str) -> int | None:
+        return self._ids.get(token, self.bpe.unk_id)
+
+    def _convert_id_to_token(self, index: int) -> str | None:
+        return self._names[index] if 0 <= index < len(self._names) else None
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """The text of tokens."""
+        if self.bpe.mode == "char":
+            text = "".join(tokens).replace(self.bpe.model.marker, " ")
+            return text[1:] if text.startswith(" ") else text
+        raw = b"".join(
+            from_stand_ins(token)
+            if token not in self.bpe.special_tokens and all(c in CHAR_TO_BYTE for c in token)
+            else token.encode()
+            for token in tokens
+        )
+        return raw.decode("utf-8", "replace")
+
+    def _decode(
+        self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs: Any
+    ) -> str:
+        ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        if any(id >= self.vocab_size for id in ids) or kwargs.get("clean_up_tokenization_spaces"):
+            return super()._decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
+        if skip_special_tokens:
+            special = set(self.all_special_ids)
+            ids = [id for id in ids if id not in special]
+        return self.bpe.decode(ids)
+
+    def save_vocabulary(
+        self, save_directory: str, filename_prefix: str | None = None
+    ) -> tuple[str, ...]:
+        """Write the tokenizer's file; called by save_pretrained."""
+        os.makedirs(save_directory, exist_ok=True)
+        name = f"{filename_prefix}-{_FILE}" if filename_prefix else _FILE
+        path = os.path.join(save_directory, name)
+        self.bpe.save(path)
+        return (path,)
+
+
+def _as_text(token: bytes) -> str:
+    return token.decode("utf-8", "replace")
