@@ -56,7 +56,10 @@ def test_values_and_gradients_are_torchs(
 ) -> None:
     for layers, batch_first, bias, with_state in itertools.product((1, 2), *[(False, True)] * 3):
         theirs, ours = pair(
-            mode, 5, 7, layers, bias, batch_first=batch_first, bidirectional=bidirectional
+            *(mode, 5, 7, layers),
+            bias=bias,
+            batch_first=batch_first,
+            bidirectional=bidirectional,
         )
         inputs = [torch.randn(n, 5) for n in (3, 6, 1, 6)] if packed else [torch.randn(4, 6, 5)]
         batch = 4 if batch_first or packed else 6

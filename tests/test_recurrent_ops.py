@@ -204,9 +204,10 @@ def test_chunks_with_carried_state_equal_one_call(
         for piece in (x[:, :0], x[:, :1], x[:, 1:6], x[:, 6:]):
             y, state = op(piece, state, weights, backend="cpu")
             parts.append(y)
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=0)
+    # Only the product of the inputs, PyTorch's, may sum in another order.
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=2e-6)
     for a, b in zip(flat(state), flat(final), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
 
 
 @EVERY_CELL
