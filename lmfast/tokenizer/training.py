@@ -300,7 +300,7 @@ def _assemble(
     tokens: list[bytes | None] = [None] * first
     for id, symbol in zip(ids, strings):
         tokens[id] = None if symbol in taken else symbol
-    if taken.keys().isdisjoint(strings[symbols:]):
+    if not taken or taken.keys().isdisjoint(strings[symbols:]):
         count = min(len(pairs), max(size - first, 0))
         tokens += strings[symbols : symbols + count]
         numbers = np.array([*ids, *range(first, first + count)], dtype=np.int64)
