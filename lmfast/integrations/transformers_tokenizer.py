@@ -90,8 +90,8 @@ class LMFastTokenizer(PreTrainedTokenizer):
     def _convert_token_to_id(self, token: str) -> int | None:
         return self._ids.get(token, self.bpe.unk_id)
 
-    def _convert_id_to_token(self, index: int) -> str | None:
-        return self._names[index] if 0 <= index < len(self._names) else None
+    def _convert_id_to_token(self, index: int) -> str:
+        return self._names[index]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """The text of tokens."""

@@ -10,7 +10,7 @@ import numpy as np
 from .patterns import safe_cut
 
 if TYPE_CHECKING:
-    from .tokenizer import BPETokenizer
+    from .encoding import Coding
 
 
 class Appender:
@@ -33,7 +33,7 @@ class Appender:
         True
     """
 
-    def __init__(self, tokenizer: BPETokenizer, text: str = "") -> None:
+    def __init__(self, tokenizer: Coding, text: str = "") -> None:
         self._tokenizer = tokenizer
         self._fixed: list[int] = []
         self._tail = ""
@@ -75,7 +75,7 @@ class StreamDecoder:
         ['', 'é', '']
     """
 
-    def __init__(self, tokenizer: BPETokenizer, *, errors: str = "replace") -> None:
+    def __init__(self, tokenizer: Coding, *, errors: str = "replace") -> None:
         if errors not in ("strict", "replace", "ignore"):
             raise ValueError(f'errors must be "strict", "replace" or "ignore", got {errors!r}')
         self._tokenizer = tokenizer

@@ -30,7 +30,7 @@ class WordCounts(dict[bytes, int]):
     are broken by first appearance.
     """
 
-    def __init__(self, words: Mapping[bytes, int] = (), *, mode: str, pattern: str | None) -> None:
+    def __init__(self, words: Mapping[bytes, int], *, mode: str, pattern: str | None) -> None:
         super().__init__(words)
         self.mode, self.pattern = mode, pattern
 
