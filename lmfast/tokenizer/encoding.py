@@ -39,6 +39,11 @@ class Coding:
     _no_specials: Allowed
 
     @property
+    def model(self) -> Model:
+        """The data of this tokenizer."""
+        return self._model
+
+    @property
     def _encoder(self) -> Any:
         raise NotImplementedError
 

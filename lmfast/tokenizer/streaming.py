@@ -38,7 +38,7 @@ class Appender:
         self._fixed: list[int] = []
         self._tail = ""
         # A special token with a space inside could span the cut.
-        self._cuts = not any(" " in t or "\n" in t for t in tokenizer.special_tokens)
+        self._cuts = not any(" " in t or "\n" in t for t in tokenizer.model.special_tokens)
         self.append(text)
 
     def append(self, text: str) -> None:
@@ -46,7 +46,7 @@ class Appender:
         if not isinstance(text, str):
             raise TypeError(f"text must be a str, got {type(text).__name__}")
         self._tail += text
-        cut = safe_cut(self._tail, self._tokenizer.pattern) if self._cuts else 0
+        cut = safe_cut(self._tail, self._tokenizer.model.pattern) if self._cuts else 0
         if cut:
             self._fixed += self._tokenizer.encode(self._tail[:cut])
             self._tail = self._tail[cut:]
@@ -80,7 +80,7 @@ class StreamDecoder:
             raise ValueError(f'errors must be "strict", "replace" or "ignore", got {errors!r}')
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
-        self._at_start = tokenizer.mode == "char"
+        self._at_start = tokenizer.model.mode == "char"
 
     def push(self, ids: Any) -> str:
         """The text that became certain with one more id, or several."""
@@ -96,5 +96,5 @@ class StreamDecoder:
         """What an unfinished character at the end decodes to; afterwards a new text may begin."""
         rest = self._decoder.decode(b"", True)
         self._decoder.reset()
-        self._at_start = self._tokenizer.mode == "char"
+        self._at_start = self._tokenizer.model.mode == "char"
         return rest

@@ -252,11 +252,6 @@ class BPETokenizer(Coding):
     # What it is ------------------------------------------------------------------------------
 
     @property
-    def model(self) -> Model:
-        """The data of this tokenizer."""
-        return self._model
-
-    @property
     def backend(self) -> str:
         """Which engine works: "cpu" or "reference"."""
         return "reference" if self._engine.__name__.endswith("reference") else "cpu"
