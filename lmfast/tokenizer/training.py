@@ -175,7 +175,10 @@ def count_words(
         backend: "auto", "cpu" or "reference".
 
     Returns:
-        WordCounts; ``count_words(a) + count_words(b)`` counts a corpus of the texts a and b.
+        WordCounts; ``count_words(a) + count_words(b)`` counts a corpus of the texts a and b. So any
+        engine for distributed work can count a corpus: with Dask
+        ``dask.bag.from_sequence(paths).map(count_words).fold(operator.add).compute()``, with Ray
+        ``functools.reduce(operator.add, ray.get([remote_count.remote(p) for p in paths]))``.
 
     Example:
         >>> counts = count_words(["a b"], mode="char") + count_words(["b"], mode="char")
