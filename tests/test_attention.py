@@ -44,7 +44,7 @@ def test_golden_numbers(backend: str) -> None:
     expected = [0.0066859301, 0.9933140699, 0, 0, 0, 0]
     torch.testing.assert_close(weights, torch.tensor(expected, dtype=dtype), atol=1e-6, rtol=0)
 
-    q, k, v = (fill(n, (4, 6)).to(dtype)[None, None] for n in (60, 61, 62))
+    q, k, v = (fill(n, (4, 6), 1).to(dtype)[None, None] for n in (60, 61, 62))
     weights = ops.attention(q, k, one_hot, backend=backend)[0, 0, :, :4]
     rows = [
         [1, 0, 0, 0],
@@ -147,7 +147,7 @@ def test_large_scores(cpu_isa: str) -> None:
         q, k, v = qkv(1, 2, 2, 80, 80, 16, dtype)
         q, k = q * 100, k * 100  # scores of some 1e4
         out = ops.attention(q, k, v, backend="cpu")
-        # Nearly all the weight is on one key; where two tie, an error of 2^-24 of the score remains.
+        # Nearly all the weight is on one key; where two tie, 2^-24 of the score remains.
         exact = ops.attention(q.double(), k.double(), v.double(), backend="torch")
         assert relative_error(out, exact) < (2e-3 if dtype == torch.float32 else 8e-3)
 
