@@ -147,7 +147,7 @@ def test_large_scores(cpu_isa: str) -> None:
         q, k, v = qkv(1, 2, 2, 80, 80, 16, dtype)
         q, k = q * 100, k * 100  # scores of some 1e4
         out = ops.attention(q, k, v, backend="cpu")
-        # Nearly all the weight is on one key; where two tie, 2^-24 of the score remains.
+        # Nearly all the weight is on one key; where two tie, 2^-24 of the score remains as error.
         exact = ops.attention(q.double(), k.double(), v.double(), backend="torch")
         assert relative_error(out, exact) < (2e-3 if dtype == torch.float32 else 8e-3)
 
