@@ -44,7 +44,7 @@ def test_golden_numbers(backend: str) -> None:
     expected = [0.0066859301, 0.9933140699, 0, 0, 0, 0]
     torch.testing.assert_close(weights, torch.tensor(expected, dtype=dtype), atol=1e-6, rtol=0)
 
-    q, k, v = (fill(n, (4, 6)).to(dtype)[None, None] for n in (60, 61, 62))
+    q, k, v = (fill(n, (4, 6), 1).to(dtype)[None, None] for n in (60, 61, 62))
     weights = ops.attention(q, k, one_hot, backend=backend)[0, 0, :, :4]
     rows = [
         [1, 0, 0, 0],
@@ -150,6 +150,27 @@ def test_large_scores(cpu_isa: str) -> None:
         # Nearly all the weight is on one key; where two tie, 2^-24 of the score remains as error.
         exact = ops.attention(q.double(), k.double(), v.double(), backend="torch")
         assert relative_error(out, exact) < (2e-3 if dtype == torch.float32 else 8e-3)
+
+
+def test_rising_scores_leave_nothing_of_the_earlier_ones(cpu_isa: str) -> None:
+    for dtype in HALVES:
+        q, k, v = qkv(1, 1, 1, 70, 200, 16, dtype)
+        q, k = q.abs(), k.abs() * torch.arange(1, 201)[:, None].to(dtype)
+        out = ops.attention(q, k, v, causal=False, backend="cpu")
+        exact = ops.attention(q.double(), k.double(), v.double(), causal=False, backend="torch")
+        assert relative_error(out, exact) < (1e-4 if dtype == torch.float32 else 8e-3)
+
+
+def test_padding_of_a_softcap_stays_finite(cpu_isa: str) -> None:
+    # Scratch memory that held NaN before: only what was written may be used.
+    for dtype in HALVES:
+        q, k, v = leaves(qkv(1, 1, 1, 5, 7, 8, dtype))
+        junk = [torch.full((1 << 16,), math.nan) for _ in range(8)]
+        del junk
+        ops.attention(q, k, v, softcap=1.5, backend="cpu").sum().backward()
+        for leaf in (q, k, v):
+            assert leaf.grad is not None
+            assert leaf.grad.isfinite().all()
 
 
 def test_threads_change_nothing(cpu_isa: str) -> None:

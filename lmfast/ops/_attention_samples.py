@@ -96,9 +96,3 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("cache", (normal(2, 4, 1, 16), cache_k, cache_v), {"lengths": integers(60, 17)})
     q, k, v = (normal(1, 2, 16, 20).transpose(2, 3) for _ in range(3))
     yield Sample("last dimension strided", (q, k, v))
-    q, k, v = qkv(1, 2, 2, 40, 40, 32)
-    yield Sample("large scores", (q * 30, k * 30, v))
-    # Every chunk of keys dwarfs the ones before it: what they left must go, not just fade.
-    q, k, v = normal(1, 1, 1, 16).abs().expand(1, 1, 70, 16), *qkv(1, 1, 1, 1, 200, 16)[1:]
-    rising = torch.arange(1, 201, device=device)[:, None].to(dtype)
-    yield Sample("rising scores", (q, k.abs() * rising, v), {"causal": False})

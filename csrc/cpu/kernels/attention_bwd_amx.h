@@ -132,6 +132,9 @@ void bwd_unit_amx(const AttentionBwdArgs& a, const Unit& u) {
   const VecF unit = VecF::set1(options ? 1.0f : f.scale * kLog2e);
   const size_t sum_bytes = sizeof(float) * static_cast<size_t>(kLanes * width);
 
+  // Rows of padding have no derivative of their own; what is there must be finite.
+  memset(slope, 0, sizeof(float) * kChunk * kLanes);
+
   TileSession session;
   for (int64_t g = 0; g < group; ++g) {
     h.head = u.kv_head * group + g;

@@ -27,7 +27,7 @@ LMFAST_INLINE Span rows_of_keys(const AttentionArgs& a, int64_t b, int64_t key) 
   };
   const int64_t lo = first([&](Span s) { return s.hi > key; });
   const int64_t hi = first([&](Span s) { return s.lo >= key + kLanes; });
-  return {lo, lo < hi ? hi : lo};
+  return lo < hi ? Span{lo, hi} : Span{0, 0};
 }
 
 template <class T>
