@@ -76,7 +76,7 @@ def test_elman_stack_gives_the_textbooks_numbers(backend: str) -> None:
     dtype = with_backend(backend)
 
     def layer(x: Tensor, wh: Tensor, uh: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        weights = tuple(w.to(dtype) for w in (wh.t(), uh.t(), b, torch.zeros_like(b)))
+        weights = tuple(w.to(dtype) for w in (wh.t(), uh.t(), b))
         return ops.elman_rnn(x.to(dtype), None, weights, backend=backend)
 
     y, first = layer(X, fill(1, 3, 3), fill(2, 3, 3), fill(3, 3))
@@ -192,6 +192,20 @@ def test_gradients_of_gradients_agree_with_the_reference(
 
 
 @EVERY_CELL
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_few_sequences_over_all_threads(cell: str, batch: int, cpu_isa: str) -> None:
+    x, state, weights = random_call(cell, batch, 6, 8, 300)
+    found = []
+    for backend in ("cpu", "torch"):
+        results = flat(OPS[cell][0](x, state, weights, backend=backend))
+        leaves = (x, *flat(state), *weights)
+        found.append([*results, *torch.autograd.grad(sum(r.sum() for r in results), leaves)])
+    for f, e in zip(*found, strict=True):
+        # Sums of up to 1,200 float products.
+        torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-5)
+
+
+@EVERY_CELL
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 13, 3, 67), (5, 13, 3, 67), (40, 13, 3, 40)])
 def test_chunks_with_carried_state_equal_one_call(
     cell: str, shape: tuple[int, ...], needs_cpu_kernels: None
@@ -290,7 +304,7 @@ def test_errors_name_the_argument() -> None:
     with pytest.raises(ValueError, match=r"x must have 3 dimensions"):
         ops.lstm(x[0], state, good)
     with pytest.raises(TypeError, match="weights must be a tuple"):
-        ops.lstm(x, state, good[:3])
+        ops.lstm(x, state, good[:1])
     with pytest.raises(ValueError, match=r"w_ih must have shape \(20, 4\)"):
         ops.lstm(x, state, (w_ih[:, :3], *good[1:]))
     with pytest.raises(ValueError, match=r"b_hh must have shape \(20,\)"):

@@ -71,9 +71,10 @@ def check_recurrent_arguments(
     x = check_tensor("x", x)
     if x.dim() != 3:
         raise ValueError(f"x must have 3 dimensions (B, T, D), got {tuple(x.shape)}")
-    if not isinstance(weights, (tuple, list)) or len(weights) not in (2, 4):
+    if not isinstance(weights, (tuple, list)) or not 2 <= len(weights) <= 4:
         raise TypeError(
-            "weights must be a tuple (w_ih, w_hh) or (w_ih, w_hh, b_ih, b_hh), got "
+            "weights must be a tuple (w_ih, w_hh), (w_ih, w_hh, b_ih) or (w_ih, w_hh, b_ih, b_hh), "
+            "got "
             + (f"{len(weights)} of them" if isinstance(weights, (tuple, list)) else repr(weights))
         )
     w_ih, w_hh, b_ih, b_hh = (*weights, None, None)[:4]
@@ -167,17 +168,17 @@ def recurrent_samples(
         lengths = torch.tensor([5, 0, 3, 1, 5, 4, 2, 5], device=device)
         yield sample(f"odd {label}", 8, 5, 9, 33, **extra)
         yield sample(f"lengths {label}", 8, 5, 9, 18, lengths=lengths, **extra)
-        yield sample(f"reverse {label}", 8, 5, 9, 35, reverse=True, **extra)
+        yield sample(f"reverse {label}", 16, 5, 24, 35, reverse=True, **extra)
         if number == 0:
             yield sample("lengths, reverse", 8, 5, 9, 30, lengths=lengths, reverse=True)
-            yield sample("no state", 8, 4, 9, 17, state=False)
+            yield sample("no state", 16, 4, 24, 40, state=False)
             yield sample("no bias", 9, 3, 5, 67, bias=False)
-            yield sample("one sequence", 1, 20, 8, 130)
+            yield sample("one sequence", 1, 12, 8, 40)
             yield sample("rows", 70, 3, 16, 64)
             yield sample("together", 40, 2, 16, 530 if gates == 1 else 300)
             yield sample("no steps", 2, 0, 3, 24)
             yield sample("no rows", 0, 2, 3, 24)
-            x, given, weights = sample("", 8, 6, 25, 19).args
+            x, given, weights = sample("", 16, 6, 25, 19).args
             strided = tuple(w.t().contiguous().t() for w in weights)
             yield Sample(
                 "strided", (x.transpose(0, 1).contiguous().transpose(0, 1), given, strided)

@@ -36,9 +36,9 @@ def elman_rnn(
         x: (B, T, D), float32, bfloat16, float16 or float64; any strides. Time-major memory seen
             through ``transpose(0, 1)`` is read in place.
         state: (B, H), before the first step; None for zeros.
-        weights: (w_ih (H, D), w_hh (H, H)), or these and (b_ih (H,), b_hh (H,)), as in
-            ``torch.nn.RNN``; any strides. The textbook's right-multiplied ``Wh``, ``Uh``, ``b``
-            are ``(Wh.t(), Uh.t(), b, torch.zeros_like(b))``, without a copy.
+        weights: (w_ih (H, D), w_hh (H, H)), with b_ih (H,) and b_hh (H,) behind them or not, as
+            in ``torch.nn.RNN``; any strides. The textbook's right-multiplied ``Wh``, ``Uh``, ``b``
+            are ``(Wh.t(), Uh.t(), b)``, without a copy.
         nonlinearity: "tanh" or "relu".
         lengths: (B,) integers, real steps of each right-padded row; None: all T.
         reverse: from each row's last real step to its first.

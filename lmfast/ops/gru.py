@@ -39,8 +39,8 @@ def gru(
         x: (B, T, D), float32, bfloat16, float16 or float64; any strides. Time-major memory seen
             through ``transpose(0, 1)`` is read in place.
         state: (B, H), before the first step; None for zeros.
-        weights: (w_ih (3H, D), w_hh (3H, H)), or these and (b_ih (3H,), b_hh (3H,)), rows in the
-            order r, z, n as in ``torch.nn.GRU``; any strides.
+        weights: (w_ih (3H, D), w_hh (3H, H)), with b_ih and b_hh (3H,) behind them or not, in the
+            row order r, z, n of ``torch.nn.GRU``; any strides.
         reset_after: the reset gate acts after the product with W_hn (torch, cuDNN), or before it.
         lengths: (B,) integers, real steps of each right-padded row; None: all T.
         reverse: from each row's last real step to its first.

@@ -36,8 +36,8 @@ def lstm(
         x: (B, T, D), float32, bfloat16, float16 or float64; any strides. Time-major memory seen
             through ``transpose(0, 1)`` is read in place.
         state: (h, c), each (B, H), before the first step; None for zeros.
-        weights: (w_ih (4H, D), w_hh (4H, H)), or these and (b_ih (4H,), b_hh (4H,)), rows in the
-            order i, f, g, o as in ``torch.nn.LSTM``; any strides.
+        weights: (w_ih (4H, D), w_hh (4H, H)), with b_ih and b_hh (4H,) behind them or not, in the
+            row order i, f, g, o of ``torch.nn.LSTM``; any strides.
         lengths: (B,) integers, real steps of each right-padded row; None: all T.
         reverse: from each row's last real step to its first.
         backend: overrides the choice of implementation.
