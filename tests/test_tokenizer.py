@@ -132,7 +132,7 @@ def test_long_pieces(text):
 @needs_engine
 def test_long_pieces_equal_the_reference():
     draw = random.Random(1)
-    for size in (47, 48, 49, 50, 200, 900):
+    for size in (47, 48, 49, 50, 300):
         for letters in ("a", "ab", "the and ", "abcdefghijklmnopqrstuvwxyz"):
             piece = "".join(draw.choices(letters, k=size)).encode()
             slow = BPETokenizer(gpt2().model, backend="reference")
@@ -222,7 +222,7 @@ def test_threads_and_fork():
 
 def test_offsets(backend):
     tokenizer = gpt2(backend)
-    for text in [*ODD_TEXTS, "a \ud83d\ude00 b\ud83d"]:
+    for text in [*(text[:200] for text in ODD_TEXTS), "a \ud83d\ude00 b\ud83d"]:
         ids, spans = tokenizer.offsets(text)
         assert ids == tokenizer.encode(text)
         at = 0

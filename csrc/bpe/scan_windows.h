@@ -7,7 +7,7 @@
 // bytes alike. What the algebra does not cover (non-ASCII whitespace where its last character
 // matters, scripts without case in o200k, and pieces longer than a window) goes to next_piece.
 //
-// Measured on English: 250 MB/s scalar; the windows cost 1.3 cycles a byte less.
+// Measured on 3.5 MB of English, GPT-2's pattern: 244 MB/s scalar, 1.7 GB/s AVX2, 7.4 GB/s AVX-512.
 #pragma once
 #include "kernels.h"
 #include "unicode.h"
@@ -235,9 +235,9 @@ size_t scan_words(const uint8_t* text, size_t n, uint16_t* starts, uint16_t* end
 }
 
 // GPT-2's pattern by whole blocks: its starts depend on the class of the byte before, so that a few
-// bits are all that one block must know of the last. Windows would wait for each other: 4.4 cycles
-// a piece instead of 2.2. Stops before a block it cannot decide; returns the number of starts, the
-// last of which is where to go on.
+// bits are all that one block must know of the last, where one window must wait for the start that
+// the last one found. Stops before a block it cannot decide; returns the number of starts, the last
+// of which is where to go on.
 template <class Ops>
 size_t scan_gpt2_blocks(const uint8_t* text, size_t n, size_t pos, uint16_t* starts) {
   size_t count = 0;
