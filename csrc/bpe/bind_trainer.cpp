@@ -30,6 +30,7 @@ class Counter {
     py::gil_scoped_release release;
     if (threads <= 1 || total < kLeastShared) {
       for (PythonText& view : views) count(&view, &counter_);
+      counter_.flush();
       return;
     }
     const size_t shares = static_cast<size_t>(threads);
@@ -44,6 +45,7 @@ class Counter {
     bounds.back() = views.size();
     parallel_for(shares, threads, [&](size_t share) {
       for (size_t i = bounds[share]; i < bounds[share + 1]; ++i) count(&views[i], &parts[share]);
+      parts[share].flush();
     });
     for (const WordCounter& part : parts) counter_.add(part);
   }
@@ -74,7 +76,7 @@ class Counter {
   static void count(PythonText* view, WordCounter* counter) {
     PythonText text = std::move(*view);
     text.prepare();
-    counter->add_text(text.data(), text.size());
+    counter->add_line(text.data(), text.size());
   }
 
   Pattern pattern_;
@@ -129,7 +131,9 @@ py::tuple learn(const Counter& counter, const py::object& byte_ids, const std::s
     *count++ = static_cast<int64_t>(merge.count);
   }
   py::list texts(strings.size());
-  for (size_t i = 0; i < strings.size(); ++i) texts[i] = py::bytes(strings[i]);
+  for (size_t i = 0; i < strings.size(); ++i) {
+    PyList_SET_ITEM(texts.ptr(), static_cast<Py_ssize_t>(i), py::bytes(strings[i]).release().ptr());
+  }
   return py::make_tuple(texts, pairs, counts);
 }
 

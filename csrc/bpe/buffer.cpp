@@ -7,9 +7,9 @@
 namespace lmfast::bpe {
 namespace {
 
-// Buffers between 64 KB and 32 MB wait here for the next call; at most four of them. Handed over by
+// Buffers between 64 KB and 64 MB wait here for the next call; at most two of them. Handed over by
 // atomic exchange: there is no lock that a fork could leave held.
-constexpr size_t kLeast = 1u << 16, kMost = 32u << 20, kPooled = 4;
+constexpr size_t kLeast = 1u << 16, kMost = 64u << 20, kPooled = 2;
 
 struct Header {
   size_t capacity;

@@ -70,6 +70,8 @@ void Encoder::encode_with(WordCache& cache, const uint8_t* text, size_t n, const
 
 void Encoder::encode(const uint8_t* text, size_t n, const Specials& specials, IdBuffer* out) {
   Lease lease(*this);
+  // About what English needs, at once instead of by growing.
+  if (n > kChunk) out->room(n / 4);
   encode_with(lease.cache(), text, n, specials, out);
 }
 

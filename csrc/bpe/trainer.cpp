@@ -40,6 +40,11 @@ class Learner {
       const uint64_t weight = symbol == kBoundary ? 0 : corpus.weights[word];
       slots_.push_back({symbol, static_cast<Weight>(weight)});
     }
+    const size_t tokens = strings_.size() + std::min(options.new_tokens, slots_.size());
+    lengths_.reserve(tokens);
+    sums_.reserve(tokens);
+    ids_.reserve(tokens);
+    merges_.reserve(tokens);
     lengths_.assign(strings_.size(), 1);
     sums_.resize(strings_.size());
     keep_strings_ = options.tie_break == TieBreak::kLexicographic || !options.taken.empty();
@@ -228,11 +233,10 @@ class Learner {
       for (int side = 0; side < 2; ++side) {
         if (sum.size[side] == 0) continue;
         sum.fill[side] = arena_.size();
-        const Pair pair =
-            side == 0 ? Pair{id, token, arena_.size(), 0} : Pair{token, id, arena_.size(), 0};
+        const Pair pair = side == 0 ? Pair{id, token, arena_.size(), sum.size[side]}
+                                    : Pair{token, id, arena_.size(), sum.size[side]};
         arena_.resize(arena_.size() + sum.size[side]);
         pairs_.push_back(pair);
-        pairs_.back().size = sum.size[side];
         pending_.push_back({sum.count[side], 0, static_cast<uint32_t>(pairs_.size() - 1)});
       }
     }

@@ -89,6 +89,35 @@ void WordCounter::add_text(const uint8_t* text, size_t n) {
       [this](const uint8_t* piece, size_t size) { add_word(piece, size, 1); });
 }
 
+// Whether the pieces of joined_ followed by the text are the pieces of both.
+bool WordCounter::joins(const uint8_t* text, size_t n) const {
+  const auto blank = [](uint8_t c) { return c == ' ' || (c >= 9 && c <= 13); };
+  const auto solid = [&](uint8_t c) { return c > ' ' && c < 0x7F; };
+  const size_t size = joined_.size();
+  if (pattern_ == Pattern::kWords) return blank(joined_.back()) || blank(text[0]);
+  if (pattern_ != Pattern::kGpt2) return false;
+  // A space before a word begins a piece, whatever whitespace comes before it; a lone line end is
+  // one.
+  if (text[0] == ' ') return n > 1 && solid(text[1]);
+  return solid(text[0]) && joined_.back() == '\n' && (size == 1 || solid(joined_[size - 2]));
+}
+
+void WordCounter::add_line(const uint8_t* text, size_t n) {
+  constexpr size_t kLine = 2048, kJoined = 1u << 15;
+  if (n == 0) return;
+  if (n > kLine || joined_.size() > kJoined || (!joined_.empty() && !joins(text, n))) flush();
+  if (n > kLine) {
+    add_text(text, n);
+  } else {
+    joined_.insert(joined_.end(), text, text + n);
+  }
+}
+
+void WordCounter::flush() {
+  add_text(joined_.data(), joined_.size());
+  joined_.clear();
+}
+
 void WordCounter::add(const WordCounter& other) {
   for (const Word& word : other.words()) {
     add_word(reinterpret_cast<const uint8_t*>(word.bytes.data()), word.bytes.size(), word.count);

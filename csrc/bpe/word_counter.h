@@ -17,6 +17,10 @@ class WordCounter {
 
   // Splits text[0, n) and counts its pieces.
   void add_text(const uint8_t* text, size_t n);
+  // The same for a short text that may be one of many: texts are joined where no piece could reach
+  // over the seam, since the end of a text costs as much as 60 of its bytes. Call flush() at last.
+  void add_line(const uint8_t* text, size_t n);
+  void flush();
   void add_word(const uint8_t* word, size_t size, uint64_t count);
   // Adds another counter's words; those new here follow in its order.
   void add(const WordCounter& other);
@@ -40,6 +44,7 @@ class WordCounter {
     uint32_t order;
   };
 
+  bool joins(const uint8_t* text, size_t n) const;
   void add_pieces(const uint8_t* text, PieceSpans pieces);
   void add_key(PieceKey key, uint32_t hash, uint64_t count);
   uint32_t next_order();
@@ -51,6 +56,7 @@ class WordCounter {
   size_t used_ = 0;
   std::unordered_map<std::string, LongWord> long_;
   uint32_t order_ = 0;
+  std::vector<uint8_t> joined_;
 };
 
 }  // namespace lmfast::bpe

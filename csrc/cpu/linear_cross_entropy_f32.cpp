@@ -40,7 +40,7 @@ void lce_run_f32(LceCall& call) {
 
   const auto floats = [&](int64_t count) { return lce_floats(call, count); };
   const auto data = [](const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
-  const Tensor hidden_t = floats(p.width * lanes), per_lane = floats(4 * lanes);
+  const Tensor hidden_t = floats(p.width * lanes), per_lane = floats(5 * lanes);
   const Tensor sums = floats(a.slices * lanes);
   a.hidden_t = data(hidden_t);
   a.sums = data(sums);
@@ -48,6 +48,7 @@ void lce_run_f32(LceCall& call) {
   a.center = a.target_logit + lanes;
   a.coefficient = a.center + lanes;
   a.target_gradient = a.coefficient + lanes;
+  a.target_slope = a.target_gradient + lanes;
   bool overflow[kMaxLanes / kLceGroup];
   a.overflow = overflow;
 

@@ -50,7 +50,9 @@ class LMFastTokenizer(PreTrainedTokenizer):
     ) -> None:
         if (vocab_file is None) == (tokenizer is None):
             raise TypeError("give either vocab_file or tokenizer")
-        self.bpe = tokenizer if vocab_file is None else BPETokenizer.load(vocab_file)
+        if tokenizer is None:
+            tokenizer = BPETokenizer.load(vocab_file or "")
+        self.bpe: BPETokenizer = tokenizer
         model = self.bpe.model
         special = {id: text for text, id in model.special_tokens.items()}
         stand_in = to_stand_ins if model.mode == "byte" else _as_text
@@ -88,8 +90,8 @@ class LMFastTokenizer(PreTrainedTokenizer):
     def _convert_token_to_id(self, token: str) -> int | None:
         return self._ids.get(token, self.bpe.unk_id)
 
-    def _convert_id_to_token(self, index: int) -> str | None:
-        return self._names[index] if 0 <= index < len(self._names) else None
+    def _convert_id_to_token(self, index: int) -> str:
+        return self._names[index]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """The text of tokens."""
@@ -105,11 +107,15 @@ class LMFastTokenizer(PreTrainedTokenizer):
         return raw.decode("utf-8", "replace")
 
     def _decode(
-        self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs: Any
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs: Any,
     ) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
-        if any(id >= self.vocab_size for id in ids) or kwargs.get("clean_up_tokenization_spaces"):
-            return super()._decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
+        if any(id >= self.vocab_size for id in ids) or clean_up_tokenization_spaces:
+            return super()._decode(ids, skip_special_tokens, clean_up_tokenization_spaces, **kwargs)
         if skip_special_tokens:
             special = set(self.all_special_ids)
             ids = [id for id in ids if id not in special]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lmfast import ops
+
 
 class ElmanUnit(nn.Module):
     """One layer of the stack: a matrix for the input, one for the state, one bias.
@@ -44,22 +46,10 @@ class ElmanUnit(nn.Module):
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         return torch.tanh(torch.addmm(self.b, x, self.Wh).addmm(h, self.Uh))
 
-    def scan(self, x: Tensor, h: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Run over all steps of x (T, B, E) from state h (B, E).
-
-        `valid` (T, B, 1) is False behind a row's end: the state stays and the output is zero there.
-        """
-        # The input product of all steps in one call; only the recurrent one is left in the loop.
-        projected = torch.matmul(x, self.Wh) + self.b  # (T, B, E)
-        states = []
-        for t, step in enumerate(projected.unbind(0)):
-            new = torch.tanh(torch.addmm(step, h, self.Uh))
-            h = new if valid is None else torch.where(valid[t], new, h)
-            states.append(h)
-        if not states:
-            return projected, h
-        y = torch.stack(states)
-        return (y if valid is None else y * valid), h
+    def scan(self, x: Tensor, h: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run over all steps of x (B, T, E) from state h (B, E); see `lmfast.ops.elman_rnn`."""
+        weights = (self.Wh.t(), self.Uh.t(), self.b, torch.zeros_like(self.b))
+        return ops.elman_rnn(x, h, weights, lengths=lengths)
 
 
 class ElmanRNN(nn.Module):
@@ -74,7 +64,7 @@ class ElmanRNN(nn.Module):
     Raises:
         ValueError: a size is not positive, or a state or length does not fit the input.
 
-    Backends: PyTorch.
+    Backends: `lmfast.ops.elman_rnn`.
 
     Source: Elman 1990, "Finding Structure in Time".
 
@@ -118,21 +108,17 @@ class ElmanRNN(nn.Module):
         """
         if x.ndim != 3 or x.shape[-1] != self.emb_dim:
             raise ValueError(f"x must be (B, T, {self.emb_dim}), got {tuple(x.shape)}")
-        batch, steps, _ = x.shape
+        batch = x.shape[0]
         if h0 is None:
             h0 = x.new_zeros(self.num_layers, batch, self.emb_dim)
         elif h0.shape != (self.num_layers, batch, self.emb_dim):
             raise ValueError(
                 f"h0 must be {(self.num_layers, batch, self.emb_dim)}, got {tuple(h0.shape)}"
             )
-        valid = None
-        if lengths is not None:
-            if lengths.shape != (batch,):
-                raise ValueError(f"lengths must be ({batch},), got {tuple(lengths.shape)}")
-            valid = (torch.arange(steps, device=x.device)[:, None] < lengths)[..., None]
-        y = x.transpose(0, 1)  # (T, B, E): one step is one contiguous block
-        final = []
+        if lengths is not None and lengths.shape != (batch,):
+            raise ValueError(f"lengths must be ({batch},), got {tuple(lengths.shape)}")
+        y, final = x, []
         for unit, h in zip(self.units(), h0.unbind(0)):
-            y, h = unit.scan(y, h, valid)
+            y, h = unit.scan(y, h, lengths)
             final.append(h)
-        return y.transpose(0, 1), torch.stack(final)
+        return y, torch.stack(final)

@@ -126,6 +126,12 @@ def check_linear_cross_entropy(
     )
 
 
+def with_shape(t: Tensor, shape: torch.Size) -> Tensor:
+    """A contiguous tensor under another shape that autograd does not know as a view: views that
+    leave a ``torch.autograd.Function`` must not be changed in place."""
+    return torch.ops.aten._unsafe_view.default(t, shape)
+
+
 def linear_cross_entropy_samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     generator = torch.Generator(device).manual_seed(0)
 
@@ -162,10 +168,5 @@ def linear_cross_entropy_samples(device: str, dtype: torch.dtype) -> Iterator[Sa
     yield Sample("z-loss", (normal(9, 8), normal(19, 8), ids(19, 9)), {"z_loss": 0.01})
     yield Sample(
         "softcap", (normal(9, 8), normal(19, 8), ids(19, 9)), {"softcap": 3.0, "bias": normal(19)}
-    )
-    yield Sample(
-        "softcap and smoothing",
-        (normal(9, 8), normal(19, 8), ids(19, 9)),
-        {"softcap": 3.0, "label_smoothing": 0.2, "z_loss": 0.01},
     )
     yield Sample("large logits", (normal(9, 8) * 40, normal(19, 8) * 40, ids(19, 9)))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmfast.ops._library import accumulation_dtype
+from lmfast.ops._linear_cross_entropy_arguments import with_shape
 
 # 16 MB of fp32 logits: large enough for full matmul speed, small enough to stay in the
 # last-level cache between its four uses.
@@ -129,7 +130,7 @@ def chunked_linear_cross_entropy(
     losses = torch.cat(parts) if parts else scale
     dhidden = None
     if wanted[0]:
-        dhidden = torch.cat(dhidden_parts) if dhidden_parts else rows
+        dhidden = torch.cat(dhidden_parts) if dhidden_parts else torch.zeros_like(rows)
     if index is not None:
         losses = losses.new_zeros(flat.shape).index_copy_(0, index, losses)
         if dhidden is not None:
@@ -139,7 +140,7 @@ def chunked_linear_cross_entropy(
     loss = reduce_losses(losses, keep, reduction, targets.shape)
     return (
         loss,
-        None if dhidden is None else dhidden.reshape(hidden.shape),
+        None if dhidden is None else with_shape(dhidden, hidden.shape),
         None if dweight is None else dweight.to(weight.dtype),
         None if dbias is None or bias is None else dbias.to(bias.dtype),
     )

@@ -164,26 +164,20 @@ def recurrent_samples(
 
     for number, extra in enumerate(options):
         label = " ".join(f"{k}={v}" for k, v in extra.items())
-        yield sample(f"small {label}", 2, 3, 2, 3, **extra)
-        yield sample(f"one {label}", 1, 1, 1, 1, **extra)
-        yield sample(f"odd {label}", 5, 7, 6, 67, **extra)
-        yield sample(f"no state {label}", 3, 4, 5, 17, state=False, **extra)
-        yield sample(f"no bias {label}", 4, 3, 5, 16, bias=False, **extra)
-        lengths = torch.tensor([2, 4, 0, 1, 4], device=device)
-        yield sample(f"lengths {label}", 5, 4, 3, 18, lengths=lengths, **extra)
-        yield sample(f"reverse {label}", 3, 5, 4, 33, reverse=True, **extra)
-        yield sample(
-            f"lengths, reverse {label}", 5, 5, 3, 2, lengths=lengths, reverse=True, **extra
-        )
+        lengths = torch.tensor([5, 0, 3, 1, 5, 4, 2, 5], device=device)
+        yield sample(f"odd {label}", 8, 5, 9, 33, **extra)
+        yield sample(f"lengths {label}", 8, 5, 9, 18, lengths=lengths, **extra)
+        yield sample(f"reverse {label}", 8, 5, 9, 35, reverse=True, **extra)
         if number == 0:
-            yield sample("one sequence", 1, 40, 8, 130)
-            yield sample("one sequence together", 1, 9, 8, 300)
-            yield sample("rows", 70, 5, 16, 64)
-            yield sample("together", 40, 4, 16, 530 if gates == 1 else 300)
-            yield sample("no steps", 2, 0, 3, 4)
-            yield sample("no rows", 0, 2, 3, 4)
-            small = sample("", 4, 6, 5, 9)
-            x, given, weights = small.args
+            yield sample("lengths, reverse", 8, 5, 9, 30, lengths=lengths, reverse=True)
+            yield sample("no state", 8, 4, 9, 17, state=False)
+            yield sample("no bias", 9, 3, 5, 67, bias=False)
+            yield sample("one sequence", 1, 20, 8, 130)
+            yield sample("rows", 70, 3, 16, 64)
+            yield sample("together", 40, 2, 16, 530 if gates == 1 else 300)
+            yield sample("no steps", 2, 0, 3, 24)
+            yield sample("no rows", 0, 2, 3, 24)
+            x, given, weights = sample("", 8, 6, 25, 19).args
             strided = tuple(w.t().contiguous().t() for w in weights)
             yield Sample(
                 "strided", (x.transpose(0, 1).contiguous().transpose(0, 1), given, strided)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lmfast._dispatch import Op, implementation, register, register_op, select
-from lmfast.ops._autograd import differentiate, recording_backward
+from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import (
     accumulation_dtype,
     check_same_device,
@@ -23,6 +23,7 @@ from lmfast.ops._linear_cross_entropy_arguments import (
     REDUCTIONS,
     check_loss_settings,
     check_target_range,
+    with_shape,
 )
 from lmfast.ops._linear_cross_entropy_chunked import reduce_losses, row_losses
 from lmfast.testing import Sample
@@ -91,7 +92,7 @@ def cross_entropy(
     if chosen.backend == "torch":
         return _reference(*args)
     if needs_grad(logits):
-        return _CrossEntropy.apply(*args, chosen.backend)[0]
+        return apply(_CrossEntropy, *args, chosen.backend)[0]
     return chosen.forward(*args)
 
 
@@ -215,24 +216,23 @@ _inplace_op = define(f"cross_entropy_(Tensor(a!) logits, {_ARGUMENTS}) -> Tensor
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """As in linear_cross_entropy, the gradient comes with the loss and is scaled later."""
+    """The gradient comes with the loss, for an incoming gradient of one. For another one it is
+    computed again, which reads as much as scaling would and rounds once; so it is for reduction
+    "none" and in compiled graphs. Only in place of the logits it is scaled.
+    """
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         *args, backend = inputs
-        run = implementation("cross_entropy", backend).backward
-        assert run is not None
-        return run(None, *args, want_dlogits=args[3] != "none")
+        with_loss = args[-1] or not (args[3] == "none" or torch.compiler.is_compiling())
+        return _with_gradient(backend, None, *args, want_dlogits=with_loss)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         logits, targets, *settings, ctx.backend = inputs
         ctx.settings = tuple(settings)
         ctx.mark_non_differentiable(output[1])
-        if settings[-1]:
-            ctx.save_for_backward(None, targets, output[1])
-        else:
-            ctx.save_for_backward(logits, targets, output[1])
+        ctx.save_for_backward(None if settings[-1] else logits, targets, output[1])
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, *unused: Any) -> tuple[Any, ...]:
@@ -246,17 +246,27 @@ class _CrossEntropy(torch.autograd.Function):
                 lambda x: _reference(x, targets, *ctx.settings), (logits,), (dloss,)
             )
             return (*found, *rest)
-        if ctx.settings[1] == "none":
-            run = implementation("cross_entropy", ctx.backend).backward
-            assert run is not None
-            return (run(dloss, logits, targets, *ctx.settings, want_dlogits=True)[1], *rest)
-        if inplace and not torch.compiler.is_compiling():
+        if inplace and torch.compiler.is_compiling():
+            return ((grad * dloss).to(grad.dtype), *rest)
+        eager = not torch.compiler.is_compiling() and grad.device.type == "cpu"
+        as_it_is = eager and grad.numel() > 0 and dloss.numel() == 1 and dloss.item() == 1.0
+        if inplace:
             # Once: a second backward finds another version of the saved gradient and says so.
-            if grad.device.type == "cpu" and dloss.item() == 1.0:
-                torch.autograd.graph.increment_version(grad)
-                return (grad, *rest)
-            return (grad.mul_(dloss), *rest)
-        return ((grad * dloss).to(grad.dtype), *rest)
+            if not as_it_is:
+                return (grad.mul_(dloss), *rest)
+            torch.autograd.graph.increment_version(grad)
+        if as_it_is:
+            return (grad, *rest)
+        args = (logits, targets, *ctx.settings)
+        return (_with_gradient(ctx.backend, dloss, *args, want_dlogits=True)[1], *rest)
+
+
+def _with_gradient(
+    backend: str, dloss: Tensor | None, *args: Any, want_dlogits: bool
+) -> tuple[Tensor, Tensor]:
+    run = implementation("cross_entropy", backend).backward
+    assert run is not None
+    return run(dloss, *args, want_dlogits=want_dlogits)
 
 
 def _cpu(
@@ -287,8 +297,8 @@ def _cpu(
         return loss, rows.detach().reshape(logits.shape)
     loss, dlogits = _op(rows, *settings, want_dlogits)
     return (
-        loss.reshape(targets.shape) if reduction == "none" else loss,
-        dlogits.reshape(logits.shape) if want_dlogits else dlogits,
+        with_shape(loss, targets.shape) if reduction == "none" else loss,
+        with_shape(dlogits, logits.shape) if want_dlogits else dlogits,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from lmfast.ops._linear_cross_entropy_arguments import (
     REDUCTIONS,
     check_linear_cross_entropy,
     linear_cross_entropy_samples,
+    with_shape,
 )
 from lmfast.ops._linear_cross_entropy_chunked import (
     chunked_linear_cross_entropy,
@@ -50,7 +52,8 @@ def linear_cross_entropy(
     ``F.cross_entropy(F.linear(hidden, weight, bias), targets)``.
 
     Sums and gradients accumulate in fp32 (fp64 for fp64). fp32 products stay fp32 unless
-    ``torch.set_float32_matmul_precision("medium")`` or autocast to bf16 allow bf16 ones. When a
+    ``torch.set_float32_matmul_precision("medium")`` or autocast to bf16 allow bf16 ones (AMX
+    multiplies fp32 as exact sums of bf16 numbers, with fp32's accuracy). When a
     gradient is needed, it is computed together with the loss. Rows whose target is
     ``ignore_index`` are left out of the computation.
 
@@ -143,12 +146,22 @@ def _with_gradients(
     return run(dloss, *args, wanted=wanted)
 
 
+def _scaling_is_exact(dloss: Tensor, grads: tuple[Tensor | None, ...]) -> bool:
+    """Whether scaled gradients are as good as ones computed for ``dloss``: bf16 and fp16 would be
+    rounded twice, unless the factor is a power of two, as loss scales and most numbers of
+    accumulated batches are."""
+    if dloss.device.type != "cpu" or all(g is None or g.dtype == torch.float32 for g in grads):
+        return True
+    return abs(math.frexp(dloss.item())[0]) == 0.5
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """The gradients come with the loss, for an incoming gradient of one, and are scaled by the
     real one later. With reduction "none" that one has a value per row, so they wait for it.
 
     Eager mode gives the gradients away in the backward: an accumulating parameter can then keep
-    them without a copy. A second backward through a retained graph computes them again.
+    them without a copy. A second backward through a retained graph computes them again, and so
+    does a factor that would round them twice.
     """
 
     @staticmethod
@@ -179,13 +192,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 (dloss,),
             )
             return (dhidden, dweight, None, dbias, *rest)
-        if ctx.grads is not None:
-            grads, ctx.grads = ctx.grads, None
+        given, ctx.grads = ctx.grads, None
+        if given is not None and _scaling_is_exact(dloss, given):
             if not (dloss.device.type == "cpu" and dloss.item() == 1.0):
-                for g in grads:
+                for g in given:
                     if g is not None:
                         g.mul_(dloss)
-            dhidden, dweight, dbias = grads
+            dhidden, dweight, dbias = given
         elif ctx.compiled and ctx.settings[1] != "none":
             dhidden, dweight, dbias = (
                 None if g is None else (g * dloss).to(g.dtype) for g in grads
@@ -270,8 +283,8 @@ def _cpu(
         *wanted,
     )
     return (
-        loss.reshape(targets.shape) if reduction == "none" else loss,
-        dhidden.reshape(hidden.shape) if wanted[0] else None,
+        with_shape(loss, targets.shape) if reduction == "none" else loss,
+        with_shape(dhidden, hidden.shape) if wanted[0] else None,
         dweight if wanted[1] else None,
         dbias.to(bias.dtype) if wanted[2] and bias is not None else None,
     )

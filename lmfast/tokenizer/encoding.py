@@ -39,6 +39,11 @@ class Coding:
     _no_specials: Allowed
 
     @property
+    def model(self) -> Model:
+        """The data of this tokenizer."""
+        return self._model
+
+    @property
     def _encoder(self) -> Any:
         raise NotImplementedError
 
@@ -183,9 +188,10 @@ class Coding:
             for text in texts:
                 self._allowed(text, allowed_special, disallowed_special)
         if scanner_code(self._model.pattern) is None or bytes in map(type, texts):
-            encode = self._encoder.encode
-            rows = [self._encode_by_python(t, specials) for t in texts]
-            rows = [encode(t, specials.matcher) if r is None else r for t, r in zip(texts, rows)]
+            rows = []
+            for text in texts:
+                row = self._encode_by_python(text, specials)
+                rows.append(self._encoder.encode(text, specials.matcher) if row is None else row)
             ids = np.array([id for row in rows for id in row], dtype=np.int32)
             offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
         else:

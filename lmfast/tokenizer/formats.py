@@ -15,7 +15,7 @@ from .byte_alphabet import from_stand_ins
 from .model import Model, make_merges
 
 FORMAT, VERSION = "lmfast-bpe", 1
-_FIELDS = {
+_FIELDS: dict[str, Any] = {
     "mode": str,
     "pattern": (str, type(None)),
     "tokens": list,

@@ -170,7 +170,7 @@ def build(model: Model) -> Any:
         name = {id: (token or b"").decode() for id, token in enumerate(model.tokens)}
         split = pre_tokenizers.Split(Regex(_SEPARATORS[model.pattern or "words"]), "removed")
         space = pre_tokenizers.Metaspace(model.marker, prepend_scheme="always", split=False)
-        before = pre_tokenizers.Sequence([split, space])
+        before: Any = pre_tokenizers.Sequence([split, space])
         decoder: Any = decoders.Metaspace(model.marker, prepend_scheme="always", split=False)
     else:
         name = {id: to_stand_ins(token or b"") for id, token in enumerate(model.tokens)}

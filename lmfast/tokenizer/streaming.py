@@ -10,7 +10,7 @@ import numpy as np
 from .patterns import safe_cut
 
 if TYPE_CHECKING:
-    from .tokenizer import BPETokenizer
+    from .encoding import Coding
 
 
 class Appender:
@@ -33,12 +33,12 @@ class Appender:
         True
     """
 
-    def __init__(self, tokenizer: BPETokenizer, text: str = "") -> None:
+    def __init__(self, tokenizer: Coding, text: str = "") -> None:
         self._tokenizer = tokenizer
         self._fixed: list[int] = []
         self._tail = ""
         # A special token with a space inside could span the cut.
-        self._cuts = not any(" " in t or "\n" in t for t in tokenizer.special_tokens)
+        self._cuts = not any(" " in t or "\n" in t for t in tokenizer.model.special_tokens)
         self.append(text)
 
     def append(self, text: str) -> None:
@@ -46,7 +46,7 @@ class Appender:
         if not isinstance(text, str):
             raise TypeError(f"text must be a str, got {type(text).__name__}")
         self._tail += text
-        cut = safe_cut(self._tail, self._tokenizer.pattern) if self._cuts else 0
+        cut = safe_cut(self._tail, self._tokenizer.model.pattern) if self._cuts else 0
         if cut:
             self._fixed += self._tokenizer.encode(self._tail[:cut])
             self._tail = self._tail[cut:]
@@ -75,12 +75,12 @@ class StreamDecoder:
         ['', 'é', '']
     """
 
-    def __init__(self, tokenizer: BPETokenizer, *, errors: str = "replace") -> None:
+    def __init__(self, tokenizer: Coding, *, errors: str = "replace") -> None:
         if errors not in ("strict", "replace", "ignore"):
             raise ValueError(f'errors must be "strict", "replace" or "ignore", got {errors!r}')
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
-        self._at_start = tokenizer.mode == "char"
+        self._at_start = tokenizer.model.mode == "char"
 
     def push(self, ids: Any) -> str:
         """The text that became certain with one more id, or several."""
@@ -96,5 +96,5 @@ class StreamDecoder:
         """What an unfinished character at the end decodes to; afterwards a new text may begin."""
         rest = self._decoder.decode(b"", True)
         self._decoder.reset()
-        self._at_start = self._tokenizer.mode == "char"
+        self._at_start = self._tokenizer.model.mode == "char"
         return rest

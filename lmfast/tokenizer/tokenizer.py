@@ -69,27 +69,31 @@ class BPETokenizer(Coding):
     @property
     def _encoder(self) -> Any:
         if self._made_encoder is None:
-            model = self._model
-            symbols = model.symbols()
-            if model.mode == "char":
-                flat = [value for pair in symbols.items() for value in pair]
-            else:
-                flat = [symbols[byte] for byte in range(256)]
-            encoder = self._engine.Encoder(
-                scanner_code(model.pattern) or 0,
-                model.mode == "char",
-                model.whole_piece,
-                model.ids[model.marker.encode()] if model.mode == "char" else -1,
-                -1 if model.unk is None else model.special_tokens[model.unk],
-                [token or b"" for token in model.tokens],
-                np.array(flat, dtype=np.int32),
-                np.ascontiguousarray(_dense_ranks(model.merges), dtype=np.int32),
-                self._all_specials.matcher,
-            )
+            encoder = self._make_encoder()
             self._made_encoder = encoder
-            if scanner_code(model.pattern) is not None:
+            if scanner_code(self._model.pattern) is not None:
                 self._encode_text = encoder.encode_text
         return self._made_encoder
+
+    def _make_encoder(self, **level: str) -> Any:
+        model = self._model
+        symbols = model.symbols()
+        if model.mode == "char":
+            flat = [value for pair in symbols.items() for value in pair]
+        else:
+            flat = [symbols[byte] for byte in range(256)]
+        return self._engine.Encoder(
+            scanner_code(model.pattern) or 0,
+            model.mode == "char",
+            model.whole_piece,
+            model.ids[model.marker.encode()] if model.mode == "char" else -1,
+            -1 if model.unk is None else model.special_tokens[model.unk],
+            [token or b"" for token in model.tokens],
+            np.array(flat, dtype=np.int32),
+            np.ascontiguousarray(_dense_ranks(model.merges), dtype=np.int32),
+            self._all_specials.matcher,
+            **level,
+        )
 
     @property
     def _decoder(self) -> Any:
@@ -250,11 +254,6 @@ class BPETokenizer(Coding):
         return huggingface.build(self._model)
 
     # What it is ------------------------------------------------------------------------------
-
-    @property
-    def model(self) -> Model:
-        """The data of this tokenizer."""
-        return self._model
 
     @property
     def backend(self) -> str:

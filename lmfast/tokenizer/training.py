@@ -30,7 +30,7 @@ class WordCounts(dict[bytes, int]):
     are broken by first appearance.
     """
 
-    def __init__(self, words: Mapping[bytes, int] = (), *, mode: str, pattern: str | None) -> None:
+    def __init__(self, words: Mapping[bytes, int], *, mode: str, pattern: str | None) -> None:
         super().__init__(words)
         self.mode, self.pattern = mode, pattern
 
@@ -175,7 +175,10 @@ def count_words(
         backend: "auto", "cpu" or "reference".
 
     Returns:
-        WordCounts; ``count_words(a) + count_words(b)`` counts a corpus of the texts a and b.
+        WordCounts; ``count_words(a) + count_words(b)`` counts a corpus of the texts a and b. So any
+        engine for distributed work can count a corpus: with Dask
+        ``dask.bag.from_sequence(paths).map(count_words).fold(operator.add).compute()``, with Ray
+        ``functools.reduce(operator.add, ray.get([remote_count.remote(p) for p in paths]))``.
 
     Example:
         >>> counts = count_words(["a b"], mode="char") + count_words(["b"], mode="char")
@@ -300,7 +303,7 @@ def _assemble(
     tokens: list[bytes | None] = [None] * first
     for id, symbol in zip(ids, strings):
         tokens[id] = None if symbol in taken else symbol
-    if taken.keys().isdisjoint(strings[symbols:]):
+    if not taken or taken.keys().isdisjoint(strings[symbols:]):
         count = min(len(pairs), max(size - first, 0))
         tokens += strings[symbols : symbols + count]
         numbers = np.array([*ids, *range(first, first + count)], dtype=np.int64)

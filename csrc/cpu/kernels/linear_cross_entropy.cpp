@@ -127,13 +127,13 @@ void chunk_exp(const LceBlockArgs& a, int64_t first, int64_t classes, float* log
         const VecF raw = VecF::load(at + i * W);
         VecF z = raw;
         if constexpr (kBias) z = z + VecF::set1(a.p.bias[first + v]);
-        if constexpr (kCap) z = capped(z, a.p.softcap);
+        VecF ratio;
+        if constexpr (kCap) z = capped(z, a.p.softcap, &ratio);
         VecF e = exp(z - center[i]);
         if constexpr (kCap) {
           e = select_less(raw, VecF::set1(kGone * 0.5f), VecF::zero(), e);
-          const VecF ratio = z * VecF::set1(1.0f / a.p.softcap);
           sum[i] = sum[i] + e;
-          e = e * (VecF::set1(1.0f) - ratio * ratio);
+          e = e * fmadd(VecF::zero() - ratio, ratio, VecF::set1(1.0f));
         } else {
           sum[i] = sum[i] + e;
         }
@@ -197,7 +197,8 @@ void max_slices(const LceBlockArgs& a, int64_t begin, int64_t end) {
         const VecF bias = VecF::set1(a.p.bias != nullptr ? a.p.bias[v + i] : 0.0f);
         for (int64_t n = 0; n < a.lanes; n += VecF::kWidth) {
           VecF z = VecF::load(logits + i * a.lanes + n) + bias;
-          if (a.p.softcap > 0) z = capped(z, a.p.softcap);
+          VecF ratio;
+          if (a.p.softcap > 0) z = capped(z, a.p.softcap, &ratio);
           // A NaN logit as the second operand is what max returns.
           max(VecF::load(largest + n), z).store(largest + n);
         }

@@ -40,6 +40,7 @@ struct LceBlockArgs {
   bool redo;                           // centers are the largest logits, not the targets'
   float* hidden_t;                     // [E][lanes]
   float* target_logit;                 // [lanes]
+  float* target_slope;                 // [lanes]: of the cap at the target's logit
   float* center;     // [lanes]: subtracted from logits before they are exponentiated
   bool* overflow;    // [lanes / kLceGroup]: some sum is not finite or nearly so
   float* probs;      // [V][lanes]: exp(logit - center), 0 at the target; null: not kept

@@ -6,10 +6,10 @@
 //   P = exp(S + add)          two rows become one VNNI row of bf16, no transposition
 //   acc += rows^T . P         [column of weight or hidden][lane], fp32
 //
-// Exponentials of one block of S are interleaved with the products of the next, so that half of
-// their time is hidden. With kParts = 3 every factor is the exact sum of three bf16 numbers, and
-// the six products of the larger parts are added: fp32's accuracy, at six times the tile products
-// and still a third of the time of fp32 multiply-adds.
+// Exponentials of one block of S are interleaved with the products of the next. With kParts = 3
+// every factor is the exact sum of three bf16 numbers, and the six products of the larger parts are
+// added: a smaller error than fp32 multiply-adds in one chain, and 400 ms of one core against 630
+// with multiply-adds (3712 x 128 x 32011, forward and backward; one part: 112 ms).
 #pragma once
 
 #include "../amx.h"

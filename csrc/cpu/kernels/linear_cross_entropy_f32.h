@@ -13,8 +13,10 @@ constexpr int64_t kDepth = 256;
 
 LMFAST_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-LMFAST_INLINE VecF capped(VecF logit, float softcap) {
-  return VecF::set1(softcap) * tanh(logit * VecF::set1(1.0f / softcap));
+// softcap * tanh(logit / softcap), and that tanh.
+LMFAST_INLINE VecF capped(VecF logit, float softcap, VecF* ratio) {
+  *ratio = tanh(logit / VecF::set1(softcap));
+  return VecF::set1(softcap) * *ratio;
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ struct FinishedToken {
   double loss, lse;
   float weight;           // gradient by a logit is weight * its probability
   float coefficient;      // or coefficient * exp(logit - center)
-  float target_gradient;  // gradient by the target's logit, without the share of smoothing
+  float target_gradient;  // gradient by the target's logit (capped), without smoothing's share
 };
 
 // others: sum of exp(logit - center) over all classes but the target.
@@ -32,8 +32,7 @@ inline FinishedToken finish_token(const LceProblem& p, float scale, float logit,
   f.loss = above + p.smoothing * (logit - mean_logit) + p.z_loss * f.lse * f.lse;
   f.weight = static_cast<float>(scale * slope);
   f.coefficient = static_cast<float>(scale * slope / sum);
-  double target = ((slope - 1.0) * target_prob - others) / sum + p.smoothing;
-  if (p.softcap > 0) target *= 1.0 - double(logit) / p.softcap * (logit / p.softcap);
+  const double target = ((slope - 1.0) * target_prob - others) / sum + p.smoothing;
   f.target_gradient = static_cast<float>(scale * target);
   return f;
 }

@@ -26,7 +26,7 @@ void pack_groups(const LceBlockArgs& a, int64_t begin, int64_t end) {
   for (int64_t n = begin * kLceGroup; n < end * kLceGroup; ++n) {
     if (n >= a.tokens) {
       for (int64_t e = 0; e < p.width; ++e) a.hidden_t[e * a.lanes + n] = 0.0f;
-      a.target_logit[n] = a.center[n] = 0.0f;
+      a.target_logit[n] = a.center[n] = a.target_slope[n] = 0.0f;
       continue;
     }
     const int64_t token = a.first_token + n, target = p.target[token];
@@ -43,9 +43,15 @@ void pack_groups(const LceBlockArgs& a, int64_t begin, int64_t end) {
       logit = logit + part;
     }
     if (p.bias != nullptr) logit = logit + VecF::set1(p.bias[target]);
-    if (p.softcap > 0) logit = capped(logit, p.softcap);
     float lanes[VecF::kWidth];
     logit.store(lanes);
+    a.target_slope[n] = 1.0f;
+    if (p.softcap > 0) {
+      const double ratio = ::tanh(double(lanes[0]) / p.softcap);
+      a.target_slope[n] = static_cast<float>(1.0 - ratio * ratio);
+      VecF unused;
+      capped(logit, p.softcap, &unused).store(lanes);
+    }
     a.target_logit[n] = a.center[n] = lanes[0];
   }
 }
@@ -81,6 +87,7 @@ void finish_groups(const LceBlockArgs& a, int64_t begin, int64_t end) {
       }
       done[i] =
           finish_token(p, p.scale[token], a.target_logit[n], a.center[n], others[i], mean_logit);
+      done[i].target_gradient *= a.target_slope[n];
       p.loss[token] = done[i].loss;
     }
     if (a.hidden_scaled != nullptr) {

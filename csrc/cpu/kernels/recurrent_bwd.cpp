@@ -72,21 +72,19 @@ __attribute__((noinline)) void bwd_tile(const RecurrentBwdArgs& a, const float* 
   constexpr int W = VecF::kWidth;
   const int64_t hidden = a.shape.hidden;
   VecF sum[kRows][kBwdVecs];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kBwdVecs; ++v) {
-      const int64_t first = unit + v * W;
-      const int lanes = lanes_at(first, hidden);
-      sum[r][v] = load_or_zero(a.dy, (at.row + r) * hidden + first, lanes);
-      if (at.later == nullptr) {
-        sum[r][v] = sum[r][v] + load_or_zero(a.dh_n, (at.sequence + r) * hidden + first, lanes);
-      }
-    }
-  }
   if (at.later != nullptr) {
     multiply<kRows, kBwdVecs, TileParts<kRows, kSmall>::value>(
         sum, at.later, gate_gradients_of(kCell) * hidden, panel, gates_of(kCell) * hidden);
+  } else {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kBwdVecs; ++v) {
+        const int64_t first = unit + v * W;
+        const int64_t from = (at.sequence + r) * hidden + first;
+        sum[r][v] = load_or_zero(a.dh_n, from, lanes_at(first, hidden));
+      }
+    }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -97,7 +95,8 @@ __attribute__((noinline)) void bwd_tile(const RecurrentBwdArgs& a, const float* 
       const int64_t first = unit + v * W;
       const int lanes = lanes_at(first, hidden);
       if (lanes == 0) break;
-      cell_backward<kCell>(a, sum[r][v], at.row + r, at.sequence + r, h, c, first, lanes);
+      const VecF dh = sum[r][v] + load_or_zero(a.dy, (at.row + r) * hidden + first, lanes);
+      cell_backward<kCell>(a, dh, at.row + r, at.sequence + r, h, c, first, lanes);
     }
   }
 }

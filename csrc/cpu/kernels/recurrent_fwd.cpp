@@ -69,13 +69,14 @@ __attribute__((noinline)) void fwd_tile(const RecurrentFwdArgs& a, const float* 
   constexpr int W = VecF::kWidth;
   const int64_t hidden = a.shape.hidden;
   VecF sum[kRows][S::kVecs];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < S::kVecs; ++v) sum[r][v] = VecF::zero();
-  }
   if (at.h != nullptr) {
     multiply<kRows, S::kVecs, TileParts<kRows, kSmall>::value>(sum, at.h, hidden, panel, hidden);
+  } else {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < S::kVecs; ++v) sum[r][v] = VecF::zero();
+    }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {

@@ -32,20 +32,11 @@ struct TileParts {
 #endif
 };
 
-// sum[r][v] += sum over k of a[r * stride + k] * panel[k][v].
+// part[p][r][v] += sum over k of a[r * stride + k] * panel[k][v], k = p, p + kParts, ...
 template <int kRows, int kVecs, int kParts>
-LMFAST_INLINE void multiply(VecF (&sum)[kRows][kVecs], const float* a, int64_t stride,
-                            const float* panel, int64_t depth) {
+LMFAST_INLINE void multiply_block(VecF (&part)[kParts][kRows][kVecs], const float* a,
+                                  int64_t stride, const float* panel, int64_t depth) {
   constexpr int W = VecF::kWidth;
-  VecF part[kParts][kRows][kVecs];
-#pragma GCC unroll 4
-  for (int p = 0; p < kParts; ++p) {
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) part[p][r][v] = p == 0 ? sum[r][v] : VecF::zero();
-    }
-  }
   int64_t k = 0;
   for (; k + kParts <= depth; k += kParts) {
 #pragma GCC unroll 4
@@ -75,14 +66,42 @@ LMFAST_INLINE void multiply(VecF (&sum)[kRows][kVecs], const float* a, int64_t s
     ++a;
     panel += kVecs * W;
   }
+}
+
+// sum[r][v] = sum over k of a[r * stride + k] * panel[k][v]. In blocks: one chain of additions over
+// H = 512 has 1.5 times the error of PyTorch's product, chains of 128 have less than it. Without a
+// fused multiply-add there are twice as many roundings, and shorter chains.
+template <int kRows, int kVecs, int kParts>
+LMFAST_INLINE void multiply(VecF (&sum)[kRows][kVecs], const float* a, int64_t stride,
+                            const float* panel, int64_t depth) {
+#if defined(__FMA__)
+  constexpr int64_t kBlock = 128;
+#else
+  constexpr int64_t kBlock = 16;
+#endif
+  for (int64_t first = 0; first < depth; first += kBlock) {
+    VecF part[kParts][kRows][kVecs];
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) {
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) {
-      VecF total = part[0][r][v];
+        for (int v = 0; v < kVecs; ++v) part[p][r][v] = VecF::zero();
+      }
+    }
+    const int64_t left = depth - first;
+    multiply_block<kRows, kVecs, kParts>(part, a + first, stride,
+                                         panel + first * kVecs * VecF::kWidth,
+                                         left < kBlock ? left : kBlock);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int p = 1; p < kParts; ++p) total = total + part[p][r][v];
-      sum[r][v] = total;
+      for (int v = 0; v < kVecs; ++v) {
+        VecF total = part[0][r][v];
+#pragma GCC unroll 4
+        for (int p = 1; p < kParts; ++p) total = total + part[p][r][v];
+        sum[r][v] = first == 0 ? total : sum[r][v] + total;
+      }
     }
   }
 }

@@ -1,0 +1,90 @@
+"""Counting words: parts, threads, files, several sizes, interruption."""
+
+from __future__ import annotations
+
+import random
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+from tokenizer_support import ENGINES, corpus, needs_engine
+
+from lmfast.tokenizer import BPETokenizer, count_words
+
+
+@pytest.fixture(params=ENGINES)
+def backend(request):
+    return request.param
+
+
+def test_counts_add_up_across_processes():
+    text = corpus()
+    middle = text.index("\n", len(text) // 2) + 1
+    parts = [[text[:middle]], [text[middle:]]]
+    with ProcessPoolExecutor(2) as pool:
+        first, second = pool.map(count_words, parts)
+    assert dict(first + second) == dict(count_words([text[:middle], text[middle:]]))
+    trained = BPETokenizer.train(first + second, 1000)
+    assert trained.merges == BPETokenizer.train([text[:middle], text[middle:]], 1000).merges
+
+
+def test_counting_does_not_depend_on_threads():
+    lines = corpus().splitlines(keepends=True) * 3
+    one = count_words(lines, threads=1)
+    assert list(count_words(lines, threads=3).items()) == list(one.items())
+
+
+@needs_engine
+@pytest.mark.parametrize("pattern", ["gpt2", "cl100k", "o200k", "whitespace", "words"])
+def test_short_texts_are_counted_as_if_alone(pattern):
+    """The engine joins them where that changes nothing."""
+    draw = random.Random(4)
+    mode = "char" if pattern == "words" else "byte"
+    for _ in range(200):
+        parts = [" ", "\n", "\n\n", "a", "b1", "'s", "!", "é", "\u00a0", "\t", " x", ""]
+        lines = ["".join(draw.choices(parts, k=draw.randint(0, 5))) for _ in range(20)]
+        fast, slow = (
+            count_words(lines, mode=mode, pattern=pattern, backend=b) for b in ("cpu", "reference")
+        )
+        assert list(fast.items()) == list(slow.items())
+
+
+@pytest.mark.parametrize("mode", ["byte", "char"])
+def test_files_are_counted_as_texts(tmp_path, mode, backend):
+    text = corpus()[:60_000] + "\n\n  é漢\n"
+    path = tmp_path / "corpus.txt"
+    path.write_bytes(text.encode())
+    assert count_words(path, mode=mode, backend=backend) == count_words(
+        text, mode=mode, backend=backend
+    )
+
+
+def test_files_in_blocks(tmp_path, monkeypatch):
+    from lmfast.tokenizer import training
+
+    monkeypatch.setattr(training, "_BLOCK", 1000)
+    text = corpus()[:50_000] + "x" * 5000
+    path = tmp_path / "corpus.txt"
+    path.write_bytes(text.encode())
+    assert count_words(path) == count_words(text)
+
+
+def test_several_sizes_from_one_run(backend):
+    text = corpus()[:20_000]
+    small, large = BPETokenizer.train([text], [280, 320], backend=backend)
+    assert small.vocab_size == 280
+    assert large.vocab_size == 320
+    assert small == BPETokenizer.train([text], 280, backend=backend)
+
+
+def test_progress_and_interruption(backend):
+    seen = []
+    BPETokenizer.train(
+        [corpus()[:20_000]], 600, backend=backend, progress=lambda *done: seen.append(done)
+    )
+    assert seen[-1] == (344, 344)
+
+    def interrupt(done, wanted):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        BPETokenizer.train([corpus()[:20_000]], 600, backend=backend, progress=interrupt)
