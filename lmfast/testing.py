@@ -58,7 +58,7 @@ def unit_in_last_place(exact: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def assert_within_error_rule(value: Tensor, plain: Tensor, exact: Tensor, what: str = "") -> None:
-    """Asserts the error rule, element by element and for the whole tensor.
+    """Asserts the error rule, for the largest error and for the whole tensor.
 
     Args:
         value: the implementation's result.
@@ -85,8 +85,10 @@ def assert_within_error_rule(value: Tensor, plain: Tensor, exact: Tensor, what: 
         assert (value - exact).abs().max() <= FP64_TOLERANCE * scale, f"{what}: fp64 differs"
         return
     error, plain_error = (value - exact).abs(), (plain - exact).abs()
-    allowed = 1.5 * plain_error.max() + unit_in_last_place(exact, dtype)
-    assert (error <= allowed).all(), (
+    # Largest error against largest error, so the unit is that of the largest element: sums of
+    # larger terms round as those do.
+    allowed = 1.5 * plain_error.max() + unit_in_last_place(exact.abs().max(), dtype)
+    assert error.max() <= allowed, (
         f"{what}: error {error.max():.3e}, PyTorch's {plain_error.max():.3e}"
     )
     # Over the whole tensor a unit in the last place of a narrow dtype would hide a systematic

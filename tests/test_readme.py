@@ -15,7 +15,9 @@ import lmfast
 README = Path(__file__).resolve().parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 # Modules of optional dependencies, and those whose examples need a machine of their own.
-NOT_IMPORTED = ("lmfast.integrations", "lmfast.triton", "lmfast.__main__", "lmfast._bpe", "lmfast._c")
+NOT_IMPORTED = tuple(
+    f"lmfast.{name}" for name in ("integrations", "triton", "__main__", "_bpe", "_cpu", "_cuda")
+)
 MODULES = [
     name
     for _, name, _ in pkgutil.walk_packages(lmfast.__path__, "lmfast.")
