@@ -60,6 +60,9 @@ class Op:
         differentiable: the tensor arguments that get gradients.
         peer: PyTorch's own op in the same dtype, on normalised arguments: the measure of the
             error rule. None: the reference, which is at least as exact.
+        element_error: how many times the peer's largest error a single element may be off. The
+            norm over a tensor is held to 1.5 in any case; where many independent roundings meet,
+            the largest of few elements scatters more than that.
         order: device type -> backends, best first.
     """
 
@@ -70,6 +73,7 @@ class Op:
     sample_inputs: Callable[..., Any]
     differentiable: tuple[str, ...]
     peer: Callable[..., Any] | None = None
+    element_error: float = 1.5
     order: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(DEFAULT_ORDER))
     implementations: dict[str, Implementation] = field(default_factory=dict)
 

@@ -112,7 +112,7 @@ def test_values(op: str, index: int, dtype: torch.dtype, cpu_isa: str) -> None:
     plain = call_peer(op, named_arguments(op, sample))
     exact = call(op, sample.to_fp64(), "torch")
     for i, (f, p, e) in enumerate(zip(found, plain, exact, strict=True)):
-        assert_within_error_rule(f, p, e, f"{op} output {i}")
+        assert_within_error_rule(f, p, e, f"{op} output {i}", OPS[op].element_error)
 
 
 @EVERY_DTYPE
@@ -130,7 +130,7 @@ def test_gradients(op: str, index: int, dtype: torch.dtype, cpu_isa: str) -> Non
     given = [upstream(r.to(dtype)).double() for r in results]
     exact = torch.autograd.grad(results, leaves, given)
     for i, (f, p, e) in enumerate(zip(found, plain, exact, strict=True)):
-        assert_within_error_rule(f, p, e, f"{op} gradient {i}")
+        assert_within_error_rule(f, p, e, f"{op} gradient {i}", OPS[op].element_error)
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
