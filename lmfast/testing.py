@@ -58,7 +58,12 @@ def unit_in_last_place(exact: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def assert_within_error_rule(
-    value: Tensor, plain: Tensor, exact: Tensor, what: str = "", factor: float = 1.5
+    value: Tensor,
+    plain: Tensor,
+    exact: Tensor,
+    what: str = "",
+    largest: float = 1.5,
+    whole: float = 1.5,
 ) -> None:
     """Asserts the error rule, for the largest error and for the whole tensor.
 
@@ -67,7 +72,9 @@ def assert_within_error_rule(
         plain: PyTorch's own result in the same dtype.
         exact: the result in float64.
         what: said in the message.
-        factor: of PyTorch's error; more than 1.5 is an exception to the rule.
+        largest: times PyTorch's largest error that the largest error may be.
+        whole: times PyTorch's relative error that the whole tensor's may be. More than 1.5 in
+            either is an exception to the rule.
 
     Raises:
         AssertionError: another shape or dtype than ``plain``, other NaN or infinite elements, or
@@ -90,13 +97,13 @@ def assert_within_error_rule(
     error, plain_error = (value - exact).abs(), (plain - exact).abs()
     # Largest error against largest error, so the unit is that of the largest element: sums of
     # larger terms round as those do.
-    allowed = factor * plain_error.max() + unit_in_last_place(exact.abs().max(), dtype)
+    allowed = largest * plain_error.max() + unit_in_last_place(exact.abs().max(), dtype)
     assert error.max() <= allowed, (
         f"{what}: error {error.max():.3e}, PyTorch's {plain_error.max():.3e}"
     )
     # Over the whole tensor a unit in the last place of a narrow dtype would hide a systematic
     # loss; one of fp32, in which all of them accumulate, is what remains of it.
-    whole, plain_whole = relative_error(value, exact), relative_error(plain, exact)
-    assert whole <= factor * plain_whole + torch.finfo(torch.float32).eps, (
-        f"{what}: relative error {whole:.3e}, PyTorch's {plain_whole:.3e}"
+    relative, plain_relative = relative_error(value, exact), relative_error(plain, exact)
+    assert relative <= whole * plain_relative + torch.finfo(torch.float32).eps, (
+        f"{what}: relative error {relative:.3e}, PyTorch's {plain_relative:.3e}"
     )

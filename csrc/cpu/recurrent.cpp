@@ -20,8 +20,9 @@ using torch::stable::new_empty;
 using torch::stable::new_zeros;
 using torch::stable::parallel_for;
 
-constexpr int64_t kMaxBatchSplitWeights = 1 << 20;  // bytes: half of a common L2
-constexpr int64_t kMinSplitWork = 1 << 16;          // multiply-adds of a step worth a barrier
+// Bytes of weights that every core may hold: beside them the rows of a step must stay in L2.
+constexpr int64_t kMaxBatchSplitWeights = 1 << 19;
+constexpr int64_t kMinSplitWork = 1 << 16;  // multiply-adds of a step worth a barrier
 constexpr int64_t kUnitRows = 32;
 
 using Scratch = std::unique_ptr<void, decltype(&std::free)>;

@@ -146,11 +146,13 @@ class _Layer(torch.autograd.Function):
         x, h0, c0, w_ih, w_hh, b_ih, b_hh, sizes, y, gates, cells = ctx.saved_tensors
         inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
         how = (sizes, ctx.batch, ctx.cell, ctx.reverse)
+        if ctx.cell != "lstm":
+            dc_n = None  # torch.compile hands in zeros for a result that has no gradient
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * 12
         if recording_backward():
-            given = (dy, dh_n, dc_n if ctx.cell == "lstm" else None)
-            return *differentiate(lambda *t: reference_layer(*t, *how), inputs, given), *_NO_GRADS
+            grads = differentiate(lambda *t: reference_layer(*t, *how), inputs, (dy, dh_n, dc_n))
+            return *grads, *_NO_GRADS
         with torch.autocast("cpu", enabled=False):
             dgates, carry = _backward_op(
                 _contiguous(dy),
@@ -266,8 +268,6 @@ def unsupported_by_recurrent_kernels(
         return "no kernel for a reset gate before the product"
     if x.dtype == torch.float64:
         return "no kernel for torch.float64"
-    if lengths is not None and torch.compiler.is_compiling():
-        return "lengths per row have no fixed shape inside torch.compile"
     return unsupported_by_cpu_kernels(x, h0, c0, w_ih, w_hh, b_ih, b_hh)
 
 

@@ -1,6 +1,6 @@
 // Sigmoid and tanh of the gates.
 //
-// At H = 128 the gates of an LSTM cost a fifth of its products, so both avoid the division (16
+// The gates of an LSTM count beside its products when H is small, so both avoid the division (16
 // cycles for 16 floats on AVX-512): a 14-bit reciprocal and one Newton step is good to 1 ulp.
 #pragma once
 

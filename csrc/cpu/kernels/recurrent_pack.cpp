@@ -2,7 +2,7 @@
 //
 // Forward: panel, k, unit vector, gate, lane. All gates of a unit meet in one register tile, which
 // applies them before anything is stored. Backward: panel, k over the gates' gradients, lane.
-// Copied once per call and read once per step: 0.3 ms at H = 512 with 3 gates.
+// Copied once per call and read once per step.
 #include "recurrent_cells.h"
 #include "recurrent_tile.h"
 
