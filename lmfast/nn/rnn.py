@@ -52,17 +52,18 @@ class _FusedLayers(nn.RNNBase):
             return super().forward(input, hx)
         x, states, sizes, batch = prepared
         y, finals = self._layers(x, states, sizes, batch)
-        packed = isinstance(input, PackedSequence)
-        if packed:
+        result: Any
+        if isinstance(input, PackedSequence):
             finals = [_permuted(s, input.unsorted_indices) for s in finals]
-            y = PackedSequence(y, sizes, input.sorted_indices, input.unsorted_indices)
+            result = PackedSequence(y, sizes, input.sorted_indices, input.unsorted_indices)
         else:
             y = y.view(-1, batch, y.shape[1])
             if input.dim() == 2:
                 y, finals = y.squeeze(1), [s.squeeze(1) for s in finals]
             elif self.batch_first:
                 y = y.transpose(0, 1)
-        return y, (tuple(finals) if self.mode == "LSTM" else finals[0])
+            result = y
+        return result, (tuple(finals) if self.mode == "LSTM" else finals[0])
 
     def _prepare(
         self, input: Any, hx: Any
@@ -80,9 +81,10 @@ class _FusedLayers(nn.RNNBase):
         op, cell = _CELLS[self.mode]
         if not _runs_fused(op, cell, x, self._weights_of(0)):
             return None
-        sizes = input.batch_sizes if packed else None
+        sizes: Tensor | None = None
         unbatched = not packed and x.dim() == 2
-        if packed:
+        if isinstance(input, PackedSequence):
+            sizes = input.batch_sizes
             batch = int(sizes[0])
         elif unbatched:
             batch = 1
@@ -104,7 +106,7 @@ class _FusedLayers(nn.RNNBase):
             states = tuple(_permuted(s, input.sorted_indices) for s in states)
         return x, states, sizes, batch
 
-    def _weights_of(self, index: int) -> list[Tensor | None]:
+    def _weights_of(self, index: int) -> list[Any]:
         """(w_ih, w_hh, b_ih, b_hh) of one layer and direction."""
         each = 4 if self.bias else 2
         found: list[Any] = list(self._flat_weights[index * each : (index + 1) * each])
@@ -123,10 +125,12 @@ class _FusedLayers(nn.RNNBase):
             outputs = []
             for direction in range(directions):
                 index = layer * directions + direction
-                given = [None, None] if states is None else [s[index] for s in states]
-                h0, c0 = (*given, None)[:2]
-                weights = self._weights_of(index)
-                y, *final = cpu_layer(x, h0, c0, *weights, sizes, batch, cell, direction == 1)
+                given = [] if states is None else [s[index] for s in states]
+                h0, c0 = (*given, None, None)[:2]
+                w_ih, w_hh, b_ih, b_hh = self._weights_of(index)
+                y, *final = cpu_layer(
+                    x, h0, c0, w_ih, w_hh, b_ih, b_hh, sizes, batch, cell, direction == 1
+                )
                 outputs.append(y)
                 finals.append(tuple(final[: 2 if cell == "lstm" else 1]))
             x = outputs[0] if directions == 1 else torch.cat(outputs, 1)

@@ -6,6 +6,7 @@ is one matrix product over all steps by PyTorch; only the loop itself is a kerne
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -145,13 +146,19 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, *_: Any) -> tuple[Any, ...]:
         x, h0, c0, w_ih, w_hh, b_ih, b_hh, sizes, y, gates, cells = ctx.saved_tensors
         inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
-        how = (sizes, ctx.batch, ctx.cell, ctx.reverse)
         if ctx.cell != "lstm":
             dc_n = None  # torch.compile hands in zeros for a result that has no gradient
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * 12
         if recording_backward():
-            grads = differentiate(lambda *t: reference_layer(*t, *how), inputs, (dy, dh_n, dc_n))
+            layer = partial(
+                reference_layer,
+                batch_sizes=sizes,
+                batch=ctx.batch,
+                cell=ctx.cell,
+                reverse=ctx.reverse,
+            )
+            grads = differentiate(layer, inputs, (dy, dh_n, dc_n))
             return *grads, *_NO_GRADS
         with torch.autocast("cpu", enabled=False):
             dgates, carry = _backward_op(
@@ -169,6 +176,7 @@ class _Layer(torch.autograd.Function):
                 CELLS.index(ctx.cell),
                 ctx.reverse,
             )
+            how = (sizes, ctx.batch, ctx.cell, ctx.reverse)
             grads = _products_backward(ctx, inputs, how, y, dgates, carry, dh_n)
         return *grads, *_NO_GRADS
 
@@ -289,11 +297,11 @@ def cpu_layer(
         with torch.autocast("cpu", enabled=False):
             return cpu_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, batch_sizes, batch, cell, reverse)
     dtype = x.dtype
-    tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
+    tensors: tuple[Any, ...] = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
     if any(t is not None and t.dtype != torch.float32 for t in tensors):
         tensors = tuple(None if t is None else t.float() for t in tensors)
     keep = needs_grad(*tensors)
-    run = (lambda *args: apply(_Layer, *args)) if keep else _Layer.forward
+    run: Any = (lambda *args: apply(_Layer, *args)) if keep else _Layer.forward
     y, h_n, c_n, *_ = run(*tensors, batch_sizes, batch, cell, reverse, keep)
     if dtype == torch.float32:
         return y, h_n, c_n

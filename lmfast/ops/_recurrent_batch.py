@@ -71,7 +71,7 @@ def _masked_steps(
     x: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
-    weights: tuple[Tensor | None, ...],
+    weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
     lengths: Tensor,
     cell: str,
     reverse: bool,
@@ -193,7 +193,7 @@ def recurrent_samples(
         bias: bool = True, **options: Any,
     ) -> Sample:  # fmt: skip
         scale = hidden**-0.5
-        shapes = [(gates * hidden, width), (gates * hidden, hidden)]
+        shapes: list[tuple[int, ...]] = [(gates * hidden, width), (gates * hidden, hidden)]
         shapes += [(gates * hidden,)] * 2 if bias else []
         weights = tuple((normal(*s) * scale).to(dtype) for s in shapes)
         states = [normal(batch, hidden).to(dtype) for _ in range(2 if lstm else 1)]

@@ -83,8 +83,9 @@ def reference_layer(
         except for the LSTM.
     """
     wide = accumulation_dtype(x.dtype)
-    weights = [None if w is None else w.to(wide) for w in (w_ih, w_hh, b_ih, b_hh)]
-    w_ih, w_hh, b_ih, b_hh = weights
+    w_ih, w_hh = w_ih.to(wide), w_hh.to(wide)
+    b_ih = None if b_ih is None else b_ih.to(wide)
+    b_hh = None if b_hh is None else b_hh.to(wide)
     hidden = w_hh.shape[1]
     h = x.new_zeros(batch, hidden, dtype=wide) if h0 is None else h0.to(wide)
     c = x.new_zeros(batch, hidden, dtype=wide) if c0 is None else c0.to(wide)

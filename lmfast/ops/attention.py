@@ -140,8 +140,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        *args, backend = args
-        return implementation("attention", backend).forward(*args)
+        return implementation("attention", args[-1]).forward(*args[:-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -168,7 +167,7 @@ class _Attention(torch.autograd.Function):
             backward = implementation("attention", ctx.backend).backward
             assert backward is not None
             dq, dk, dv, dsinks = backward(dout, q, k, v, out, lse, *o)
-        grads = Options(None, None, None, None, None, None, None, dsinks, None, None)
+        grads = [dsinks if name == "sinks" else None for name in Options._fields]
         return dq, dk, dv, *grads, None
 
 
