@@ -71,7 +71,7 @@ _forward_op = define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_fake,
 )
-_backward_op = define(
+backward_op = define(
     "recurrent_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor y, Tensor gates, "
     "Tensor cells, Tensor w_hh, Tensor? h0, Tensor? c0, Tensor? batch_sizes, int batch, int cell, "
     "bool reverse) -> (Tensor, Tensor)",
@@ -161,7 +161,7 @@ class _Layer(torch.autograd.Function):
             grads = differentiate(layer, inputs, (dy, dh_n, dc_n))
             return *grads, *_NO_GRADS
         with torch.autocast("cpu", enabled=False):
-            dgates, carry = _backward_op(
+            dgates, carry = backward_op(
                 _contiguous(dy),
                 _contiguous(dh_n),
                 _contiguous(dc_n),

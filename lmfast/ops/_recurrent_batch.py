@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lmfast._dispatch import Op, register, register_op
 from lmfast.ops._library import check_same_device, check_tensor
-from lmfast.ops._recurrent import cpu_layer, unsupported_by_recurrent_kernels
+from lmfast.ops._recurrent import backward_op, cpu_layer, unsupported_by_recurrent_kernels
 from lmfast.ops._recurrent_reference import GATES, reference_layer
 from lmfast.testing import Sample
 
@@ -175,7 +175,8 @@ def register_recurrent_op(
             differentiable=("x", "state", "weights"),
         )
     )
-    register(name, "cpu", ("cpu",), cpu_forward, None, unsupported_by_recurrent_kernels)
+    # The forward differentiates itself: its backward needs what the layers saved.
+    register(name, "cpu", ("cpu",), cpu_forward, backward_op, unsupported_by_recurrent_kernels)
     return op
 
 
