@@ -231,7 +231,8 @@ def test_half_precision_is_close_to_fp64(golden_model, dtype):
     expected = golden_model(IDS)
     logits = golden_model.to(dtype)(IDS)
     assert logits.dtype == dtype
-    torch.testing.assert_close(logits.double(), expected, atol=2e-2, rtol=0)
+    # Two blocks of roundings to 8 bits, on logits up to 0.9: one operator alone stays below 2e-2.
+    torch.testing.assert_close(logits.double(), expected, atol=3e-2, rtol=0)
 
 
 def test_autocast_trains_and_generates_close_to_fp32():
