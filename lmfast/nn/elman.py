@@ -48,6 +48,9 @@ class ElmanUnit(nn.Module):
 
     def scan(self, x: Tensor, h: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run over all steps of x (B, T, E) from state h (B, E); see `lmfast.ops.elman_rnn`."""
+        if x.shape[1] == 1 and lengths is None:  # the op packs Uh first: 80 us against 32 here
+            h = self(x[:, 0], h)
+            return h[:, None], h
         weights = (self.Wh.t(), self.Uh.t(), self.b, torch.zeros_like(self.b))
         return ops.elman_rnn(x, h, weights, lengths=lengths)
 
