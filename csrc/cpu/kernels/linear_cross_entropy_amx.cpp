@@ -12,6 +12,7 @@
 #include "linear_cross_entropy_amx.h"
 
 #include "linear_cross_entropy_amx_pack.h"
+#include "linear_cross_entropy_amx_single.h"
 #include "linear_cross_entropy_token.h"
 
 namespace lmfast::LMFAST_ISA {
@@ -19,8 +20,6 @@ namespace lmfast::LMFAST_ISA {
 #if defined(LMFAST_AMX)
 
 namespace {
-
-LMFAST_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // A worker's scratch.
 struct Desk {
@@ -96,9 +95,15 @@ void stream_classes(const LceAmxArgs& a, const Desk& desk, int64_t first_slot, i
         holes.lane[holes.count++] = static_cast<int32_t>(lane);
       }
       const Group group = desk.group(first_slot + i);
-      chunk_probs<kParts, kMode>(a, chunk, group, holes, desk.logits, desk.probs);
-      if (kMode == Mode::kSum && a.want_product) {
-        chunk_product<kParts>(a, chunk, desk.probs, group.acc, v > 0);
+      if constexpr (kParts == 1 && kMode == Mode::kSum) {
+        const bool rows_add = a.p.bias != nullptr || chunk.count > classes;
+        single_probs_of_tokens(a, chunk, group, holes, rows_add, desk.logits, desk.probs);
+        if (a.want_product) single_product(a, chunk, desk.probs, group.acc, v > 0);
+      } else {
+        chunk_probs<kParts, kMode>(a, chunk, group, holes, desk.logits, desk.probs);
+        if (kMode == Mode::kSum && a.want_product) {
+          chunk_product<kParts>(a, chunk, desk.probs, group.acc, v > 0);
+        }
       }
     }
   }
@@ -217,7 +222,7 @@ void pack_class_group(const LceAmxArgs& a, const Desk& desk, int64_t i, int64_t 
   for (int64_t lane = 0; lane < kLceLanes; ++lane) {
     const int64_t v = group * kLceLanes + lane;
     const float bias = a.p.bias != nullptr && v < a.p.classes ? a.p.bias[v] : 0.0f;
-    desk.add(i)[lane] = bias * exponent_unit<kParts>();
+    desk.add(i)[lane] = bias * class_unit<kParts>();
   }
 }
 
@@ -314,8 +319,14 @@ void classes_of_worker(const LceAmxArgs& a, int64_t worker) {
               static_cast<int32_t>(a.p.target[a.by_group[t]] - (g + i) * kLceLanes);
         }
         const Group group = desk.group(i);
-        chunk_probs<kParts, Mode::kPlain>(a, chunk, group, holes, desk.logits, desk.probs);
-        chunk_product<kParts>(a, chunk, desk.probs, group.acc, n > 0);
+        if constexpr (kParts == 1) {
+          const bool lanes_add = a.p.bias != nullptr;
+          single_probs_of_classes(a, chunk, group, holes, lanes_add, desk.logits, desk.probs);
+          single_product(a, chunk, desk.probs, group.acc, n > 0);
+        } else {
+          chunk_probs<kParts, Mode::kPlain>(a, chunk, group, holes, desk.logits, desk.probs);
+          chunk_product<kParts>(a, chunk, desk.probs, group.acc, n > 0);
+        }
       }
     }
     for (int64_t i = 0; i < count; ++i) finish_class_group(a, g + i, desk.group(i).acc);

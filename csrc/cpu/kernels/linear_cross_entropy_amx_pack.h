@@ -164,7 +164,8 @@ void pack_tokens(const LceAmxArgs& a, int64_t first, int64_t count, float* scrat
   }
   float* add = reinterpret_cast<float*>(to + at.add);
   for (int64_t r = 0; r < padded; ++r) {
-    add[r] = r < count ? -a.center[first + r] * exponent_unit<kParts>() : kGone;
+    add[r] =
+        r < count ? class_offset<kParts>() - a.center[first + r] * class_unit<kParts>() : kGone;
   }
 }
 
