@@ -1,0 +1,108 @@
+"""Attention of new queries on a preallocated cache of keys and values, for generation."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lmfast._dispatch import Op, register_op, select
+from lmfast.ops._cached_attention_arguments import check
+from lmfast.ops._cached_attention_reference import peer, reference
+from lmfast.ops._cached_attention_samples import samples
+
+
+def cached_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    *,
+    table: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attends the newest T tokens of every row to all keys that the row has in a cache.
+
+    ``out = softmax(scale q k^T + alibi) v``. Query i of row b stands at position
+    p = lengths[b] - T + i and sees the keys j <= p, with a window those after p - window. A query
+    that sees no key gives zeros. Time grows with the lengths, not with the capacity, and nothing at
+    or behind a row's length is read. Sums are kept in fp32. For inference: there is no gradient.
+
+    Args:
+        q: (B, H, T, D), float32, bfloat16, float16 or float64; any strides.
+        keys, values: (R, Hkv, C, D), the storage, of one dtype: float32, bfloat16, float16 (q's
+            dtype or not), float64, or int8 with scales; H a multiple of Hkv, head h reads head
+            h // (H / Hkv). Without a table R = B. Read in place.
+        lengths: integers of shape () or (B,): keys valid per row, the T new ones included.
+        table: (B, ceil(C / 64)) int32: the keys of row b at positions [64 j, 64 j + 64) lie in
+            storage row table[b, j], at the same positions there. So rows that begin alike (beams,
+            a common prompt) share storage. Entries behind a row's length are not read. Default:
+            storage row b.
+        key_scales, value_scales: (R, Hkv, C) float32, for int8 storage: a key is its numbers times
+            its scale.
+        window: sliding window, in keys: a query sees itself and the window - 1 before it.
+        softcap: scores become ``softcap * tanh(score / softcap)``.
+        sinks: (H,) logits of one more key per head, which has no value.
+        alibi: (H,) slopes: ``slope * (j - p)`` is added to the scores.
+        scale: of the products; default 1 / sqrt(D).
+        backend: overrides the choice of implementation, see ``lmfast.use_backend``.
+
+    Returns:
+        (B, H, T, D) in q's dtype, with q's order of dimensions in memory.
+
+    Raises:
+        TypeError: an argument of another kind or dtype.
+        ValueError: shapes that do not fit, scales without int8 or int8 without scales, a window or
+            softcap that is not positive, a tensor that requires a gradient.
+        RuntimeError: a length beyond the capacity, or a table entry that is no storage row.
+        BackendError: the backend asked for cannot run this call.
+
+    Backends:
+        torch.
+
+    Source:
+        Dao et al. 2022, arXiv:2205.14135 (online softmax); keys split over threads: Dao et al.
+        2023, "Flash-Decoding for long-context inference".
+
+    Example:
+        >>> import lmfast, torch
+        >>> keys, values = torch.randn(2, 1, 2, 100, 16).unbind(0)  # room for 100 keys
+        >>> q = torch.randn(1, 4, 1, 16)
+        >>> out = lmfast.ops.cached_attention(q, keys, values, torch.tensor([30]))
+        >>> dense = lmfast.ops.attention(q, keys[:, :, :30], values[:, :, :30])
+        >>> torch.allclose(out, dense, atol=1e-6)
+        True
+    """
+    args = check(
+        q,
+        keys,
+        values,
+        lengths,
+        table=table,
+        key_scales=key_scales,
+        value_scales=value_scales,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        alibi=alibi,
+        scale=scale,
+    )
+    return select(OP, args, backend).forward(*args)
+
+
+OP = register_op(
+    Op(
+        name="cached_attention",
+        public=cached_attention,
+        reference=reference,
+        check=check,
+        sample_inputs=samples,
+        differentiable=(),
+        peer=peer,
+    )
+)
