@@ -18,7 +18,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     def integers(*values: int) -> Tensor:
-        return torch.tensor(values, device=device)
+        return torch.tensor(values, dtype=torch.int64, device=device)
 
     def inputs(
         b: int, h: int, hkv: int, t: int, c: int, d: int, *lengths: int
