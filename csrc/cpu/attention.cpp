@@ -1,6 +1,8 @@
 // lmfast::attention and lmfast::cached_attention on the CPU: checks, registration.
 #include "kernels/attention.h"
 
+#include <algorithm>
+#include <cmath>
 #include <tuple>
 
 #include "attention_binding.h"
@@ -33,18 +35,21 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
 Tensor cached_attention(const Tensor& q, const Tensor& keys, const Tensor& values,
                         const Tensor& lengths, const std::optional<Tensor>& table,
                         const std::optional<Tensor>& key_scales,
-                        const std::optional<Tensor>& value_scales, int64_t window, double softcap,
-                        const std::optional<Tensor>& sinks, const std::optional<Tensor>& alibi,
-                        double scale) {
+                        const std::optional<Tensor>& value_scales, std::optional<int64_t> window,
+                        std::optional<double> softcap, const std::optional<Tensor>& sinks,
+                        const std::optional<Tensor>& alibi, std::optional<double> scale) {
+  LMFAST_CHECK(q.dim() == 4, "q must have 4 dimensions, got ", q.dim());
+  LMFAST_CHECK(window.value_or(1) > 0 && softcap.value_or(1) > 0,
+               "window and softcap must be positive");
   const AttentionCache cache{table, key_scales, value_scales};
   AttentionOptions options{};
   options.causal = true;
   options.lengths = lengths;
-  options.window = window;
-  options.softcap = softcap;
+  options.window = window.value_or(0);
+  options.softcap = softcap.value_or(0);
   options.sinks = sinks;
   options.alibi = alibi;
-  options.scale = scale;
+  options.scale = scale.value_or(1.0 / std::sqrt(std::max<double>(1.0, q.size(3))));
   AttentionCall call(q, keys, values, options, &cache);
   Tensor out = empty_like(q);
   call.args.out = attention_tensor(out, "out");

@@ -89,6 +89,7 @@ void AttentionCall::set_shapes(const Tensor& q, const Tensor& k, const Tensor& v
   a.keys = k.size(2);
   LMFAST_CHECK((table || k.size(0) == a.batch) && k.size(3) == a.head_dim,
                "k and v must have q's batch and head size");
+  LMFAST_CHECK(a.head_dim <= 256, "the kernels take head sizes to 256, got ", a.head_dim);
   LMFAST_CHECK(a.kv_heads > 0 && a.heads % a.kv_heads == 0, "q has ", a.heads,
                " heads, which is no multiple of the ", a.kv_heads, " of k and v");
 }
@@ -109,15 +110,15 @@ void AttentionCall::set_storage(const Tensor& k, const AttentionCache* cache) {
   }
   if (!cache->table.has_value()) return;
   const Tensor& table = *cache->table;
-  LMFAST_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Int && table.dim() == 2 &&
-                   table.is_contiguous() && table.size(0) == args.batch,
-               "table must be a contiguous int32 CPU tensor with a row per batch row");
+  LMFAST_CHECK(
+      table.is_cpu() && table.scalar_type() == ScalarType::Int && table.dim() == 2 &&
+          table.is_contiguous() && table.size(0) == args.batch &&
+          table.size(1) * kAttentionTableBlock == round_up(args.keys, kAttentionTableBlock),
+      "table must be a contiguous int32 CPU tensor (B, ceil(C / ", kAttentionTableBlock, "))");
   s.table = static_cast<const int32_t*>(table.const_data_ptr());
   s.table_row = table.size(1);
   for (int64_t b = 0; b < args.batch; ++b) {
     const int64_t blocks = (lengths_[b] + kAttentionTableBlock - 1) / kAttentionTableBlock;
-    LMFAST_CHECK(blocks <= s.table_row, "table has ", s.table_row, " entries for the ", lengths_[b],
-                 " keys of row ", b);
     for (int64_t j = 0; j < blocks; ++j) {
       const int32_t row = s.table[b * s.table_row + j];
       LMFAST_CHECK(row >= 0 && row < k.size(0), "table[", b, ", ", j, "] must be one of the ",

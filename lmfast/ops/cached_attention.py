@@ -7,11 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfast._dispatch import Op, register, register_op, select
+from lmfast import _extension
+from lmfast._dispatch import Op, nothing_asked, register, register_op, select
 from lmfast.ops._cached_attention_arguments import check
 from lmfast.ops._cached_attention_reference import CacheOptions, peer, reference
 from lmfast.ops._cached_attention_samples import samples
-from lmfast.ops._library import define, unsupported_by_cpu_kernels, with_unit_last_stride
+from lmfast.ops._library import (
+    define,
+    needs_grad,
+    unsupported_by_cpu_kernels,
+    with_unit_last_stride,
+)
 
 
 def cached_attention(
@@ -82,6 +88,28 @@ def cached_attention(
         >>> torch.allclose(out, dense, atol=1e-6)
         True
     """
+    at_once = _extension.cpu.loaded and nothing_asked(backend) and not isinstance(window, bool)
+    if at_once and not torch.compiler.is_compiling():
+        # One token's attention takes some 10 us, and so do the checks below. The operator has its
+        # own, for memory's sake: only what it refuses is looked at closely, to say what is wrong.
+        try:
+            if not needs_grad(q, keys, values, key_scales, value_scales, sinks, alibi):
+                return _operator(
+                    q,
+                    keys,
+                    values,
+                    lengths,
+                    table,
+                    key_scales,
+                    value_scales,
+                    window,
+                    softcap,
+                    sinks,
+                    alibi,
+                    scale,
+                )
+        except (RuntimeError, TypeError, AttributeError):
+            pass
     args = check(
         q,
         keys,
@@ -105,8 +133,8 @@ def _fake(q: Tensor, *rest: Any) -> Tensor:
 
 _operator = define(
     "cached_attention(Tensor q, Tensor keys, Tensor values, Tensor lengths, Tensor? table, "
-    "Tensor? key_scales, Tensor? value_scales, int window, float softcap, Tensor? sinks, "
-    "Tensor? alibi, float scale) -> Tensor",
+    "Tensor? key_scales, Tensor? value_scales, int? window, float? softcap, Tensor? sinks, "
+    "Tensor? alibi, float? scale) -> Tensor",
     _fake,
 )
 
@@ -134,8 +162,8 @@ def _cpu_forward(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *opti
         None if o.table is None else o.table.contiguous(),
         None if o.key_scales is None else with_unit_last_stride(o.key_scales),
         None if o.value_scales is None else with_unit_last_stride(o.value_scales),
-        o.window,
-        o.softcap,
+        o.window or None,
+        o.softcap or None,
         None if o.sinks is None else o.sinks.float().contiguous(),
         None if o.alibi is None else o.alibi.float().contiguous(),
         o.scale,

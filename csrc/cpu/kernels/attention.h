@@ -90,7 +90,7 @@ struct AttentionReduceArgs {
 constexpr int64_t kAttentionLanes = 64;  // query rows (forward) or keys (backward) of a block
 constexpr int64_t kAttentionChunk = 64;  // rows of scores kept at a time
 
-constexpr int64_t kAttentionDecodeRows = 8;  // query rows that decoding takes at once
+constexpr int64_t kAttentionDecodeRows = 12;  // most query rows that decoding takes
 
 // Upper bounds on what a unit takes from its scratch.
 static inline int64_t attention_fwd_scratch_bytes(const AttentionArgs& a) {
