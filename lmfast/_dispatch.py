@@ -160,6 +160,11 @@ def use_backend(request: str) -> Iterator[None]:
         _requested = before
 
 
+def nothing_asked(backend: str | None) -> bool:
+    """Whether neither a call nor its surroundings ask for a backend."""
+    return backend is None and not _requested
+
+
 def _reason_against(candidate: Implementation, device: str, args: tuple[Any, ...]) -> str | None:
     if candidate.devices and device not in candidate.devices:
         return f"runs on {' and '.join(candidate.devices)} tensors, not {device}"

@@ -113,8 +113,20 @@ def substituted(
 
 def gradients(op: str, sample: Sample, backend: str) -> list[Tensor]:
     arguments, leaves = with_gradients(op, sample)
-    results = outputs(OPS[op].public(**arguments, backend=backend))
+    return gradients_of(outputs(OPS[op].public(**arguments, backend=backend)), leaves)
+
+
+def gradients_of(results: tuple[Tensor, ...], leaves: list[Tensor]) -> list[Tensor]:
+    """Gradients of all leaves; none for an op that is for inference only."""
+    if not leaves:
+        return []
     return list(torch.autograd.grad(results, leaves, [upstream(r) for r in results]))
+
+
+def differentiable(op: str) -> None:
+    """Skips ops that are for inference only."""
+    if not OPS[op].differentiable:
+        pytest.skip(f"{op} has no gradient")
 
 
 def upstream(result: Tensor) -> Tensor:
@@ -138,6 +150,7 @@ def test_values(op: str, index: int, dtype: torch.dtype, cpu_isa: str) -> None:
 @EVERY_DTYPE
 @EVERY_SAMPLE
 def test_gradients(op: str, index: int, dtype: torch.dtype, cpu_isa: str) -> None:
+    differentiable(op)
     sample = samples(op, dtype)[index]
     with_kernel(op, sample)
     found = gradients(op, sample, "cpu")
@@ -156,6 +169,7 @@ def test_gradients(op: str, index: int, dtype: torch.dtype, cpu_isa: str) -> Non
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @EVERY_SAMPLE
 def test_gradcheck_twice(op: str, index: int, backend: str) -> None:
+    differentiable(op)
     sample = samples(op, torch.float64)[index]
     if backend == "cpu":
         with_kernel(op, sample)
@@ -206,14 +220,14 @@ def test_compiles_in_one_graph(op: str, needs_cpu_kernels: None) -> None:
         torch._dynamo.reset()
         arguments, leaves = with_gradients(op, sample)
         results = outputs(OPS[op].public(**arguments))
-        expected = [*results, *torch.autograd.grad(results, leaves, [upstream(r) for r in results])]
+        expected = [*results, *gradients_of(results, leaves)]
 
         function: Callable[..., Any] = torch.compile(
             OPS[op].public, fullgraph=True, backend="aot_eager"
         )
         arguments, leaves = with_gradients(op, sample)
         results = outputs(function(**arguments))
-        found = [*results, *torch.autograd.grad(results, leaves, [upstream(r) for r in results])]
+        found = [*results, *gradients_of(results, leaves)]
         for f, e in zip(found, expected, strict=True):
             torch.testing.assert_close(f, e)
 
@@ -226,7 +240,8 @@ def test_inputs_and_incoming_gradients_stay(op: str) -> None:
         results = outputs(OPS[op].public(**arguments))
         given = [upstream(r) for r in results]
         kept = [g.clone() for g in given]
-        torch.autograd.grad(results, leaves, given)
+        if leaves:
+            torch.autograd.grad(results, leaves, given)
         for name, values in before.items():
             for now, value in zip(outputs(arguments[name]), outputs(values), strict=True):
                 if isinstance(value, Tensor):
@@ -254,6 +269,7 @@ def test_same_result_for_any_number_of_threads(op: str, needs_cpu_kernels: None)
 
 @EVERY_OP
 def test_expanded_incoming_gradient(op: str) -> None:
+    differentiable(op)
     sample = samples(op, torch.float32)[0]
     found, expected = [], []
     for backend, into in ((None, found), ("torch", expected)):
@@ -266,6 +282,7 @@ def test_expanded_incoming_gradient(op: str) -> None:
 
 @EVERY_OP
 def test_functional_transform(op: str) -> None:
+    differentiable(op)
     arguments, leaves = with_gradients(op, samples(op, torch.float32)[0])
 
     def loss(*tensors: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import lmfast.ops._gpu
 import lmfast.triton  # noqa: F401  (like _gpu, registers implementations)
 from lmfast.ops.add_rms_norm import add_rms_norm
 from lmfast.ops.attention import attention
+from lmfast.ops.cached_attention import cached_attention
 from lmfast.ops.cross_entropy import cross_entropy
 from lmfast.ops.elman_rnn import elman_rnn
 from lmfast.ops.gru import gru
@@ -21,6 +22,7 @@ from lmfast.ops.selected_log_probs import selected_log_probs
 __all__ = [
     "add_rms_norm",
     "attention",
+    "cached_attention",
     "cross_entropy",
     "elman_rnn",
     "gru",
