@@ -16,6 +16,7 @@ from lmfast.ops.linear_cross_entropy import linear_cross_entropy
 from lmfast.ops.lstm import lstm
 from lmfast.ops.rms_norm import rms_norm
 from lmfast.ops.rope import rope
+from lmfast.ops.rope_append import rope_append
 from lmfast.ops.rope_tables import rope_tables
 from lmfast.ops.selected_log_probs import selected_log_probs
 
@@ -30,6 +31,7 @@ __all__ = [
     "lstm",
     "rms_norm",
     "rope",
+    "rope_append",
     "rope_tables",
     "selected_log_probs",
 ]
