@@ -10,6 +10,7 @@ from lmfast.ops.add_rms_norm import add_rms_norm
 from lmfast.ops.attention import attention
 from lmfast.ops.cross_entropy import cross_entropy
 from lmfast.ops.elman_rnn import elman_rnn
+from lmfast.ops.geglu import geglu
 from lmfast.ops.gru import gru
 from lmfast.ops.linear_cross_entropy import linear_cross_entropy
 from lmfast.ops.lstm import lstm
@@ -17,12 +18,14 @@ from lmfast.ops.rms_norm import rms_norm
 from lmfast.ops.rope import rope
 from lmfast.ops.rope_tables import rope_tables
 from lmfast.ops.selected_log_probs import selected_log_probs
+from lmfast.ops.swiglu import swiglu
 
 __all__ = [
     "add_rms_norm",
     "attention",
     "cross_entropy",
     "elman_rnn",
+    "geglu",
     "gru",
     "linear_cross_entropy",
     "lstm",
@@ -30,4 +33,5 @@ __all__ = [
     "rope",
     "rope_tables",
     "selected_log_probs",
+    "swiglu",
 ]
