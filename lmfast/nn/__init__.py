@@ -3,7 +3,7 @@
 from lmfast.nn.attention import MultiHeadAttention
 from lmfast.nn.block import DecoderBlock
 from lmfast.nn.elman import ElmanRNN, ElmanUnit
-from lmfast.nn.mlp import MLP
+from lmfast.nn.mlp import MLP, GeGLU, SwiGLU
 from lmfast.nn.norm import RMSNorm
 from lmfast.nn.rnn import GRU, LSTM, RNN
 from lmfast.nn.rotary import RotaryEmbedding
@@ -16,7 +16,9 @@ __all__ = [
     "DecoderBlock",
     "ElmanRNN",
     "ElmanUnit",
+    "GeGLU",
     "MultiHeadAttention",
     "RMSNorm",
     "RotaryEmbedding",
+    "SwiGLU",
 ]
