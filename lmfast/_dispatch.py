@@ -162,9 +162,9 @@ def use_backend(request: str) -> Iterator[None]:
         _requested = before
 
 
-def nothing_asked(backend: str | None) -> bool:
-    """Whether neither a call nor its surroundings ask for a backend."""
-    return backend is None and not _requested
+def is_requested(op: str) -> bool:
+    """Whether ``use_backend`` or LMFAST_BACKEND name a backend for ``op``."""
+    return bool(_requested) and (op in _requested or _ALL_OPS in _requested)
 
 
 def _reason_against(candidate: Implementation, device: str, args: tuple[Any, ...]) -> str | None:
