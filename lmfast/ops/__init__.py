@@ -7,6 +7,7 @@ says which implementation a call would use.
 import lmfast.ops._gpu
 import lmfast.triton  # noqa: F401  (like _gpu, registers implementations)
 from lmfast.ops.add_rms_norm import add_rms_norm
+from lmfast.ops.additive_attention import additive_attention
 from lmfast.ops.attention import attention
 from lmfast.ops.cross_entropy import cross_entropy
 from lmfast.ops.elman_rnn import elman_rnn
@@ -20,6 +21,7 @@ from lmfast.ops.selected_log_probs import selected_log_probs
 
 __all__ = [
     "add_rms_norm",
+    "additive_attention",
     "attention",
     "cross_entropy",
     "elman_rnn",
