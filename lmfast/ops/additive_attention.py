@@ -248,7 +248,9 @@ class _AdditiveAttention(torch.autograd.Function):
             return (None,) * 6
         if recording_backward():
             grads = differentiate(
-                lambda *t: _attend(*t, mask), (q, keys, values, v), (dcontext, dweights)
+                lambda *t: _attend(t[0], t[1], t[2], t[3], mask),
+                (q, keys, values, v),
+                (dcontext, dweights),
             )
             return *grads, None, None
         backward = implementation("additive_attention", ctx.backend).backward
