@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmfast import ops
@@ -145,8 +144,8 @@ class LuongAttention(nn.Module):
             nn.init.xavier_uniform_(weight)
 
     def project(self, source: Tensor) -> Tensor:
-        """Return the keys (B, S, Q) of a source (B, S, D)."""
-        return source if self.weight is None else F.linear(source, self.weight)
+        """Return the keys of a source: itself, since W is applied to the queries."""
+        return source
 
     def forward(
         self,
@@ -157,20 +156,22 @@ class LuongAttention(nn.Module):
         keys: Tensor | None = None,
         need_weights: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        keys = self.project(source) if keys is None else keys
-        if query.dim() not in (2, 3) or query.shape[-1] != keys.shape[-1]:
+        keys = source if keys is None else keys
+        width = source.shape[-1] if self.weight is None else self.weight.shape[0]
+        if query.dim() not in (2, 3) or query.shape[-1] != width:
             raise ValueError(
-                f"query must be (B, {keys.shape[-1]}) or (B, T, {keys.shape[-1]}), "
-                f"got {tuple(query.shape)}"
+                f"query must be (B, {width}) or (B, T, {width}), got {tuple(query.shape)}"
             )
-        q = query if query.dim() == 3 else query[:, None]
         if mask is not None and mask.shape != source.shape[:2]:
             raise ValueError(f"mask must be {tuple(source.shape[:2])}, got {tuple(mask.shape)}")
+        q = query if query.dim() == 3 else query[:, None]
+        if self.weight is not None:
+            q = q @ self.weight  # [B, T, D]
         if need_weights:
             context, weights = self._with_weights(q, source, keys, mask)
         else:
             visible = None if mask is None else mask[:, None, None]
-            heads = (t[:, None].to(keys.dtype) for t in (q, keys, source))
+            heads = (t[:, None].to(source.dtype) for t in (q, keys, source))
             context = ops.attention(*heads, causal=False, mask=visible, scale=self.scale)[:, 0]
             weights = None
         if query.dim() == 3:
