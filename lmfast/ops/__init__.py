@@ -7,6 +7,7 @@ says which implementation a call would use.
 import lmfast.ops._gpu
 import lmfast.triton  # noqa: F401  (like _gpu, registers implementations)
 from lmfast.ops.add_rms_norm import add_rms_norm
+from lmfast.ops.additive_attention import additive_attention
 from lmfast.ops.attention import attention
 from lmfast.ops.cached_attention import cached_attention
 from lmfast.ops.cross_entropy import cross_entropy
@@ -24,6 +25,7 @@ from lmfast.ops.swiglu import swiglu
 
 __all__ = [
     "add_rms_norm",
+    "additive_attention",
     "attention",
     "cached_attention",
     "cross_entropy",
