@@ -9,6 +9,7 @@ finds whole ones only.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -81,7 +82,12 @@ def save_checkpoint(
     tensors: Mapping[str, Tensor],
     content: Mapping[str, Any],
 ) -> None:
-    """Write a model and its training state as one directory that appears only when complete."""
+    """Write a model and its training state as one directory that appears only when complete.
+
+    Raises:
+        OSError: it cannot be written, for instance because the disk is full; what was at
+            `directory` before is still there.
+    """
     directory = Path(directory)
     partial = directory.with_name(f".{directory.name}.partial")
     replaced = directory.with_name(f".{directory.name}.replaced")
@@ -116,6 +122,20 @@ def load_checkpoint(
 def checkpoint_path(run: str | Path, step: int) -> Path:
     """Return the directory of the checkpoint of one step."""
     return Path(run) / "checkpoints" / f"step-{step:08d}"
+
+
+def recover_checkpoints(run: str | Path) -> None:
+    """Clear away what a process that was killed while saving left behind.
+
+    One killed between the two renames that replace a checkpoint by another of the same step left
+    the old one under a hidden name; it gets its own back.
+    """
+    for hidden in Path(run, "checkpoints").glob(".step-*"):
+        path = hidden.with_name(hidden.stem[1:])
+        if hidden.suffix == ".replaced" and not path.exists():
+            os.rename(hidden, path)
+        else:
+            shutil.rmtree(hidden)
 
 
 def list_checkpoints(run: str | Path) -> list[Path]:
@@ -210,14 +230,12 @@ def _crc32(path: Path) -> int:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file or directory is on the disk, where the system can tell."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
+    """Wait until a file or directory is on the disk; that it does not fit may show only here."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError:
-        pass
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot tell
+            raise
     finally:
         os.close(descriptor)
