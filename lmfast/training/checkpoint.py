@@ -105,6 +105,36 @@ def save_checkpoint(
     _sync(directory.parent)
 
 
+def add_checkpoint(
+    run: str | Path,
+    step: int,
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    content: Mapping[str, Any],
+    *,
+    keep: int,
+    spare: int | None,
+) -> None:
+    """Write the checkpoint of a step, then delete all but the last `keep` and that of `spare`.
+
+    Raises:
+        OSError: it cannot be written; names the last one that could be.
+    """
+    path = checkpoint_path(run, step)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(path, model, tensors, content)
+    except OSError as error:
+        existing = list_checkpoints(run)
+        last = f"the last one is {existing[-1]}" if existing else "there is no earlier one"
+        raise OSError(
+            f"the checkpoint of step {step} could not be written: {error}; {last}"
+        ) from error
+    for old in list_checkpoints(run)[:-keep]:
+        if spare is None or old != checkpoint_path(run, spare):
+            shutil.rmtree(old)
+
+
 def load_checkpoint(
     directory: str | Path,
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Tensor], dict[str, Any]]:
@@ -216,7 +246,9 @@ def _read_pair(
     if _crc32(path) != content.get("crc32"):
         raise CheckpointError(f"{path} is damaged: its checksum is not the one in {json_path.name}")
     try:
-        return load_file(path), content
+        # Copies: the tensors are views of the mapped file, which an optimiser would keep mapped
+        # after it is deleted, and whose truncation would crash the process.
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}, content
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
 

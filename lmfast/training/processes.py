@@ -100,38 +100,39 @@ class Processes:
 
 
 @contextmanager
-def process_group(device: str) -> Iterator[torch.device]:
-    """Join the processes that torchrun started, and give this process's device.
+def process_group(device: str) -> Iterator[str]:
+    """Join the processes that torchrun started, and give the name of this process's device.
 
     Outside torchrun there is nothing to join. CPUs talk by gloo, GPUs by NCCL.
 
     Args:
-        device: "cpu", "cuda" or "auto"; on GPUs each process takes the one of its local rank.
+        device: a device, or "auto" for a GPU where there is one; "cuda" means for each process
+            the GPU of its local rank.
+
+    Raises:
+        ValueError: the processes cannot have such devices.
 
     Example:
         >>> with process_group("cpu") as device:
         ...     print(device)
         cpu
     """
-    kind = device
     if device == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield torch.device(kind)
+        yield device
         return
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if kind == "cuda":
-        if local >= torch.cuda.device_count():
-            raise ValueError(
-                f"process {local} of this machine has no GPU: there are "
-                f"{torch.cuda.device_count()}; start fewer, or use --device cpu"
-            )
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"the device of several processes must be cpu or cuda, got {device}")
+    if device == "cuda":
+        local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= count:
+            raise ValueError(f"process {local} of this machine has no GPU: there are {count}")
         torch.cuda.set_device(local)
-        kind = f"cuda:{local}"
-    chosen = torch.device(kind)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        device = f"cuda:{local}"
+    dist.init_process_group("gloo" if device == "cpu" else "nccl")
     try:
-        yield chosen
+        yield device
         # One that leaves early makes the others abort: half of the runs did without this.
         dist.barrier()
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,12 +15,13 @@ from lmfast.training import settings
 from lmfast.training.batches import Batches
 from lmfast.training.checkpoint import (
     CheckpointError,
+    add_checkpoint,
     checkpoint_path,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
     recover_checkpoints,
-    save_checkpoint,
+    save_model,
 )
 from lmfast.training.interrupt import StopRequest
 from lmfast.training.logs import Log
@@ -243,9 +243,7 @@ class Trainer:
         """
         if self.output_dir is None:
             raise ValueError("saving needs an output_dir")
-        model = self.model
-        if self._empty_copy is not None:
-            model = fill_copy(self._empty_copy, self.model, self._processes)
+        model = self._whole_model()
         tensors, optimizer = optimizer_parts(self.optimizer)
         states, random = random_parts(self._processes)
         tensors |= states | whole_carried(self._stepper.carried, self._processes)
@@ -255,9 +253,17 @@ class Trainer:
             "random": random,
             "optimizer": optimizer,
         }
-        path = checkpoint_path(self.output_dir, self.report.step)
-        self._processes.in_first(lambda: self._write(path, model, tensors, content))
-        return path
+        run, step = self.output_dir, self.report.step
+        best = self.report.best[0] if self.report.best and self.patience is not None else None
+        self._processes.in_first(
+            lambda: add_checkpoint(run, step, model, tensors, content, keep=self.keep, spare=best)
+        )
+        return checkpoint_path(run, step)
+
+    def save_model(self, directory: str | Path) -> None:
+        """Write the model alone, in one piece, as `lmfast.training.save_model` does."""
+        model = self._whole_model()
+        self._processes.in_first(lambda: save_model(directory, model))
 
     def resume(self, path: str | Path | None = None) -> None:
         """Continue from a checkpoint exactly: the same batches, random numbers and updates.
@@ -357,24 +363,10 @@ class Trainer:
     def _out_of_patience(self) -> bool:
         return self.patience is not None and self.report.evaluations_since_best() >= self.patience
 
-    def _write(
-        self, path: Path, model: nn.Module, tensors: dict[str, Tensor], content: dict[str, Any]
-    ) -> None:
-        """Write a checkpoint and delete those that are no longer kept."""
-        run = path.parent.parent
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_checkpoint(path, model, tensors, content)
-        except OSError as error:
-            existing = list_checkpoints(run)
-            last = f"the last one is {existing[-1]}" if existing else "there is no earlier one"
-            raise OSError(
-                f"the checkpoint of step {self.report.step} could not be written: {error}; {last}"
-            ) from error
-        best = self.report.best if self.patience is not None else None
-        for old in list_checkpoints(run)[: -self.keep]:
-            if best is None or old != checkpoint_path(run, best[0]):
-                shutil.rmtree(old)
+    def _whole_model(self) -> nn.Module:
+        if self._empty_copy is None:
+            return self.model
+        return fill_copy(self._empty_copy, self.model, self._processes)
 
     def _load_model(self, path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Load parameters and return the rest of a checkpoint."""
