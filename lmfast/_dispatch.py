@@ -162,6 +162,11 @@ def use_backend(request: str) -> Iterator[None]:
         _requested = before
 
 
+def is_requested(op: str) -> bool:
+    """Whether ``use_backend`` or LMFAST_BACKEND name a backend for ``op``."""
+    return bool(_requested) and (op in _requested or _ALL_OPS in _requested)
+
+
 def _reason_against(candidate: Implementation, device: str, args: tuple[Any, ...]) -> str | None:
     if candidate.devices and device not in candidate.devices:
         return f"runs on {' and '.join(candidate.devices)} tensors, not {device}"

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from lmfast._dispatch import Op, register_op, select
+from lmfast import _extension
+from lmfast._dispatch import Op, is_requested, register, register_op, select
 from lmfast.ops._cached_attention_arguments import check
-from lmfast.ops._cached_attention_reference import peer, reference
+from lmfast.ops._cached_attention_reference import CacheOptions, peer, reference
 from lmfast.ops._cached_attention_samples import samples
+from lmfast.ops._library import (
+    define,
+    needs_grad,
+    unsupported_by_cpu_kernels,
+    with_unit_last_stride,
+)
 
 
 def cached_attention(
@@ -63,7 +73,7 @@ def cached_attention(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        torch.
+        cpu (C++, not for float64), torch.
 
     Source:
         Dao et al. 2022, arXiv:2205.14135 (online softmax); keys split over threads: Dao et al.
@@ -78,6 +88,33 @@ def cached_attention(
         >>> torch.allclose(out, dense, atol=1e-6)
         True
     """
+    at_once = (
+        _extension.cpu.loaded
+        and backend is None
+        and not is_requested("cached_attention")
+        and not isinstance(window, bool)
+    )
+    if at_once and not torch.compiler.is_compiling():
+        # One token's attention takes some 10 us, and so do the checks below. The operator has its
+        # own, for memory's sake: only what it refuses is looked at closely, to say what is wrong.
+        try:
+            if not needs_grad(q, keys, values, key_scales, value_scales, sinks, alibi):
+                return _operator(
+                    q,
+                    keys,
+                    values,
+                    lengths,
+                    table,
+                    key_scales,
+                    value_scales,
+                    window,
+                    softcap,
+                    sinks,
+                    alibi,
+                    scale,
+                )
+        except (RuntimeError, TypeError, AttributeError):
+            pass
     args = check(
         q,
         keys,
@@ -95,6 +132,49 @@ def cached_attention(
     return select(OP, args, backend).forward(*args)
 
 
+def _fake(q: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(q)
+
+
+_operator = define(
+    "cached_attention(Tensor q, Tensor keys, Tensor values, Tensor lengths, Tensor? table, "
+    "Tensor? key_scales, Tensor? value_scales, int? window, float? softcap, Tensor? sinks, "
+    "Tensor? alibi, float? scale) -> Tensor",
+    _fake,
+)
+
+
+def _unsupported(
+    q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *options: Any
+) -> str | None:
+    o = CacheOptions(*options)
+    for t in (q, keys, o.key_scales, o.value_scales):
+        if t is not None and t.dtype == torch.float64:
+            return "no kernel for torch.float64"
+    if q.shape[3] > 256:
+        return f"the kernel takes head sizes to 256, got {q.shape[3]}"
+    stored = () if keys.dtype == torch.int8 else (keys,)
+    return unsupported_by_cpu_kernels(q, *stored, o.sinks, o.alibi)
+
+
+def _cpu_forward(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *options: Any) -> Tensor:
+    o = CacheOptions(*options)
+    return _operator(
+        with_unit_last_stride(q),
+        with_unit_last_stride(keys),
+        with_unit_last_stride(values),
+        lengths.contiguous(),
+        None if o.table is None else o.table.contiguous(),
+        None if o.key_scales is None else with_unit_last_stride(o.key_scales),
+        None if o.value_scales is None else with_unit_last_stride(o.value_scales),
+        o.window or None,
+        o.softcap or None,
+        None if o.sinks is None else o.sinks.float().contiguous(),
+        None if o.alibi is None else o.alibi.float().contiguous(),
+        o.scale,
+    )
+
+
 OP = register_op(
     Op(
         name="cached_attention",
@@ -106,3 +186,5 @@ OP = register_op(
         peer=peer,
     )
 )
+
+register("cached_attention", "cpu", ("cpu",), _cpu_forward, None, _unsupported)
