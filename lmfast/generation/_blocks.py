@@ -140,7 +140,6 @@ class BlockTable:
             longest,
             None,
             table,
-            None,
             storage,
         )
 

@@ -79,7 +79,6 @@ class WindowedLayers:
             longest,
             self.first,
             None,
-            self.window,
             storage,
         )
 
