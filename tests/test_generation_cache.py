@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from lmfast import ops
 from lmfast.generation import KVCache
 from lmfast.generation._window import ROLLBACK, columns_for
 
@@ -285,3 +286,30 @@ def test_an_empty_batch():
     assert list(cache.add_rows(2)) == [0, 1]
     keys, _ = cache.append(0, torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 4))
     assert keys.sum() == 24
+
+
+@pytest.mark.gpu
+def test_the_same_on_a_gpu_and_no_step_waits_for_it():
+    cos, sin = ops.rope_tables(300, 8)
+    caches = [KVCache(2, 3, 2, 8, window=[None, 20], device=d) for d in ("cpu", "cuda")]
+    results = []
+    for cache in caches:
+        device = cache.device
+        tables, found = (cos.to(device), sin.to(device)), []
+        generator = torch.Generator().manual_seed(0)
+        for step, (steps, counts) in enumerate([(9, [9, 1, 4]), (1, None), (1, None), (200, None)]):
+            new = torch.randn(2, 3, 8, steps, 8, generator=generator).to(device)
+            for layer in range(2):
+                q, k, v = new[layer].split([4, 2, 2], dim=1)
+                if step > 0:
+                    torch.cuda.set_sync_debug_mode("error")
+                try:
+                    q = cache.rope_append(layer, q, k, v, *tables, counts=counts)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+                out = cache.attend(layer, q).cpu()
+                found += [out[b, :, : None if counts is None else counts[b]] for b in range(3)]
+            cache.reorder([1, 1, 0])
+        results.append(found)
+    for on_cpu, on_gpu in zip(*results, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-4, atol=1e-5)

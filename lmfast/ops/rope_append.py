@@ -102,7 +102,7 @@ def rope_append(
         starts, offset = (positions, 0) if given else (None, positions or 0)
         scales = (key_scales, value_scales)
         try:
-            if not needs_grad(q, k, v, keys, values):
+            if q.is_cpu and not needs_grad(q, k, v, keys, values):
                 rotation = (cos, sin, starts, offset, interleaved)
                 _op(q, k, v, keys, values, *scales, slots, tokens, *rotation)
                 return q
