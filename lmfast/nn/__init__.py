@@ -3,6 +3,7 @@
 from lmfast.nn.attention import MultiHeadAttention
 from lmfast.nn.block import DecoderBlock
 from lmfast.nn.elman import ElmanRNN, ElmanUnit
+from lmfast.nn.embedding import Embedding
 from lmfast.nn.mlp import MLP, GeGLU, SwiGLU
 from lmfast.nn.norm import RMSNorm
 from lmfast.nn.rnn import GRU, LSTM, RNN
@@ -16,6 +17,7 @@ __all__ = [
     "DecoderBlock",
     "ElmanRNN",
     "ElmanUnit",
+    "Embedding",
     "GeGLU",
     "MultiHeadAttention",
     "RMSNorm",
