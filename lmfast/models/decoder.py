@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lmfast.generation.cache import KVCache, LayerCache
 from lmfast.models.base import LanguageModel, check_sizes
 from lmfast.nn.block import BlockOptions, DecoderBlock
+from lmfast.nn.embedding import Embedding
 from lmfast.nn.norm import RMSNorm
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class DecoderLanguageModel(LanguageModel):
         scaling = block.get("rope_scaling")
         if scaling is not None:
             self.options["rope_scaling"] = dict(scaling)
-        self.embedding = nn.Embedding(vocab_size, emb_dim, padding_idx=pad_idx)
+        self.embedding = Embedding(vocab_size, emb_dim, padding_idx=pad_idx)
         blocks = []
         for window in windows:
             block["window"] = window
@@ -149,12 +150,13 @@ class DecoderLanguageModel(LanguageModel):
         nn.init.normal_(self.embedding.weight, std=0.02)
         if self.output is not None:
             nn.init.xavier_uniform_(self.output)
-        self._clear_padding()
+        self.embedding.clear_padding()
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Return the output layer's weight (V, E), a view, and bias (V) or None."""
         if self.output is not None:
             return self.output.t(), self.output_bias
+        self.embedding.clear_padding()
         weight = self.embedding.weight
         if self.pad_idx is not None and torch.is_grad_enabled():
             weight = _KeepRowFixed.apply(weight, self.pad_idx)

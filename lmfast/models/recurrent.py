@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lmfast.models.base import LanguageModel, check_sizes
 from lmfast.nn.elman import ElmanRNN
+from lmfast.nn.embedding import Embedding
 
 
 class RecurrentLanguageModel(LanguageModel):
@@ -52,7 +53,7 @@ class RecurrentLanguageModel(LanguageModel):
             "num_layers": num_layers,
             "pad_idx": pad_idx,
         }
-        self.embedding = nn.Embedding(vocab_size, emb_dim, padding_idx=pad_idx)
+        self.embedding = Embedding(vocab_size, emb_dim, padding_idx=pad_idx)
         self.rnn = ElmanRNN(emb_dim, num_layers)
         self.fc = nn.Linear(emb_dim, vocab_size)
         # The embedding keeps its normal(0, 1): with the 0.02 of the decoder, whose norms rescale
@@ -60,7 +61,7 @@ class RecurrentLanguageModel(LanguageModel):
         # (6.77 on 2 MB of text, 6.05 with 1).
         nn.init.xavier_uniform_(self.fc.weight)
         nn.init.zeros_(self.fc.bias)
-        self._clear_padding()
+        self.embedding.clear_padding()
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Return the output layer's weight (V, E) and bias (V)."""
@@ -86,4 +87,4 @@ class RecurrentLanguageModel(LanguageModel):
         nn.init.xavier_uniform_(self.embedding.weight)
         for unit in self.rnn.units():
             nn.init.uniform_(unit.b)
-        self._clear_padding()
+        self.embedding.clear_padding()
