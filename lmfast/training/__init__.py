@@ -12,7 +12,7 @@ from lmfast.training.data import (
     split_text,
 )
 from lmfast.training.metrics import Evaluation, RunningLoss, evaluate, perplexity
-from lmfast.training.plots import plot_losses
+from lmfast.training.plots import plot_attention, plot_losses
 from lmfast.training.seeding import seed_everything
 from lmfast.training.trainer import Trainer, TrainingDiverged, TrainingReport
 
@@ -33,6 +33,7 @@ __all__ = [
     "latest_checkpoint",
     "load_model",
     "perplexity",
+    "plot_attention",
     "plot_losses",
     "read_text",
     "save_model",
