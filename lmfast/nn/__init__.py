@@ -4,7 +4,7 @@ from lmfast.nn.attention import MultiHeadAttention
 from lmfast.nn.block import DecoderBlock
 from lmfast.nn.cells import GRUCell, LSTMCell, RNNCell
 from lmfast.nn.elman import ElmanRNN, ElmanUnit
-from lmfast.nn.mlp import MLP
+from lmfast.nn.mlp import MLP, GeGLU, SwiGLU
 from lmfast.nn.norm import RMSNorm
 from lmfast.nn.rnn import GRU, LSTM, RNN
 from lmfast.nn.rotary import RotaryEmbedding
@@ -29,12 +29,14 @@ __all__ = [
     "ElmanRNN",
     "ElmanUnit",
     "GRUCell",
+    "GeGLU",
     "LSTMCell",
     "LuongAttention",
     "MultiHeadAttention",
     "RMSNorm",
     "RNNCell",
     "RotaryEmbedding",
+    "SwiGLU",
     "TextbookGRU",
     "elman_from_torch",
     "elman_to_torch",
