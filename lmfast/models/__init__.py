@@ -5,6 +5,7 @@ from lmfast.models.decoder import DecoderLanguageModel
 from lmfast.models.ngram import CountLanguageModel
 from lmfast.models.recurrent import RecurrentLanguageModel
 from lmfast.models.seq2seq import Seq2Seq, Translation
+from lmfast.models.tagger import Tagger
 
 __all__ = [
     "CountLanguageModel",
@@ -12,6 +13,7 @@ __all__ = [
     "LanguageModel",
     "RecurrentLanguageModel",
     "Seq2Seq",
+    "Tagger",
     "Translation",
     "build_model",
 ]

@@ -4,6 +4,7 @@ from lmfast.nn.attention import MultiHeadAttention
 from lmfast.nn.block import DecoderBlock
 from lmfast.nn.cells import GRUCell, LSTMCell, RNNCell
 from lmfast.nn.elman import ElmanRNN, ElmanUnit
+from lmfast.nn.min_rnn import MinGRU, MinLSTM
 from lmfast.nn.mlp import MLP, GeGLU, SwiGLU
 from lmfast.nn.norm import RMSNorm
 from lmfast.nn.rnn import GRU, LSTM, RNN
@@ -32,6 +33,8 @@ __all__ = [
     "GeGLU",
     "LSTMCell",
     "LuongAttention",
+    "MinGRU",
+    "MinLSTM",
     "MultiHeadAttention",
     "RMSNorm",
     "RNNCell",
