@@ -7,6 +7,7 @@ from lmfast.nn.elman import ElmanRNN, ElmanUnit
 from lmfast.nn.min_rnn import MinGRU, MinLSTM
 from lmfast.nn.mlp import MLP, GeGLU, SwiGLU
 from lmfast.nn.norm import RMSNorm
+from lmfast.nn.onnx_export import export_onnx
 from lmfast.nn.rnn import GRU, LSTM, RNN
 from lmfast.nn.rotary import RotaryEmbedding
 from lmfast.nn.source_attention import BahdanauAttention, LuongAttention, length_mask
@@ -43,6 +44,7 @@ __all__ = [
     "TextbookGRU",
     "elman_from_torch",
     "elman_to_torch",
+    "export_onnx",
     "gru_from_textbook",
     "gru_to_textbook",
     "length_mask",
