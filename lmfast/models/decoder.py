@@ -9,26 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lmfast.generation.cache import KVCache, LayerCache
-from lmfast.models.base import LanguageModel, check_sizes
+from lmfast.models.base import LanguageModel, check_sizes, keep_row_fixed
 from lmfast.nn.block import BlockOptions, DecoderBlock
 from lmfast.nn.embedding import Embedding
 from lmfast.nn.norm import RMSNorm
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-class _KeepRowFixed(torch.autograd.Function):
-    """Identity whose gradient is zero in one row: the padding row of a shared matrix."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, row: int) -> Tensor:
-        ctx.row = row
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].index_fill(0, torch.tensor(ctx.row, device=grads[0].device), 0), None
 
 
 class DecoderLanguageModel(LanguageModel):
@@ -157,10 +144,7 @@ class DecoderLanguageModel(LanguageModel):
         if self.output is not None:
             return self.output.t(), self.output_bias
         self.embedding.clear_padding()
-        weight = self.embedding.weight
-        if self.pad_idx is not None and torch.is_grad_enabled():
-            weight = _KeepRowFixed.apply(weight, self.pad_idx)
-        return weight, self.output_bias
+        return keep_row_fixed(self.embedding.weight, self.pad_idx), self.output_bias
 
     def hidden(self, ids: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
         """Return the features (B, T, E) before the output matrix.
