@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "rank_table.h"
 #include "scanner.h"
 
 namespace lmfast::bpe {
@@ -17,6 +18,8 @@ constexpr size_t kChunk = 4096;
 
 // Pieces up to 15 bytes are looked up by value: bytes, zeros, and the length in the last byte.
 constexpr size_t kShortPiece = 15;
+// As many symbols as one word has bits.
+constexpr size_t kMergeSymbols = 64;
 struct PieceKey {
   uint64_t low, high;
 };
@@ -52,6 +55,10 @@ struct Kernels {
   size_t (*scan)(Pattern pattern, const uint8_t* text, size_t n, uint16_t* starts, uint16_t* ends);
   // Keys and hashes of the pieces; the key of a longer piece than kShortPiece means nothing.
   void (*keys)(const uint8_t* text, PieceSpans pieces, PieceKey* keys, uint32_t* hashes);
+  // Merges 1 <= n <= kMergeSymbols symbols, lowest rank first and leftmost first: the bytes, or the
+  // ids where `bytes` is null. Symbols stay where they are; the bits of the result say where tokens
+  // begin, and there `ids` holds them.
+  uint64_t (*merge)(const RankTable& table, const uint8_t* bytes, uint32_t* ids, size_t n);
   // Appends the ids of the pieces to `out`; returns the new end.
   uint32_t* (*encode)(const EncodeContext& context, const uint8_t* text, PieceSpans pieces,
                       uint32_t* out);

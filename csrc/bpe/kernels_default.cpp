@@ -1,5 +1,6 @@
 // Portable kernels: the scalar scanner and 64-bit arithmetic.
 #include "encode_loop.h"
+#include "merge_loop.h"
 
 namespace lmfast::bpe {
 namespace {
@@ -19,7 +20,23 @@ uint32_t hash_key(PieceKey key) {
 #endif
 }
 
+// The keys of a merge in memory.
+struct ArrayKeys {
+  uint32_t keys[kMergeSymbols];
+  size_t n;
+  uint32_t smallest() const {
+    uint32_t least = kNoRank;
+    for (size_t i = 0; i < n; ++i) least = keys[i] < least ? keys[i] : least;
+    return least;
+  }
+  void set(size_t at, uint32_t key) { keys[at] = key; }
+};
+
 struct DefaultOps {
+  static uint32_t find(const RankTable& table, uint32_t left, uint32_t right) {
+    return find_rank(table, left, right);
+  }
+
   static uint32_t key(const uint8_t* piece, size_t row, PieceKey* key) {
     *key = piece_key_at(piece, row);
     return hash_key(*key);
@@ -67,9 +84,16 @@ uint32_t* encode_default(const EncodeContext& context, const uint8_t* text, Piec
   return encode_loop<DefaultOps>(context, text, pieces, out);
 }
 
+uint64_t merge_default(const RankTable& table, const uint8_t* bytes, uint32_t* ids, size_t n) {
+  ArrayKeys keys;
+  keys.n = n;
+  first_keys<DefaultOps>(table, bytes, ids, n, n, keys.keys);
+  return merge_loop<DefaultOps>(table, ids, keys, n);
+}
+
 }  // namespace
 
-const Kernels kDefaultKernels = {"default", hash_key, scan_default, keys_loop<DefaultOps>,
-                                 encode_default};
+const Kernels kDefaultKernels = {"default",     hash_key,      scan_default, keys_loop<DefaultOps>,
+                                 merge_default, encode_default};
 
 }  // namespace lmfast::bpe

@@ -49,7 +49,7 @@ uint64_t hash_bytes(const uint8_t* p, size_t size) {
 WordCache::WordCache(const Vocabulary& vocabulary, const Kernels& kernels)
     : vocabulary_(vocabulary),
       kernels_(kernels),
-      merger_(vocabulary),
+      merger_(vocabulary, kernels),
       buckets_(allocate_buckets(kBuckets)) {
   std::memset(static_cast<void*>(buckets_), 0, kBuckets * sizeof(CacheBucket));
 }
@@ -57,7 +57,7 @@ WordCache::WordCache(const Vocabulary& vocabulary, const Kernels& kernels)
 WordCache::WordCache(const Vocabulary& vocabulary, const Kernels& kernels, const WordCache& seeded)
     : vocabulary_(vocabulary),
       kernels_(kernels),
-      merger_(vocabulary),
+      merger_(vocabulary, kernels),
       buckets_(allocate_buckets(kBuckets)),
       arena_(seeded.arena_),
       generation_(seeded.generation_) {
@@ -72,7 +72,7 @@ uint32_t* WordCache::merge_piece(const uint8_t* piece, size_t size, uint32_t* ou
     *out = whole;
     return out + 1;
   }
-  return out + merger_.merge(out, vocabulary_.initial_symbols(piece, size, out));
+  return merger_.encode(piece, size, out);
 }
 
 uint32_t* WordCache::encode_piece(const uint8_t* piece, size_t size, uint32_t* out) {
