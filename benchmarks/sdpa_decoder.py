@@ -96,7 +96,8 @@ class TorchRecurrent(nn.Module):
                 getattr(self.rnn, f"weight_ih_l{layer}").copy_(unit.Wh.t())
                 getattr(self.rnn, f"weight_hh_l{layer}").copy_(unit.Uh.t())
                 getattr(self.rnn, f"bias_ih_l{layer}").copy_(unit.b)
-                getattr(self.rnn, f"bias_hh_l{layer}").zero_()
+                # Two biases where ours has one: the second would double its learning rate.
+                getattr(self.rnn, f"bias_hh_l{layer}").zero_().requires_grad_(False)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.output(self.rnn(self.embedding(ids))[0])
