@@ -2,7 +2,7 @@
 tokens, E = 128, 2 layers, V = 32,011.
 
 Peers: the textbook model with AdamW as one writes it, always in fp32; the same model in PyTorch's
-own fused functions (`sdpa_decoder.py`), the decoder compiled, with the fused AdamW, in the
+own fused functions (`training_peers.py`), the decoder compiled, with the fused AdamW, in the
 precision of the row; and, as what training costs on top of steps, ours inside a `Trainer`.
 """
 
@@ -12,28 +12,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from sdpa_decoder import SdpaDecoder, TorchRecurrent
 from torch import Tensor, nn
+from training_peers import reference_models
 
-from lmfast.models import DecoderLanguageModel, LanguageModel, RecurrentLanguageModel
-from lmfast.models.textbook import TextbookDecoder, TextbookRecurrent, textbook_loss
+from lmfast.models.textbook import textbook_loss
 from lmfast.training import PackedBatches, Trainer
 
-B, T, E, H, L, V = 128, 29, 128, 8, 2, 32011
-
-
-def models(kind: str) -> tuple[LanguageModel, nn.Module, nn.Module]:
-    """Return ours, the textbook's and PyTorch's, with the same parameters."""
-    ours: LanguageModel
-    if kind == "decoder":
-        decoder = DecoderLanguageModel(V, E, H, L, 0)
-        ours, textbook, torchs = decoder, TextbookDecoder(V, E, H, L, 0), SdpaDecoder(decoder, T)
-    else:
-        recurrent = RecurrentLanguageModel(V, E, L, 0)
-        ours, textbook = recurrent, TextbookRecurrent(V, E, L, 0)
-        torchs = TorchRecurrent(recurrent)
-    textbook.load_state_dict(ours.state_dict())
-    return ours, textbook, torchs
+B, T, V = 128, 29, 32011
 
 
 def step(
@@ -55,7 +40,7 @@ def step(
 @pytest.mark.parametrize("kind", ["decoder", "recurrent"])
 def bench_training(compare: Callable[..., None], kind: str, precision: str) -> None:
     torch.manual_seed(0)
-    ours, textbook, torchs = models(kind)
+    ours, textbook, torchs = reference_models(kind, V, T)
     ids = torch.randint(1, V, (B * T + 1,))
     x, y = next(iter(PackedBatches(ids, B, context=T)))
 
@@ -63,7 +48,7 @@ def bench_training(compare: Callable[..., None], kind: str, precision: str) -> N
         return textbook_loss(torchs, x, y, -100)
 
     peer = torch.compile(torch_loss) if kind == "decoder" else torch_loss
-    in_trainer = models(kind)[0]
+    in_trainer = reference_models(kind, V, T)[0]
     trainer = Trainer(in_trainer, PackedBatches(ids, B, context=T), max_steps=1, progress=False)
 
     def trainer_step() -> None:

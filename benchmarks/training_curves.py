@@ -6,7 +6,8 @@
 `curves`: the models at their full size (batch 128, 29 tokens, E = 128, 2 layers, V = 32,011,
 AdamW) learn English text from three seeds, in every implementation from the same parameters on
 the same batches. Noted are the distances of the loss curves from the textbook's in fp32, beside
-what a seed makes of them. About 8 minutes on two cores; `--model` does a part.
+what a seed makes of them. About 8 minutes on two cores; `--model` does a part. How fast they learn
+is for `bench_training.py` to say.
 
 `wikitext`: one epoch on WikiText-2's validation text, with a vocabulary of 8,000 learnt from it,
 then the perplexity of its test text. About 3 minutes.
@@ -29,13 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sdpa_decoder import SdpaDecoder, TorchRecurrent
 from torch import nn
+from training_peers import reference_models
 
 import lmfast
 from lmfast import _extension
-from lmfast.models import DecoderLanguageModel, LanguageModel, RecurrentLanguageModel
-from lmfast.models.textbook import TextbookDecoder, TextbookRecurrent, textbook_loss
+from lmfast.models.textbook import textbook_loss
 from lmfast.tokenizer import BPETokenizer
 from lmfast.training import (
     SPECIAL_TOKENS,
@@ -49,7 +49,7 @@ from lmfast.training import (
 from lmfast.training.metrics import model_loss
 
 ROOT = Path(__file__).resolve().parent.parent
-B, T, E, H, L = 128, 29, 128, 8, 2
+B, T = 128, 29
 SEEDS = (42, 43, 44)
 # name -> matmul precision; the rest follows from the name's first word.
 CURVES = {
@@ -64,29 +64,8 @@ EPOCHS = {name: precision for name, precision in CURVES.items() if name != "torc
 def build(kind: str, vocab_size: int, name: str, seed: int) -> nn.Module:
     """Return a model with the parameters that belong to the seed."""
     seed_everything(seed)
-    implementation = name.split()[0]
-    if kind == "decoder":
-        decoder = DecoderLanguageModel(vocab_size, E, H, L, 0)
-        if implementation == "torch":
-            return SdpaDecoder(decoder, T)
-        return (
-            decoder
-            if implementation == "lmfast"
-            else _textbook(decoder, TextbookDecoder(vocab_size, E, H, L, 0))
-        )
-    recurrent = RecurrentLanguageModel(vocab_size, E, L, 0)
-    if implementation == "torch":
-        return TorchRecurrent(recurrent)
-    return (
-        recurrent
-        if implementation == "lmfast"
-        else _textbook(recurrent, TextbookRecurrent(vocab_size, E, L, 0))
-    )
-
-
-def _textbook(ours: LanguageModel, textbook: nn.Module) -> nn.Module:
-    textbook.load_state_dict(ours.state_dict())
-    return textbook
+    ours, textbook, torchs = reference_models(kind, vocab_size, T)
+    return {"lmfast": ours, "textbook": textbook, "torch": torchs}[name.split()[0]]
 
 
 def learn(
@@ -127,12 +106,10 @@ def curves(kind: str, data: Path, steps: int) -> dict[str, Any]:
     tokenizer = BPETokenizer.train(text, 32_011, special_tokens=SPECIAL_TOKENS)
     ids = encode_text(tokenizer, text)
     losses: dict[str, list[list[float]]] = {name: [] for name in CURVES}
-    rates: dict[str, float] = {}
     for seed in SEEDS:
         for name, precision in CURVES.items():
             report = learn(kind, name, precision, ids, tokenizer.vocab_size, seed, steps)[2].report
             losses[name].append(report.losses)
-            rates[name] = max(rates.get(name, 0.0), report.tokens_per_second)
     between = [
         distance(losses["textbook"][i], losses["textbook"][j]) for i, j in ((0, 1), (0, 2), (1, 2))
     ]
@@ -150,7 +127,6 @@ def curves(kind: str, data: Path, steps: int) -> dict[str, Any]:
             for name in CURVES
             if name != "textbook"
         },
-        "tokens_per_second": {name: round(rate) for name, rate in rates.items()},
     }
 
 
@@ -166,9 +142,7 @@ def wikitext(kind: str, data: Path, steps: int) -> dict[str, Any]:
     batches = PackedBatches(held_out, B, context=T, shuffle=False)
     results = {}
     for name, precision in EPOCHS.items():
-        started = time.perf_counter()
         model, loss, trainer = learn(kind, name, precision, ids, 8_000, SEEDS[0], steps)
-        seconds = time.perf_counter() - started
         result = evaluate(model, batches, loss=loss)
         bits = result.loss * result.tokens / math.log(2)
         results[name] = {
@@ -178,7 +152,6 @@ def wikitext(kind: str, data: Path, steps: int) -> dict[str, Any]:
             "test_perplexity": round(result.perplexity, 2),
             "test_bits_per_byte": round(bits / len(test.encode()), 4),
             "test_tokens": result.tokens,
-            "seconds": round(seconds, 1),
         }
     return results
 

@@ -1,5 +1,6 @@
-"""The reference models as a good PyTorch programmer writes them today: the peers of the training
-benchmarks. They compute what the models of `lmfast.models` do and take their parameters."""
+"""The reference models of the training benchmarks, in three implementations: ours, the textbook's,
+and as a good PyTorch programmer writes them today. All compute the same and start from the same
+parameters."""
 
 from __future__ import annotations
 
@@ -7,7 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmfast.models import DecoderLanguageModel, RecurrentLanguageModel
+from lmfast.models import DecoderLanguageModel, LanguageModel, RecurrentLanguageModel
+from lmfast.models.textbook import TextbookDecoder, TextbookRecurrent
+
+EMB_DIM, NUM_HEADS, NUM_LAYERS = 128, 8, 2
+
+
+def reference_models(
+    kind: str, vocab_size: int, context: int
+) -> tuple[LanguageModel, nn.Module, nn.Module]:
+    """Return the "decoder" or the "recurrent" one: ours, the textbook's and PyTorch's."""
+    textbook: nn.Module
+    if kind == "decoder":
+        sizes = (vocab_size, EMB_DIM, NUM_HEADS, NUM_LAYERS, 0)
+        decoder = DecoderLanguageModel(*sizes)
+        textbook = TextbookDecoder(*sizes)
+        textbook.load_state_dict(decoder.state_dict())
+        return decoder, textbook, SdpaDecoder(decoder, context)
+    recurrent = RecurrentLanguageModel(vocab_size, EMB_DIM, NUM_LAYERS, 0)
+    textbook = TextbookRecurrent(vocab_size, EMB_DIM, NUM_LAYERS, 0)
+    textbook.load_state_dict(recurrent.state_dict())
+    return recurrent, textbook, TorchRecurrent(recurrent)
 
 
 class SdpaBlock(nn.Module):
