@@ -306,7 +306,7 @@ def _assemble(
     if not taken or taken.keys().isdisjoint(strings[symbols:]):
         count = min(len(pairs), max(size - first, 0))
         tokens += strings[symbols : symbols + count]
-        numbers = np.array([*ids, *range(first, first + count)], dtype=np.int64)
+        numbers = np.concatenate([np.array(ids), np.arange(first, first + count)])
     else:
         numbers_of = list(ids)
         for string in strings[symbols:]:
