@@ -1,4 +1,6 @@
+#include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -188,6 +190,31 @@ class Counter {
   uint64_t place_ = 0;
 };
 
+// The symbols, then what each merge makes of two earlier entries.
+py::list texts_of(const std::vector<std::string>& symbols,
+                  const std::vector<LearnedMerge>& merges) {
+  py::list texts(symbols.size() + merges.size());
+  PyObject* const list = texts.ptr();
+  const auto add = [list](size_t i, const char* bytes, Py_ssize_t size) {
+    PyObject* const text = PyBytes_FromStringAndSize(bytes, size);
+    if (text == nullptr) throw py::error_already_set();
+    PyList_SET_ITEM(list, static_cast<Py_ssize_t>(i), text);
+    return PyBytes_AS_STRING(text);
+  };
+  for (size_t i = 0; i < symbols.size(); ++i) {
+    add(i, symbols[i].data(), static_cast<Py_ssize_t>(symbols[i].size()));
+  }
+  for (size_t i = 0; i < merges.size(); ++i) {
+    PyObject* const left = PyList_GET_ITEM(list, static_cast<Py_ssize_t>(merges[i].left));
+    PyObject* const right = PyList_GET_ITEM(list, static_cast<Py_ssize_t>(merges[i].right));
+    const Py_ssize_t middle = PyBytes_GET_SIZE(left), more = PyBytes_GET_SIZE(right);
+    char* const bytes = add(symbols.size() + i, nullptr, middle + more);
+    std::memcpy(bytes, PyBytes_AS_STRING(left), static_cast<size_t>(middle));
+    std::memcpy(bytes + middle, PyBytes_AS_STRING(right), static_cast<size_t>(more));
+  }
+  return texts;
+}
+
 // Returns (symbols as bytes, merges as an (n, 2) array, counts): a merge's entry below the number
 // of symbols is a symbol, any other the product of an earlier merge.
 py::tuple learn(Counter& counter, const py::object& byte_ids, const std::string& marker,
@@ -228,18 +255,18 @@ py::tuple learn(Counter& counter, const py::object& byte_ids, const std::string&
   py::array_t<int64_t> counts(static_cast<py::ssize_t>(merges.size()));
   int64_t* pair = pairs.mutable_data();
   int64_t* count = counts.mutable_data();
-  std::vector<std::string>& strings = corpus.strings;
   for (const LearnedMerge& merge : merges) {
-    strings.push_back(strings[merge.left] + strings[merge.right]);
     *pair++ = merge.left;
     *pair++ = merge.right;
     *count++ = static_cast<int64_t>(merge.count);
   }
-  py::list texts(strings.size());
-  for (size_t i = 0; i < strings.size(); ++i) {
-    PyList_SET_ITEM(texts.ptr(), static_cast<Py_ssize_t>(i), py::bytes(strings[i]).release().ptr());
-  }
-  return py::make_tuple(texts, pairs, counts);
+  return py::make_tuple(texts_of(corpus.strings, merges), pairs, counts);
+}
+
+bool are_texts(const py::list& items) {
+  return std::all_of(items.begin(), items.end(), [](const py::handle& item) {
+    return PyUnicode_Check(item.ptr()) || PyBytes_Check(item.ptr());
+  });
 }
 
 }  // namespace
@@ -251,6 +278,7 @@ void bind_trainer(py::module_& module) {
       .def("add_words", &Counter::add_words, py::arg("words"), py::arg("counts"))
       .def("items", &Counter::items)
       .def("__len__", &Counter::size);
+  module.def("are_texts", &are_texts, py::arg("items"));
   module.def("learn", &learn, py::arg("counter"), py::arg("byte_ids"), py::arg("marker"),
              py::arg("first_symbol_id"), py::arg("tie_break"), py::arg("vocabulary_left"),
              py::arg("min_frequency"), py::arg("max_token_length"), py::arg("first_new_id"),
