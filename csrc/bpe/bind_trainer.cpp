@@ -85,8 +85,9 @@ class Counter {
     while (parts_.size() + 1 < static_cast<size_t>(threads)) {
       parts_.push_back(std::make_unique<WordCounter>(pattern_, kernels()));
     }
-    std::vector<WordCounter*> idle(1, &counter_);
+    std::vector<WordCounter*> idle;
     for (const auto& part : parts_) idle.push_back(part.get());
+    idle.push_back(&counter_);  // the first share: what the others add comes later, as a rule
     std::mutex guard;
     Interrupts interrupts;
     const auto caller = std::this_thread::get_id();
@@ -133,8 +134,9 @@ class Counter {
   }
 
  private:
-  // Below this, threads take longer to start than to count.
-  static constexpr size_t kLeastShared = 1u << 20, kShare = 1u << 20;
+  // Below kLeastShared, threads take longer to start than to count. Up to kMostWhole each thread
+  // takes one share, so that the sum of two counters is in order at once.
+  static constexpr size_t kLeastShared = 1u << 20, kMostWhole = 8u << 20, kShare = 1u << 20;
 
   struct Text {
     const uint8_t* data;
@@ -147,7 +149,8 @@ class Counter {
   };
 
   std::vector<Share> share_out(const std::vector<Text>& texts, size_t total, int threads) const {
-    const size_t each = std::min(kShare, total / static_cast<size_t>(std::max(threads, 1)) + 1);
+    const size_t whole = total / static_cast<size_t>(std::max(threads, 1)) + 1;
+    const size_t each = whole <= kMostWhole ? whole : kShare;
     std::vector<Share> shares;
     Share open = {0, 0, 0, 0, place_};
     uint64_t place = place_;
