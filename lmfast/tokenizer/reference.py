@@ -301,6 +301,11 @@ class Counter:
         return len(self._counts)
 
 
+def are_texts(items: Sequence[object]) -> bool:
+    """Whether every item is a str or bytes."""
+    return all(isinstance(item, (str, bytes)) for item in items)
+
+
 _INVALID = re.compile("[\udc80-\udcff]")
 TIE_BREAKS = ("first", "ids", "lexicographic")
 

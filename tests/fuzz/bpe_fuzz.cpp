@@ -135,6 +135,26 @@ void check_encoding(const VocabularyData& data, const uint8_t* text, size_t n) {
           "decoding does not give the text back");
 }
 
+// Counters of the lines, split among two in any order, add up to the counter of all lines.
+void check_counting(Pattern pattern, const Kernels& kernels, Input input) {
+  WordCounter alone(pattern, kernels), first(pattern, kernels), second(pattern, kernels);
+  for (size_t pos = 0; pos < input.size;) {
+    const size_t size = std::min<size_t>(1 + input.data[pos] % 40, input.size - pos);
+    WordCounter& other = input.data[pos] % 3 == 0 ? first : second;
+    alone.add_text(input.data + pos, size, pos);
+    other.add_line(input.data + pos, size, pos);
+    pos += size;
+  }
+  first.flush();
+  second.flush();
+  first.add(second);
+  const std::vector<WordCounter::Word> one = alone.words(), sum = first.words();
+  require(one.size() == sum.size() && first.size() == sum.size(), "words get lost in a sum");
+  for (size_t i = 0; i < one.size(); ++i) {
+    require(one[i].bytes == sum[i].bytes && one[i].count == sum[i].count, "a sum differs");
+  }
+}
+
 // The same merges at every level, with counts that never grow.
 void check_training(Pattern pattern, Input* input) {
   TrainOptions options;
@@ -148,7 +168,8 @@ void check_training(Pattern pattern, Input* input) {
     const Kernels* kernels = kernels_by_name(level);
     if (kernels == nullptr) continue;
     WordCounter counter(pattern, *kernels);
-    counter.add_text(input->data, input->size);
+    counter.add_text(input->data, input->size, 0);
+    check_counting(pattern, *kernels, *input);
     std::vector<uint32_t> ids(256);
     for (uint32_t b = 0; b < 256; ++b) ids[b] = b;
     const TrainCorpus corpus =
