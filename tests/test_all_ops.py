@@ -73,19 +73,28 @@ def outputs(value: Any) -> tuple[Tensor, ...]:
     return tuple(tree_leaves(value))
 
 
-def call(op: str, sample: Sample, backend: str) -> tuple[Tensor, ...]:
-    return outputs(OPS[op].public(*sample.args, **sample.kwargs, backend=backend))
+def written(op: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    """What an op that writes to arguments has for results besides those it returns."""
+    return tuple(arguments[n] for n in OPS[op].mutates if arguments.get(n) is not None)
+
+
+def call(op: str, sample: Sample, backend: str | None) -> tuple[Tensor, ...]:
+    arguments = named_arguments(op, sample)
+    return *outputs(OPS[op].public(**arguments, backend=backend)), *written(op, arguments)
 
 
 def call_peer(op: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     """PyTorch's own way in the same dtype: what the error rule compares with."""
+    if OPS[op].mutates:  # there the reference is the only peer
+        return *outputs(OPS[op].public(**arguments, backend="torch")), *written(op, arguments)
     peer = OPS[op].peer or OPS[op].reference
     return outputs(peer(*OPS[op].check(**arguments)))
 
 
 def named_arguments(op: str, sample: Sample) -> dict[str, Any]:
     bound = inspect.signature(OPS[op].public).bind(*sample.args, **sample.kwargs)
-    return dict(bound.arguments)
+    copies = {n: t.clone() for n, t in bound.arguments.items() if n in OPS[op].mutates}
+    return {**bound.arguments, **copies}
 
 
 def with_gradients(op: str, sample: Sample) -> tuple[dict[str, Any], list[Tensor]]:
@@ -113,8 +122,20 @@ def substituted(
 
 def gradients(op: str, sample: Sample, backend: str) -> list[Tensor]:
     arguments, leaves = with_gradients(op, sample)
-    results = outputs(OPS[op].public(**arguments, backend=backend))
+    return gradients_of(outputs(OPS[op].public(**arguments, backend=backend)), leaves)
+
+
+def gradients_of(results: tuple[Tensor, ...], leaves: list[Tensor]) -> list[Tensor]:
+    """Gradients of all leaves; none for an op that is for inference only."""
+    if not leaves:
+        return []
     return list(torch.autograd.grad(results, leaves, [upstream(r) for r in results]))
+
+
+def differentiable(op: str) -> None:
+    """Skips ops that are for inference only."""
+    if not OPS[op].differentiable:
+        pytest.skip(f"{op} has no gradient")
 
 
 def upstream(result: Tensor) -> Tensor:
@@ -138,6 +159,7 @@ def test_values(op: str, index: int, dtype: torch.dtype, cpu_isa: str) -> None:
 @EVERY_DTYPE
 @EVERY_SAMPLE
 def test_gradients(op: str, index: int, dtype: torch.dtype, cpu_isa: str) -> None:
+    differentiable(op)
     sample = samples(op, dtype)[index]
     with_kernel(op, sample)
     found = gradients(op, sample, "cpu")
@@ -156,6 +178,7 @@ def test_gradients(op: str, index: int, dtype: torch.dtype, cpu_isa: str) -> Non
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @EVERY_SAMPLE
 def test_gradcheck_twice(op: str, index: int, backend: str) -> None:
+    differentiable(op)
     sample = samples(op, torch.float64)[index]
     if backend == "cpu":
         with_kernel(op, sample)
@@ -206,14 +229,14 @@ def test_compiles_in_one_graph(op: str, needs_cpu_kernels: None) -> None:
         torch._dynamo.reset()
         arguments, leaves = with_gradients(op, sample)
         results = outputs(OPS[op].public(**arguments))
-        expected = [*results, *torch.autograd.grad(results, leaves, [upstream(r) for r in results])]
+        expected = [*results, *written(op, arguments), *gradients_of(results, leaves)]
 
         function: Callable[..., Any] = torch.compile(
             OPS[op].public, fullgraph=True, backend="aot_eager"
         )
         arguments, leaves = with_gradients(op, sample)
         results = outputs(function(**arguments))
-        found = [*results, *torch.autograd.grad(results, leaves, [upstream(r) for r in results])]
+        found = [*results, *written(op, arguments), *gradients_of(results, leaves)]
         for f, e in zip(found, expected, strict=True):
             torch.testing.assert_close(f, e)
 
@@ -226,8 +249,10 @@ def test_inputs_and_incoming_gradients_stay(op: str) -> None:
         results = outputs(OPS[op].public(**arguments))
         given = [upstream(r) for r in results]
         kept = [g.clone() for g in given]
-        torch.autograd.grad(results, leaves, given)
-        for name, values in before.items():
+        if leaves:
+            torch.autograd.grad(results, leaves, given)
+        for name in before.keys() - set(OPS[op].mutates):
+            values = before[name]
             for now, value in zip(outputs(arguments[name]), outputs(values), strict=True):
                 if isinstance(value, Tensor):
                     assert torch.equal(now, value), f"{op} wrote to {name}"
@@ -254,6 +279,7 @@ def test_same_result_for_any_number_of_threads(op: str, needs_cpu_kernels: None)
 
 @EVERY_OP
 def test_expanded_incoming_gradient(op: str) -> None:
+    differentiable(op)
     sample = samples(op, torch.float32)[0]
     found, expected = [], []
     for backend, into in ((None, found), ("torch", expected)):
@@ -266,6 +292,7 @@ def test_expanded_incoming_gradient(op: str) -> None:
 
 @EVERY_OP
 def test_functional_transform(op: str) -> None:
+    differentiable(op)
     arguments, leaves = with_gradients(op, samples(op, torch.float32)[0])
 
     def loss(*tensors: Tensor) -> Tensor:
@@ -283,7 +310,7 @@ def test_output_dtype_under_autocast_is_the_references(op: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         sample = samples(op, dtype)[0]
         with torch.autocast("cpu", torch.bfloat16):
-            found, plain = call(op, sample, "torch"), outputs(OPS[op].public(*sample.args))
+            found, plain = call(op, sample, "torch"), call(op, sample, None)
         assert [f.dtype for f in found] == [p.dtype for p in plain]
 
 

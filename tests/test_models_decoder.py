@@ -47,7 +47,7 @@ def test_loss_and_gradient_norms_golden(golden_model):
     torch.testing.assert_close(loss.exp(), tensor(10.8713076), atol=6e-8, rtol=0)
     loss.backward()
     attention = golden_model.layers[0].attn
-    columns = dict(attention._head_columns(attention.W_QKV.grad))
+    columns = dict(attention.part_views("W_QKV", attention.W_QKV.grad))
     named = dict(golden_model.named_parameters())
     expected = {
         "layers.0.norm1.scale": 0.1645509578,
@@ -178,6 +178,21 @@ def test_left_padding_changes_nothing(golden_model):
     torch.testing.assert_close(logits[1], golden_model(IDS)[0], rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match="attention_mask must have the shape of ids"):
         golden_model(ids, attention_mask=torch.ones(2, 5))
+
+
+def test_left_padding_changes_nothing_in_a_window():
+    torch.manual_seed(0)
+    model = DecoderLanguageModel(13, 8, 2, 2, 0, windows=[2, None], qk_norm=True, rope_dim=2)
+    model = model.double()
+    ids = torch.tensor([[0, 0, 0, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7]])
+    logits = model(ids, attention_mask=ids != 0)
+    torch.testing.assert_close(logits[0, 3:], model(ids[:1, 3:])[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(logits[1], model(ids[1:])[0], rtol=0, atol=1e-12)
+    wide = DecoderLanguageModel(13, 8, 2, 2, 0, qk_norm=True, rope_dim=2).double()
+    wide.load_state_dict(model.state_dict())
+    assert not torch.allclose(wide(ids[1:]), model(ids[1:]), atol=1e-6)
+    with pytest.raises(ValueError, match="windows must have one entry for each of 2 blocks"):
+        DecoderLanguageModel(13, 8, 2, 2, 0, windows=[2])
 
 
 @pytest.mark.parametrize("chunks", [[6], [1] * 6, [2, 3, 1], [5, 1]])

@@ -41,6 +41,32 @@ MaskKind mask_kind(const Tensor& mask) {
   return MaskKind::kNone;
 }
 
+Stored stored_type(const Tensor& k) {
+  switch (k.scalar_type()) {
+    case ScalarType::Float:
+      return Stored::kF32;
+    case ScalarType::BFloat16:
+      return Stored::kBF16;
+    case ScalarType::Half:
+      return Stored::kF16;
+    case ScalarType::Char:
+      return Stored::kI8;
+    default:
+      LMFAST_CHECK(false, "k and v must be float32, bfloat16, float16 or int8");
+  }
+  return Stored::kF32;
+}
+
+const float* scales_of(const Tensor& scales, const Tensor& k, int64_t (&stride)[2]) {
+  LMFAST_CHECK(scales.is_cpu() && scales.scalar_type() == ScalarType::Float && scales.dim() == 3 &&
+                   scales.size(0) == k.size(0) && scales.size(1) == k.size(1) &&
+                   scales.size(2) == k.size(2) && (scales.size(2) <= 1 || scales.stride(2) == 1),
+               "scales must be float32 CPU tensors (R, Hkv, C) with unit stride in C");
+  stride[0] = scales.stride(0);
+  stride[1] = scales.stride(1);
+  return static_cast<const float*>(scales.const_data_ptr());
+}
+
 }  // namespace
 
 AttentionTensor attention_tensor(const Tensor& t, const char* name) {
@@ -49,13 +75,8 @@ AttentionTensor attention_tensor(const Tensor& t, const char* name) {
   return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-AttentionCall::AttentionCall(const Tensor& q, const Tensor& k, const Tensor& v,
-                             const AttentionOptions& o) {
+void AttentionCall::set_shapes(const Tensor& q, const Tensor& k, const Tensor& v, bool table) {
   AttentionArgs& a = args;
-  a.dtype = dtype_of(q, "q");
-  LMFAST_CHECK(a.dtype != DType::kF64, "float64 attention has no kernel");
-  LMFAST_CHECK(dtype_of(k, "k") == a.dtype && dtype_of(v, "v") == a.dtype,
-               "k and v must have q's dtype");
   a.q = attention_tensor(q, "q");
   a.k = attention_tensor(k, "k");
   a.v = attention_tensor(v, "v");
@@ -66,10 +87,63 @@ AttentionCall::AttentionCall(const Tensor& q, const Tensor& k, const Tensor& v,
   a.head_dim = q.size(3);
   a.kv_heads = k.size(1);
   a.keys = k.size(2);
-  LMFAST_CHECK(k.size(0) == a.batch && k.size(3) == a.head_dim,
+  LMFAST_CHECK((table || k.size(0) == a.batch) && k.size(3) == a.head_dim,
                "k and v must have q's batch and head size");
+  LMFAST_CHECK(a.head_dim <= 256, "the kernels take head sizes to 256, got ", a.head_dim);
   LMFAST_CHECK(a.kv_heads > 0 && a.heads % a.kv_heads == 0, "q has ", a.heads,
                " heads, which is no multiple of the ", a.kv_heads, " of k and v");
+}
+
+void AttentionCall::set_storage(const Tensor& k, const AttentionCache* cache) {
+  AttentionStorage& s = args.stored;
+  s = {stored_type(k), nullptr, 0, nullptr, nullptr, {}, {}};
+  if (cache == nullptr) {
+    LMFAST_CHECK(dtype_of(k, "k") == args.dtype, "k and v must have q's dtype");
+    return;
+  }
+  LMFAST_CHECK((s.type == Stored::kI8) == cache->key_scales.has_value() &&
+                   cache->key_scales.has_value() == cache->value_scales.has_value(),
+               "int8 storage, and no other, has scales");
+  if (s.type == Stored::kI8) {
+    s.key_scales = scales_of(*cache->key_scales, k, s.key_scale_stride);
+    s.value_scales = scales_of(*cache->value_scales, k, s.value_scale_stride);
+  }
+  if (!cache->table.has_value()) return;
+  const Tensor& table = *cache->table;
+  LMFAST_CHECK(
+      table.is_cpu() && table.scalar_type() == ScalarType::Int && table.dim() == 2 &&
+          table.is_contiguous() && table.size(0) == args.batch &&
+          table.size(1) * kAttentionTableBlock == round_up(args.keys, kAttentionTableBlock),
+      "table must be a contiguous int32 CPU tensor (B, ceil(C / ", kAttentionTableBlock, "))");
+  s.table = static_cast<const int32_t*>(table.const_data_ptr());
+  s.table_row = table.size(1);
+  for (int64_t b = 0; b < args.batch; ++b) {
+    const int64_t blocks = (lengths_[b] + kAttentionTableBlock - 1) / kAttentionTableBlock;
+    for (int64_t j = 0; j < blocks; ++j) {
+      const int32_t row = s.table[b * s.table_row + j];
+      LMFAST_CHECK(row >= 0 && row < k.size(0), "table[", b, ", ", j, "] must be one of the ",
+                   k.size(0), " rows of storage, got ", row);
+    }
+  }
+}
+
+void AttentionCall::set_mask(const Tensor& m) {
+  AttentionArgs& a = args;
+  LMFAST_CHECK(m.is_cpu() && m.dim() == 4 && m.size(0) == a.batch && m.size(1) == a.heads &&
+                   m.size(2) == a.length && m.size(3) == a.keys,
+               "mask must be a CPU tensor expanded to (B, H, T, S)");
+  a.mask_kind = mask_kind(m);
+  a.mask = m.const_data_ptr();
+  for (int d = 0; d < 4; ++d) a.mask_stride[d] = m.stride(d);
+}
+
+AttentionCall::AttentionCall(const Tensor& q, const Tensor& k, const Tensor& v,
+                             const AttentionOptions& o, const AttentionCache* cache) {
+  AttentionArgs& a = args;
+  a.dtype = dtype_of(q, "q");
+  LMFAST_CHECK(a.dtype != DType::kF64, "float64 attention has no kernel");
+  LMFAST_CHECK(v.scalar_type() == k.scalar_type(), "v must have k's dtype");
+  set_shapes(q, k, v, cache != nullptr && cache->table.has_value());
   a.causal = o.causal;
   a.window = o.window;
   a.softcap = static_cast<float>(o.softcap);
@@ -79,6 +153,7 @@ AttentionCall::AttentionCall(const Tensor& q, const Tensor& k, const Tensor& v,
     LMFAST_CHECK(n >= 0 && n <= a.keys, "lengths must lie between 0 and the ", a.keys,
                  " keys there are, got ", n);
   }
+  set_storage(k, cache);
   offsets_ = per_row(o.offsets, a.batch, o.offset.value_or(0), "q_offset");
   if (!o.offsets.has_value() && !o.offset.has_value()) {
     for (size_t b = 0; b < offsets_.size(); ++b) offsets_[b] = lengths_[b] - a.length;
@@ -87,16 +162,9 @@ AttentionCall::AttentionCall(const Tensor& q, const Tensor& k, const Tensor& v,
   a.lengths = lengths_.data();
   a.sinks = per_head(o.sinks, a.heads, "sinks");
   a.alibi = per_head(o.alibi, a.heads, "alibi");
-  if (o.mask.has_value()) {
-    const Tensor& m = *o.mask;
-    LMFAST_CHECK(m.is_cpu() && m.dim() == 4 && m.size(0) == a.batch && m.size(1) == a.heads &&
-                     m.size(2) == a.length && m.size(3) == a.keys,
-                 "mask must be a CPU tensor expanded to (B, H, T, S)");
-    a.mask_kind = mask_kind(m);
-    a.mask = m.const_data_ptr();
-    for (int d = 0; d < 4; ++d) a.mask_stride[d] = m.stride(d);
-  }
-  a.ranges = 1;
+  if (o.mask.has_value()) set_mask(*o.mask);
+  a.ranges = a.splits = 1;
+  a.keys_per_split = a.keys;
 }
 
 }  // namespace lmfast

@@ -1,4 +1,5 @@
-// What the bindings of the attention operators share: from tensors to kernel arguments.
+// What the bindings of the attention operators share: from tensors to kernel arguments, and the
+// run.
 #pragma once
 
 #include <optional>
@@ -22,16 +23,31 @@ struct AttentionOptions {
   double scale;
 };
 
+// What a cache adds to that; storage may have another type than q.
+struct AttentionCache {
+  std::optional<Tensor> table;                     // (B, at least the blocks in use) int32
+  std::optional<Tensor> key_scales, value_scales;  // (rows, Hkv, S) float, for int8
+};
+
 AttentionTensor attention_tensor(const Tensor& t, const char* name);
 
 // Kernel arguments with the memory they point to. Not to be copied while in use.
 class AttentionCall {
  public:
-  AttentionCall(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options);
+  AttentionCall(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options,
+                const AttentionCache* cache = nullptr);
   AttentionArgs args{};
 
  private:
+  void set_shapes(const Tensor& q, const Tensor& k, const Tensor& v, bool table);
+  void set_storage(const Tensor& k, const AttentionCache* cache);
+  void set_mask(const Tensor& mask);
+
   std::vector<int64_t> offsets_, lengths_;
 };
+
+// Runs the forward on the arguments of a call whose `out` and `lse` are set: splits the work over
+// the threads, by the shapes and lengths alone.
+void run_attention(AttentionArgs& args);
 
 }  // namespace lmfast

@@ -26,6 +26,7 @@ class LanguageModel(nn.Module):
     pad_idx: int | None
     options: dict[str, Any]
     embedding: nn.Embedding
+    logit_softcap: float | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -83,7 +84,12 @@ class LanguageModel(nn.Module):
             )
         weight, bias = self.head()
         return ops.linear_cross_entropy(
-            self.hidden(ids), weight, targets, bias=bias, ignore_index=ignore_index
+            self.hidden(ids),
+            weight,
+            targets,
+            bias=bias,
+            ignore_index=ignore_index,
+            softcap=self.logit_softcap,
         )
 
     def step(self, ids: Tensor, state: Any, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
@@ -111,7 +117,10 @@ class LanguageModel(nn.Module):
 
     def _logits(self, features: Tensor) -> Tensor:
         weight, bias = self.head()
-        return nn.functional.linear(features, weight, bias)
+        logits = nn.functional.linear(features, weight, bias)
+        if self.logit_softcap is None:
+            return logits
+        return self.logit_softcap * torch.tanh(logits / self.logit_softcap)
 
     def _clear_padding(self) -> None:
         if self.pad_idx is not None:

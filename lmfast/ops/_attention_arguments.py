@@ -41,7 +41,7 @@ def _check_qkv(q: object, k: object, v: object) -> tuple[Tensor, Tensor, Tensor]
     return q, k, v
 
 
-def _rows(name: str, value: object, q: Tensor) -> Tensor:
+def check_rows(name: str, value: object, q: Tensor) -> Tensor:
     """(B,) int64 from a 0-d or (B,) tensor of integers."""
     if not isinstance(value, Tensor) or value.dtype not in _INTEGERS:
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
@@ -55,7 +55,8 @@ def _rows(name: str, value: object, q: Tensor) -> Tensor:
     return value.to(torch.int64).expand(q.shape[0])
 
 
-def _heads(name: str, value: object, q: Tensor) -> Tensor | None:
+def check_heads(name: str, value: object, q: Tensor) -> Tensor | None:
+    """``value`` if it has one number per query head, or is None."""
     if value is None:
         return None
     value = check_tensor(name, value)
@@ -87,7 +88,8 @@ def _mask(mask: object, q: Tensor, k: Tensor) -> Tensor | None:
         ) from None
 
 
-def _positive(name: str, value: object, kind: type) -> Any:
+def check_positive(name: str, value: object, kind: type) -> Any:
+    """``value`` as a positive int or float; 0 for None."""
     if value is None:
         return kind(0)
     numbers = (int,) if kind is int else (int, float)
@@ -96,6 +98,15 @@ def _positive(name: str, value: object, kind: type) -> Any:
     if not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")
     return kind(value)
+
+
+def check_scale(scale: object, head_dim: int) -> float:
+    """``scale``, or 1 / sqrt(D) for None."""
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim) if head_dim > 0 else 1.0
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a float, got {type(scale).__name__}")
+    return float(scale)
 
 
 def check(
@@ -123,11 +134,7 @@ def check(
     if isinstance(q_offset, int):
         offset = q_offset
     elif q_offset is not None:
-        offsets = _rows("q_offset", q_offset, q)
-    if scale is None:
-        scale = 1.0 / math.sqrt(q.shape[3]) if q.shape[3] > 0 else 1.0
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a float, got {type(scale).__name__}")
+        offsets = check_rows("q_offset", q_offset, q)
     return (
         q,
         k,
@@ -136,12 +143,12 @@ def check(
             causal=causal,
             offset=offset,
             offsets=offsets,
-            lengths=None if lengths is None else _rows("lengths", lengths, q),
+            lengths=None if lengths is None else check_rows("lengths", lengths, q),
             mask=_mask(mask, q, k),
-            window=_positive("window", window, int),
-            softcap=_positive("softcap", softcap, float),
-            sinks=_heads("sinks", sinks, q),
-            alibi=_heads("alibi", alibi, q),
-            scale=float(scale),
+            window=check_positive("window", window, int),
+            softcap=check_positive("softcap", softcap, float),
+            sinks=check_heads("sinks", sinks, q),
+            alibi=check_heads("alibi", alibi, q),
+            scale=check_scale(scale, q.shape[3]),
         ),
     )

@@ -15,8 +15,10 @@ from torch import Tensor
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import define, needs_grad, unsupported_by_cpu_kernels
 from lmfast.ops._recurrent_reference import CELLS, reference_layer
+from lmfast.ops._recurrent_step import MAX_ROWS, step_op
 
-_KEPT_GATES = {"tanh": 0, "relu": 0, "lstm": 4, "gru": 4}
+_KEPT_GATES = {"tanh": 0, "relu": 0, "lstm": 4, "gru": 4, "gru_textbook": 3}
+_GATE_GRADIENTS = {"tanh": 1, "relu": 1, "lstm": 4, "gru": 4, "gru_textbook": 3}
 
 
 def _forward_fake(
@@ -34,12 +36,13 @@ def _forward_fake(
     rows, hidden = projected.shape[0], w_hh.shape[1]
     kept = _KEPT_GATES[CELLS[cell]] if keep else 0
     lstm = CELLS[cell] == "lstm"
+    cells = keep and CELLS[cell] in ("lstm", "gru_textbook")
     return (
         projected.new_empty(rows, hidden),
         projected.new_empty(batch, hidden),
         projected.new_empty(batch if lstm else 0, hidden),
         projected.new_empty(rows if kept else 0, kept * hidden),
-        projected.new_empty(rows if lstm and keep else 0, hidden),
+        projected.new_empty(rows if cells else 0, hidden),
     )
 
 
@@ -60,7 +63,7 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor]:
     kept, hidden = _KEPT_GATES[CELLS[cell]], w_hh.shape[1]
     return (
-        y.new_empty(y.shape[0], max(1, kept) * hidden),
+        y.new_empty(y.shape[0], _GATE_GRADIENTS[CELLS[cell]] * hidden),
         y.new_empty(batch if kept else 0, hidden),
     )
 
@@ -177,7 +180,7 @@ class _Layer(torch.autograd.Function):
                 ctx.reverse,
             )
             how = (sizes, ctx.batch, ctx.cell, ctx.reverse)
-            grads = _products_backward(ctx, inputs, how, y, dgates, carry, dh_n)
+            grads = _products_backward(ctx, inputs, how, (y, cells), dgates, carry, dh_n)
         return *grads, *_NO_GRADS
 
 
@@ -188,19 +191,22 @@ def _products_backward(
     ctx: Any,
     inputs: tuple[Any, ...],
     how: tuple[Any, ...],
-    y: Tensor,
+    states: tuple[Tensor, Tensor],
     dgates: Tensor,
     carry: Tensor,
     dh_n: Tensor | None,
 ) -> list[Tensor | None]:
     """From the gradients of the gates to those of everything else: one product for each."""
     x, h0, _, w_ih, w_hh, *_ = inputs
+    y, cells = states
     sizes, batch, cell, reverse = how
     hidden = w_hh.shape[1]
     need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh = ctx.needs_input_grad[:7]
-    # GRU: (n before the reset, r, z, n after it); the first three meet the hidden weights.
+    # GRU: (n before the reset, r, z, n after it); the first three meet the hidden weights. The
+    # textbook's n meets r h instead of h, and what that gives h is in carry.
     from_input = dgates[:, hidden:] if cell == "gru" else dgates
-    from_state = dgates[:, : 3 * hidden] if cell == "gru" else dgates
+    meeting = {"gru": 3 * hidden, "gru_textbook": 2 * hidden}.get(cell, dgates.shape[1])
+    from_state = dgates[:, :meeting]
     grads: list[Tensor | None] = [None] * 7
     if need_x:
         grads[0] = torch.mm(from_input, w_ih)
@@ -211,6 +217,8 @@ def _products_backward(
         elif cell == "gru":
             dn, drz = first[:, :hidden], first[:, hidden:]
             grads[1] = torch.addmm(carry, dn, w_hh[2 * hidden :]).addmm_(drz, w_hh[: 2 * hidden])
+        elif cell == "gru_textbook":
+            grads[1] = torch.addmm(carry, first, w_hh[: 2 * hidden])
         else:
             grads[1] = torch.mm(first, w_hh)
     if need_c0 and cell == "lstm":
@@ -219,7 +227,11 @@ def _products_backward(
         grads[3] = torch.mm(from_input.t(), x)
     if need_w_hh:
         dw = _state_weight_gradient(from_state, y, h0, sizes, batch, reverse)
-        grads[4] = torch.cat((dw[hidden:], dw[:hidden])) if cell == "gru" else dw
+        if cell == "gru":
+            dw = torch.cat((dw[hidden:], dw[:hidden]))
+        elif cell == "gru_textbook":
+            dw = torch.cat((dw, torch.mm(dgates[:, 2 * hidden :].t(), cells)))
+        grads[4] = dw
     if need_b_ih or need_b_hh:
         total = dgates.sum(0)
         if cell == "gru":
@@ -272,11 +284,20 @@ def unsupported_by_recurrent_kernels(
     reverse: bool,
 ) -> str | None:
     """Why the C++ loop cannot take these arguments, or None."""
-    if cell == "gru_textbook":
-        return "no kernel for a reset gate before the product"
     if x.dtype == torch.float64:
         return "no kernel for torch.float64"
     return unsupported_by_cpu_kernels(x, h0, c0, w_ih, w_hh, b_ih, b_hh)
+
+
+def _one_step(tensors: tuple[Any, ...], cell: str) -> tuple[Tensor, Tensor, Tensor]:
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh = tensors
+    if b_ih is None and b_hh is not None:
+        b_ih = torch.zeros_like(b_hh)
+    weights = [w if 1 in w.stride() else w.contiguous() for w in (w_ih, w_hh)]
+    weights += [b.contiguous() for b in (b_ih, b_hh) if b is not None]
+    h0, c0 = (None if s is None else s.contiguous()[None] for s in (h0, c0))
+    y, h_n, c_n = step_op(x.contiguous(), h0, c0, weights, 1, CELLS.index(cell), False)
+    return y, h_n[0], c_n[0] if cell == "lstm" else c_n.view(0, y.shape[1])
 
 
 def cpu_layer(
@@ -301,6 +322,9 @@ def cpu_layer(
     if any(t is not None and t.dtype != torch.float32 for t in tensors):
         tensors = tuple(None if t is None else t.float() for t in tensors)
     keep = needs_grad(*tensors)
+    if not keep and batch_sizes is None and x.shape[0] == batch and 0 < batch <= MAX_ROWS:
+        y, h_n, c_n = _one_step(tensors, cell)
+        return y.to(dtype), h_n.to(dtype), c_n.to(dtype)
     run: Any = (lambda *args: apply(_Layer, *args)) if keep else _Layer.forward
     y, h_n, c_n, *_ = run(*tensors, batch_sizes, batch, cell, reverse, keep)
     if dtype == torch.float32:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lmfast.ops._library import accumulation_dtype
 
-# The first four are the kernels' numbers for them. gru_textbook resets before the product.
+# Their order is the kernels' numbers for them. gru_textbook resets before the product.
 CELLS = ("tanh", "relu", "lstm", "gru", "gru_textbook")
 GATES = {"tanh": 1, "relu": 1, "lstm": 4, "gru": 3, "gru_textbook": 3}
 

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfast._dispatch import Op, implementation, register, register_op, select
+from lmfast import _extension
+from lmfast._dispatch import (
+    Op,
+    implementation,
+    is_requested,
+    register,
+    register_op,
+    select,
+)
 from lmfast.ops._attention_arguments import check
 from lmfast.ops._attention_reference import Options, peer, reference
 from lmfast.ops._attention_samples import samples
@@ -85,6 +93,10 @@ def attention(
         >>> torch.allclose(out[:, :, 0], v[:, :, 0])  # the first query sees the first key only
         True
     """
+    if backend is None and mask is window is softcap is sinks is alibi is None:
+        out = _plain_call(q, k, v, causal, q_offset, lengths, scale)
+        if out is not None:
+            return out
     args = check(
         q,
         k,
@@ -133,6 +145,40 @@ _backward_op = define(
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _backward_fake,
 )
+
+
+def _plain_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    q_offset: int | Tensor | None,
+    lengths: Tensor | None,
+    scale: float | None,
+) -> Tensor | None:
+    """The result of a call without options and gradients, if the C++ operator takes it as it is.
+
+    One token's attention takes some 10 us, and so do the checks and the choice of a backend. The
+    operator has its own checks, for memory's sake: only a call that it refuses goes the long way,
+    where the argument is named that does not fit.
+    """
+    if (
+        not (_extension.cpu.loaded and not is_requested("attention"))
+        or torch.compiler.is_compiling()
+    ):
+        return None
+    offset, offsets = (None, q_offset) if isinstance(q_offset, Tensor) else (q_offset, None)
+    try:
+        # bool and int pass for each other in an operator.
+        if isinstance(q_offset, bool) or not isinstance(causal, bool) or needs_grad(q, k, v):
+            return None
+        if scale is None:
+            scale = 1.0 / math.sqrt(q.shape[3])
+        return _forward_op(
+            q, k, v, causal, offset, offsets, lengths, None, 0, 0.0, None, None, scale
+        )[0]
+    except (RuntimeError, TypeError, AttributeError, IndexError, ZeroDivisionError):
+        return None
 
 
 class _Attention(torch.autograd.Function):

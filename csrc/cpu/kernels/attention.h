@@ -14,11 +14,30 @@ struct AttentionTensor {
 
 enum class MaskKind : int { kNone, kBool, kF32, kBF16, kF16 };
 
+// What keys and values are stored as; a cache may keep them in another type than the queries'.
+enum class Stored : int { kF32, kBF16, kF16, kI8 };
+
+// Keys that one entry of a cache's table stands for.
+constexpr int64_t kAttentionTableBlock = 64;
+
+// Where a cache differs from a plain tensor.
+struct AttentionStorage {
+  Stored type;
+  // (B, table_row): keys [64 j, 64 j + 64) of batch row b lie in row table[b][j] of k and v, at the
+  // same positions; null: in row b.
+  const int32_t* table;
+  int64_t table_row;
+  // (rows, Hkv, keys), last dimension contiguous: what int8 numbers are to be multiplied by.
+  const float *key_scales, *value_scales;
+  int64_t key_scale_stride[2], value_scale_stride[2];
+};
+
 struct AttentionArgs {
-  DType dtype;  // of q, k, v, out, dout, dq, dk, dv
+  DType dtype;  // of q, out, dout, dq, dk, dv
+  AttentionStorage stored;
   int64_t batch, heads, kv_heads, length, keys, head_dim;
   AttentionTensor q, k, v, out;
-  float* lse;  // (B, H, T) log2 of the sum of e^score; inf where a row sees no key
+  float* lse;  // (B, H, T) log2 of the sum of e^score; inf where a row sees no key; or null
 
   // What a query sees: query t of batch row b is at position p = offsets[b] + t; of the first
   // lengths[b] keys it sees those up to p when causal, and those nearer than `window` to p.
@@ -39,7 +58,22 @@ struct AttentionArgs {
   void* scratch;
   // Units of one (batch row, key/value head): ranges of query rows (forward) or keys (backward).
   int64_t ranges;
+  // Of the forward: each range again by `splits` of the keys, which leave their parts in `partial`
+  // for attention_combine: (B, Hkv, splits, rows, attention_record_size).
+  int64_t splits, keys_per_split;
+  float* partial;
 };
+
+static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Query rows of a key/value head.
+static inline int64_t attention_rows(const AttentionArgs& a) {
+  return a.heads / a.kv_heads * a.length;
+}
+// What a split leaves per query row: its unnormalised output, padded, its maximum and its sum.
+static inline int64_t attention_record_size(const AttentionArgs& a) {
+  return round_up(a.head_dim, 32) + 2;
+}
 
 struct AttentionBwdArgs {
   AttentionArgs fwd;
@@ -53,24 +87,15 @@ struct AttentionReduceArgs {
   AttentionBwdArgs bwd;
 };
 
-// Partial results of decoding: every split of the keys leaves, per query row, its maximum, sum and
-// unnormalised output; attention_combine adds them in order.
-struct AttentionDecodeArgs {
-  AttentionArgs fwd;
-  int64_t splits, keys_per_split;
-  float* partial;  // (B, Hkv, splits, rows, head_dim rounded up to 16, and 2)
-};
-
 constexpr int64_t kAttentionLanes = 64;  // query rows (forward) or keys (backward) of a block
 constexpr int64_t kAttentionChunk = 64;  // rows of scores kept at a time
 
-constexpr int64_t kAttentionDecodeRows = 8;  // query rows that decoding takes at once
-
-static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+constexpr int64_t kAttentionDecodeRows = 12;  // most query rows that decoding takes
 
 // Upper bounds on what a unit takes from its scratch.
 static inline int64_t attention_fwd_scratch_bytes(const AttentionArgs& a) {
-  const int64_t keys = round_up(a.keys, 32) + 32, width = round_up(a.head_dim, 32);
+  const int64_t most = a.keys < a.keys_per_split ? a.keys : a.keys_per_split;
+  const int64_t keys = round_up(most, 32) + 32, width = round_up(a.head_dim, 32);
   const int64_t lanes = kAttentionLanes, chunk = kAttentionChunk;
   return 2 * keys * width * 4 + lanes * (4 * width + 4 * chunk) * 4 + 96 * 1024;
 }
@@ -81,10 +106,12 @@ static inline int64_t attention_bwd_scratch_bytes(const AttentionArgs& a) {
          lanes * (4 * width + 5 * kAttentionChunk) * 4 + 160 * 1024;
 }
 
-LMFAST_DECLARE_KERNEL(attention_fwd, AttentionArgs)            // range: units, (B, Hkv, ranges)
-LMFAST_DECLARE_KERNEL(attention_bwd, AttentionBwdArgs)         // range: units, (B, Hkv, ranges)
-LMFAST_DECLARE_KERNEL(attention_reduce, AttentionReduceArgs)   // range: query rows, (B, H, T)
-LMFAST_DECLARE_KERNEL(attention_decode, AttentionDecodeArgs)   // range: units, (B, Hkv, splits)
-LMFAST_DECLARE_KERNEL(attention_combine, AttentionDecodeArgs)  // range: query rows, (B, H, T)
+// Ranges: units, (B, Hkv, ranges); the forward's (B, Hkv, ranges, splits), and decoding's (B, Hkv,
+// splits). Combining and reducing: query rows, (B, H, T).
+LMFAST_DECLARE_KERNEL(attention_fwd, AttentionArgs)
+LMFAST_DECLARE_KERNEL(attention_decode, AttentionArgs)
+LMFAST_DECLARE_KERNEL(attention_combine, AttentionArgs)
+LMFAST_DECLARE_KERNEL(attention_bwd, AttentionBwdArgs)
+LMFAST_DECLARE_KERNEL(attention_reduce, AttentionReduceArgs)
 
 }  // namespace lmfast

@@ -39,14 +39,21 @@ class Scratch {
   char* next_;
 };
 
-// One (batch row, key/value head) and a range of its query rows or keys.
+// One (batch row, key/value head), a range of its query rows or keys, and a split of the keys.
 struct Unit {
-  int64_t b, kv_head, range;
+  int64_t b, kv_head, range, split;
 };
 LMFAST_INLINE Unit unit_at(const AttentionArgs& a, int64_t i) {
-  const int64_t pair = i / a.ranges;
+  const int64_t split = i % a.splits, range = i / a.splits % a.ranges;
+  const int64_t pair = i / a.splits / a.ranges;
   // Later ranges see more keys: hand those out first.
-  return {pair / a.kv_heads, pair % a.kv_heads, a.ranges - 1 - i % a.ranges};
+  return {pair / a.kv_heads, pair % a.kv_heads, a.ranges - 1 - range, split};
+}
+// Where the rows of a unit's split leave their parts; of a single split, the thread's own memory.
+LMFAST_INLINE float* partial_of(const AttentionArgs& a, const Unit& u) {
+  const int64_t pair = u.b * a.kv_heads + u.kv_head;
+  const int64_t at = a.splits > 1 ? pair * a.splits + u.split : 0;
+  return a.partial + at * attention_rows(a) * attention_record_size(a);
 }
 
 struct Span {
@@ -67,6 +74,15 @@ LMFAST_INLINE Span visible_keys(const AttentionArgs& a, int64_t b, int64_t t) {
   return {lo < hi ? lo : hi, hi};
 }
 
+// Of those, the keys of this split.
+LMFAST_INLINE Span visible_in_split(const AttentionArgs& a, const Unit& u, int64_t t) {
+  const Span all = visible_keys(a, u.b, t);
+  if (a.splits == 1) return all;
+  const int64_t first = u.split * a.keys_per_split, past = first + a.keys_per_split;
+  const int64_t hi = clamp(all.hi, first, past);
+  return {clamp(all.lo, first, hi), hi};
+}
+
 // The query rows of a unit are numbered through the heads of its group: row = g * T + t.
 struct Row {
   int64_t head, t;
@@ -81,7 +97,7 @@ LMFAST_INLINE Span unit_rows(const AttentionArgs& a, const Unit& u) {
   const int64_t blocks = (all + kLanes - 1) / kLanes, per = (blocks + a.ranges - 1) / a.ranges;
   return {clamp(u.range * per * kLanes, 0, all), clamp((u.range + 1) * per * kLanes, 0, all)};
 }
-// A span that holds every key these rows see.
+// A span that holds every key of the unit's split that these rows see.
 LMFAST_INLINE Span keys_of_rows(const AttentionArgs& a, const Unit& u, Span rows) {
   if (rows.lo >= rows.hi) return {0, 0};
   int64_t first = rows.lo % a.length, last = (rows.hi - 1) % a.length;
@@ -90,7 +106,7 @@ LMFAST_INLINE Span keys_of_rows(const AttentionArgs& a, const Unit& u, Span rows
     last = a.length - 1;
   }
   // Both limits only grow with t; a row that sees nothing widens the span at most.
-  const Span all{visible_keys(a, u.b, first).lo, visible_keys(a, u.b, last).hi};
+  const Span all{visible_in_split(a, u, first).lo, visible_in_split(a, u, last).hi};
   return all.lo < all.hi ? all : Span{0, 0};
 }
 template <class T>

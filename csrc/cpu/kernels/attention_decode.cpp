@@ -1,145 +1,47 @@
 // Attention of a few query rows on a long cache: decoding.
 //
-// Floor: memory. Every key and value is read once from memory, for all query heads of its group and
-// all rows together (up to kDecodeRows), where it lies; nothing is packed or copied, and nothing
-// behind the row's length is touched. The keys are cut into splits, so that one sequence with one
-// key head still occupies every thread; a split leaves its maximum, sum and unnormalised output,
-// and attention_combine adds the splits in order. Splits depend on the lengths only, not on the
-// threads.
+// Floor: memory. Every key and value is read once, for all query heads of its group and all rows
+// together (up to kDecodeRows), where it lies and in the type it is stored in; nothing is packed or
+// copied, and nothing behind the row's length is touched. The keys are cut into splits, so that one
+// sequence with one key head still occupies every thread; a split leaves its maximum, sum and
+// unnormalised output, and attention_combine adds the splits in order. Splits depend on the lengths
+// only, not on the threads.
 //
-// A row of keys is a dot product per query row, summed across lanes at its end; values are added to
-// outputs that stay in registers through a chunk of 64 keys. More rows than kDecodeRows are cheaper
-// as lanes (attention_fwd.cpp).
-#include "../simd_transpose.h"
+// Per 64 keys, which lie in one row of storage: scores, softmax with the running maximum, outputs
+// (attention_decode_dot.h). More rows than kDecodeRows are cheaper as lanes (attention_fwd.cpp).
 #include "attention_by_rows.h"
+#include "attention_decode_dot.h"
 
 namespace lmfast::LMFAST_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kRowsAtOnce = 4;
-#else
-constexpr int kRowsAtOnce = 2;
-#endif
-constexpr int kVecsAtOnce = 4;
-
-// Asks for what lies some rows ahead: the processor's own prefetching stops at every page. One row
-// of 16 heads by 8192 keys of 64 fp32: from 80 to 91 % of the read bandwidth, and 1.2 to 1.4 times
-// faster with 4 rows to a key head, which also need the arithmetic.
-LMFAST_INLINE void prefetch(const void* p) {
-  __builtin_prefetch(static_cast<const char*>(p) + 4096);
-}
-
-// Scores of kRows queries (fp32 rows `q_stride` apart) against n keys: s[r][j].
-template <int kRows, class T>
-LMFAST_INLINE void dot_keys(const float* q, int64_t q_stride, const T* k, int64_t k_stride,
-                            int64_t width, int n, float* s) {
-  constexpr int W = VecF::kWidth;
-  const int64_t whole = width / W * W;
-  const int rest = static_cast<int>(width - whole);
-  for (int j = 0; j < n; ++j, k += k_stride) {
-    VecF total[kRows];
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) total[r] = VecF::zero();
-    for (int64_t d = 0; d < whole; d += W) {
-      const VecF x = VecF::load(k + d);
-      prefetch(k + d);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        total[r] = fmadd(x, VecF::load(q + r * q_stride + d), total[r]);
-      }
-    }
-    if (rest > 0) {
-      const VecF x = VecF::load(k + whole, rest);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        total[r] = fmadd(x, VecF::load(q + r * q_stride + whole, rest), total[r]);
-      }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) s[r * kLanes + j] = sum(total[r]);
-  }
-}
-
-// out[r] += p[r][j] v[j] over n values, kVecs vectors of columns at a time; `lanes` of the last.
-template <int kRows, int kVecs, class T>
-LMFAST_INLINE void add_values(const float* p, const T* v, int64_t v_stride, int n, int lanes,
-                              float* out, int64_t out_stride) {
-  constexpr int W = VecF::kWidth;
-  VecF total[kRows][kVecs];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kVecs; ++i) total[r][i] = VecF::zero();
-  }
-  for (int j = 0; j < n; ++j, v += v_stride) {
-    VecF x[kVecs];
-#pragma GCC unroll 4
-    for (int i = 0; i < kVecs; ++i) {
-      prefetch(v + i * W);
-      x[i] = i == kVecs - 1 && lanes < W ? VecF::load(v + i * W, lanes) : VecF::load(v + i * W);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const VecF weight = VecF::set1(p[r * kLanes + j]);
-#pragma GCC unroll 4
-      for (int i = 0; i < kVecs; ++i) total[r][i] = fmadd(weight, x[i], total[r][i]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kVecs; ++i) {
-      float* at = out + r * out_stride + i * W;
-      (VecF::load(at) + total[r][i]).store(at);
-    }
-  }
-}
-template <int kRows, class T>
-LMFAST_INLINE void add_all_values(const float* p, const T* v, int64_t v_stride, int n,
-                                  int64_t width, float* out, int64_t out_stride) {
-  constexpr int W = VecF::kWidth, kBlock = kVecsAtOnce * W;
-  int64_t d = 0;
-  for (; d + kBlock <= width; d += kBlock) {
-    add_values<kRows, kVecsAtOnce>(p, v + d, v_stride, n, W, out + d, out_stride);
-  }
-  for (; d < width; d += W) {
-    const int lanes = static_cast<int>(width - d < W ? width - d : W);
-    add_values<kRows, 1>(p, v + d, v_stride, n, lanes, out + d, out_stride);
-  }
-}
+constexpr int kRowsAtOnce = kVec >= 16 ? 8 : (kVec >= 8 ? 4 : 2);
 
 // Calls f with the number of rows as a constant, for all of them in turn.
-template <class F>
-LMFAST_INLINE void by_rows(int rows, const F& f) {
-  int r = 0;
-  for (; r + kRowsAtOnce <= rows; r += kRowsAtOnce) f(r, Constant<kRowsAtOnce>());
-  if constexpr (kRowsAtOnce > 2) {
-    if (rows - r >= 2) {
-      f(r, Constant<2>());
-      r += 2;
-    }
-  }
-  if (r < rows) f(r, Constant<1>());
+template <int kRows = kRowsAtOnce, class F>
+LMFAST_INLINE void by_rows(int rows, const F& f, int r = 0) {
+  for (; r + kRows <= rows; r += kRows) f(r, Constant<kRows>());
+  if constexpr (kRows > 1) by_rows<kRows / 2>(rows, f, r);
 }
 
 // p in place of the scores of one row; its maximum, sum and output follow.
-LMFAST_INLINE void row_softmax(float* s, VecF unit, float* m, float* l, float* out, int64_t width) {
-  constexpr int W = VecF::kWidth;
+LMFAST_INLINE void row_softmax(float* s, VecF unit, float* m, float* l, float* out,
+                               int64_t padded) {
   VecF top = VecF::load(s);
-  for (int i = W; i < kLanes; i += W) top = max(top, VecF::load(s + i));
+  for (int i = kVec; i < kLanes; i += kVec) top = max(top, VecF::load(s + i));
   const float largest = hmax(top * unit);
   if (largest > *m) {
-    float factor[W];
+    float factor[kVec];
     exp2<6>(VecF::set1(*m - largest)).store(factor);
     *m = largest;
     *l *= factor[0];
-    for (int64_t d = 0; d < width; d += W)
+    for (int64_t d = 0; d < padded; d += kVec) {
       (VecF::load(out + d) * VecF::set1(factor[0])).store(out + d);
+    }
   }
   const VecF shift = VecF::set1(-*m);
   VecF total = VecF::zero();
-  for (int i = 0; i < kLanes; i += W) {
+  for (int i = 0; i < kLanes; i += kVec) {
     const VecF p = exp2<6>(fmadd(VecF::load(s + i), unit, shift));
     p.store(s + i);
     total = total + p;
@@ -147,75 +49,124 @@ LMFAST_INLINE void row_softmax(float* s, VecF unit, float* m, float* l, float* o
   *l += sum(total);
 }
 
-template <class T>
-void decode_unit(const AttentionDecodeArgs& a, int64_t unit) {
-  const AttentionArgs& f = a.fwd;
-  const int64_t pair = unit / a.splits, split = unit % a.splits;
-  const Unit u{pair / f.kv_heads, pair % f.kv_heads, 0};
-  const int rows = static_cast<int>(f.heads / f.kv_heads * f.length);
-  const int64_t width = f.head_dim, padded = round_up(width, 16), record = padded + 2;
-  float* partial = a.partial + unit * rows * record;
-  // A row's record: output, maximum, sum.
-  memset(partial, 0, sizeof(float) * static_cast<size_t>(rows * record));
-  Row row[kDecodeRows];
-  alignas(64) float q[kDecodeRows * 256], s[kDecodeRows * kLanes], slope[kDecodeRows * kLanes];
-  int64_t lo = f.keys, hi = 0;
-  for (int r = 0; r < rows; ++r) {
-    partial[r * record + padded] = kLowest;
-    row[r] = row_at(f, u, r);
-    to_float_row(row_of<T>(f.q, u.b, row[r].head, row[r].t), width, q + r * padded);
-    const Span seen = visible_keys(f, u.b, row[r].t);
-    if (seen.lo == seen.hi) continue;
-    lo = seen.lo < lo ? seen.lo : lo;
-    hi = seen.hi > hi ? seen.hi : hi;
+LMFAST_INLINE void multiply_lanes(float* s, const float* factors, int n) {
+  for (int i = 0; i < n; i += kVec) {
+    (VecF::load(s + i) * VecF::load(factors + i, n - i)).store(s + i);
   }
-  const int64_t first = split * a.keys_per_split, past = first + a.keys_per_split;
-  lo = lo > first ? lo : first;
-  hi = hi < past ? hi : past;
-  const bool options = has_score_options(f);
-  const VecF unit_scale = VecF::set1(options ? 1.0f : f.scale * kLog2e);
-  for (int64_t key = lo; key < hi; key += kLanes) {
-    const int n = static_cast<int>(hi - key < kLanes ? hi - key : kLanes);
-    const T* k = row_of<T>(f.k, u.b, u.kv_head, key);
-    const T* v = row_of<T>(f.v, u.b, u.kv_head, key);
-    by_rows(rows, [&](int r, auto count) {
-      dot_keys<decltype(count)::value>(q + r * padded, padded, k, f.k.row, width, n,
-                                       s + r * kLanes);
+}
+
+// A query row as fp32, in the order of the storage type's vectors; zeros behind.
+LMFAST_INLINE void load_query(const AttentionArgs& a, int64_t b, Row row, bool even_odd,
+                              int64_t padded, float* q) {
+  memset(q, 0, sizeof(float) * static_cast<size_t>(padded));
+  LMFAST_DISPATCH_DTYPE(a.dtype, scalar_t, {
+    if constexpr (sizeof(scalar_t) <= sizeof(float)) {
+      to_float_row(row_of<scalar_t>(a.q, b, row.head, row.t), a.head_dim, q);
+    }
+  })
+  if (even_odd) to_even_odd(q, padded);
+}
+
+struct DecodeRows {
+  int count;
+  int64_t lo, hi;  // keys that any of them sees, in this split
+  Row row[kDecodeRows];
+  alignas(64) float q[kDecodeRows * 256];
+};
+
+// S: what keys and values are stored as. K: how keys are multiplied with queries.
+template <class S, class K>
+void decode_unit(const AttentionArgs& a, int64_t unit) {
+  constexpr bool kFloatQuery = sizeof(typename K::Query) == sizeof(float);
+  constexpr bool kEvenOdd = Wide<S>::kEvenOdd;
+  const int64_t pair = unit / a.splits, split = unit % a.splits;
+  const Unit u{pair / a.kv_heads, pair % a.kv_heads, 0, split};
+  const int64_t width = a.head_dim, padded = round_up(width, 32);
+  const int64_t record = attention_record_size(a);
+  float* partial = partial_of(a, u);
+  DecodeRows w;
+  w.count = static_cast<int>(attention_rows(a));
+  w.lo = a.keys;
+  w.hi = 0;
+  memset(partial, 0, sizeof(float) * static_cast<size_t>(w.count * record));
+  for (int r = 0; r < w.count; ++r) {
+    partial[r * record + padded] = kLowest;
+    w.row[r] = row_at(a, u, r);
+    const Span seen = visible_in_split(a, u, w.row[r].t);
+    if (seen.lo == seen.hi) continue;
+    w.lo = seen.lo < w.lo ? seen.lo : w.lo;
+    w.hi = seen.hi > w.hi ? seen.hi : w.hi;
+  }
+  if (w.lo >= w.hi) return;
+  using Query = typename K::Query;
+  Query* q = reinterpret_cast<Query*>(w.q);
+  for (int r = 0; r < w.count; ++r) {
+    if constexpr (kFloatQuery) {
+      load_query(a, u.b, w.row[r], kEvenOdd, padded, w.q + r * padded);
+    } else {
+      memset(q + r * padded, 0, sizeof(Query) * static_cast<size_t>(padded));
+      memcpy(q + r * padded, row_of<Query>(a.q, u.b, w.row[r].head, w.row[r].t),
+             sizeof(Query) * static_cast<size_t>(width));
+    }
+  }
+  alignas(64) float s[kDecodeRows * kLanes], slope[kDecodeRows * kLanes];
+  const bool options = has_score_options(a);
+  const VecF unit_scale = VecF::set1(options ? 1.0f : a.scale * kLog2e);
+  const StoredTensor stored_k = stored_keys(a), stored_v = stored_values(a);
+  int64_t row = storage_row(a.stored, u.b, w.lo), end = 0;
+  for (int64_t key = w.lo; key < w.hi; key = end) {
+    end = clamp((key / kLanes + 1) * kLanes, 0, w.hi);
+    const int64_t next = end < w.hi ? storage_row(a.stored, u.b, end) : row;
+    const int n = static_cast<int>(end - key);
+    const Keys<S> k{row_of<S>(a.k, row, u.kv_head, key), a.k.row, n,
+                    row_of<S>(a.k, next, u.kv_head, end)};
+    const Keys<S> v{row_of<S>(a.v, row, u.kv_head, key), a.v.row, n,
+                    row_of<S>(a.v, next, u.kv_head, end)};
+    by_rows(w.count, [&](int r, auto count) {
+      dot_keys<K, decltype(count)::value>(q + r * padded, padded, k, width, s + r * kLanes);
     });
-    for (int r = 0; r < rows; ++r) {
+    for (int r = 0; r < w.count; ++r) {
       float* scores = s + r * kLanes;
-      if (options) apply_options_by_rows(f, u.b, row[r].head, row[r].t, 1, key, scores, slope);
-      hide_invisible_by_rows(f, u.b, row[r].t, 1, key, key + n, scores);
+      if (stored_k.scales != nullptr) {
+        multiply_lanes(scores, scales_at(stored_k, row, u.kv_head, key), n);
+      }
+      const Row at = w.row[r];
+      if (options) apply_options_by_rows(a, u.b, at.head, at.t, 1, key, scores, slope);
+      hide_invisible_by_rows(a, u.b, at.t, 1, key, end, scores);
       for (int j = n; j < kLanes; ++j) scores[j] = -kInfinity;
       float* out = partial + r * record;
-      row_softmax(scores, unit_scale, out + padded, out + padded + 1, out, width);
+      row_softmax(scores, unit_scale, out + padded, out + padded + 1, out, padded);
+      if (stored_v.scales != nullptr) {
+        multiply_lanes(scores, scales_at(stored_v, row, u.kv_head, key), n);
+      }
     }
-    by_rows(rows, [&](int r, auto count) {
-      add_all_values<decltype(count)::value>(s + r * kLanes, v, f.v.row, n, width,
-                                             partial + r * record, record);
+    by_rows(w.count, [&](int r, auto count) {
+      add_values<decltype(count)::value>(s + r * kLanes, v, width, partial + r * record, record);
     });
+    row = next;
+  }
+  if constexpr (kEvenOdd) {
+    for (int r = 0; r < w.count; ++r) from_even_odd(partial + r * record, padded);
   }
 }
 
 // out = sum of splits, each scaled to the largest maximum, over the sum of their sums and the sink.
 template <class T>
-void combine_row(const AttentionDecodeArgs& a, int64_t at) {
-  constexpr int W = VecF::kWidth;
-  const AttentionArgs& f = a.fwd;
-  const int64_t t = at % f.length, head = at / f.length % f.heads, b = at / f.length / f.heads;
-  const int64_t group = f.heads / f.kv_heads, rows = group * f.length;
-  const int64_t padded = round_up(f.head_dim, 16), record = padded + 2;
-  const float* first = a.partial + (b * f.kv_heads + head / group) * a.splits * rows * record +
-                       (head % group * f.length + t) * record;
-  const float sink = f.sinks != nullptr ? f.sinks[head] * kLog2e : kLowest;
+void combine_row(const AttentionArgs& a, int64_t at) {
+  const int64_t t = at % a.length, head = at / a.length % a.heads, b = at / a.length / a.heads;
+  const int64_t group = a.heads / a.kv_heads, rows = attention_rows(a);
+  const int64_t padded = round_up(a.head_dim, 32), record = attention_record_size(a);
+  const float* first =
+      partial_of(a, {b, head / group, 0, 0}) + (head % group * a.length + t) * record;
+  const float sink = a.sinks != nullptr ? a.sinks[head] * kLog2e : kLowest;
   float m = sink;
   for (int64_t i = 0; i < a.splits; ++i) {
     const float x = first[i * rows * record + padded];
     m = x > m ? x : m;
   }
-  float lanes[W], l = 0.0f;
+  float lanes[kVec], l = 0.0f;
   alignas(64) float out[256] = {};
-  if (f.sinks != nullptr) {
+  if (a.sinks != nullptr) {
     exp2<6>(VecF::set1(sink - m)).store(lanes);
     l = lanes[0];
   }
@@ -224,33 +175,41 @@ void combine_row(const AttentionDecodeArgs& a, int64_t at) {
     const VecF factor = exp2<6>(VecF::set1(in[padded] - m));
     factor.store(lanes);
     l += lanes[0] * in[padded + 1];
-    for (int64_t d = 0; d < padded; d += W) {
+    for (int64_t d = 0; d < padded; d += kVec) {
       fmadd(VecF::load(in + d), factor, VecF::load(out + d)).store(out + d);
     }
   }
   const bool empty = l == 0.0f;
-  log2(VecF::set1(empty ? 1.0f : l)).store(lanes);
-  f.lse[at] = empty ? kInfinity : m + lanes[0];
+  if (a.lse != nullptr) {
+    log2(VecF::set1(empty ? 1.0f : l)).store(lanes);
+    a.lse[at] = empty ? kInfinity : m + lanes[0];
+  }
   const VecF inverse = VecF::set1(empty ? 0.0f : 1.0f / l);
-  T* to = mutable_row_of<T>(f.out, b, head, t);
-  for (int64_t d = 0; d < f.head_dim; d += W) {
-    const int n = static_cast<int>(f.head_dim - d < W ? f.head_dim - d : W);
+  T* to = mutable_row_of<T>(a.out, b, head, t);
+  for (int64_t d = 0; d < a.head_dim; d += kVec) {
+    const int n = static_cast<int>(a.head_dim - d < kVec ? a.head_dim - d : kVec);
     (VecF::load(out + d) * inverse).store(to + d, n);
   }
 }
 
 }  // namespace
 
-void attention_decode(const AttentionDecodeArgs& a, int64_t begin, int64_t end) {
-  LMFAST_DISPATCH_DTYPE(a.fwd.dtype, scalar_t, {
-    if constexpr (sizeof(scalar_t) <= sizeof(float)) {
-      for (int64_t i = begin; i < end; ++i) decode_unit<scalar_t>(a, i);
-    }
-  })
+void attention_decode(const AttentionArgs& a, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    by_stored_type(a.stored.type, [&](auto type) {
+      using S = typename decltype(type)::type;
+#if defined(__AVX512BF16__)
+      if constexpr (is_bf16<S>()) {
+        if (a.dtype == DType::kBF16) return decode_unit<S, Bf16Pairs>(a, i);
+      }
+#endif
+      decode_unit<S, Wide<S>>(a, i);
+    });
+  }
 }
 
-void attention_combine(const AttentionDecodeArgs& a, int64_t begin, int64_t end) {
-  LMFAST_DISPATCH_DTYPE(a.fwd.dtype, scalar_t, {
+void attention_combine(const AttentionArgs& a, int64_t begin, int64_t end) {
+  LMFAST_DISPATCH_DTYPE(a.dtype, scalar_t, {
     if constexpr (sizeof(scalar_t) <= sizeof(float)) {
       for (int64_t i = begin; i < end; ++i) combine_row<scalar_t>(a, i);
     }

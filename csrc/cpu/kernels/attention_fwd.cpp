@@ -23,6 +23,9 @@
 namespace lmfast::LMFAST_ISA {
 namespace {
 
+// Products added in one chain; larger heads take several, or they would round more than PyTorch's.
+constexpr int64_t kChain = 128;
+
 // P^T in place of S^T, and its sums, from lane `first` on.
 LMFAST_INLINE void exponentials(QueryBlock& q, int first, int n, float* s, VecF unit, float* out,
                                 int64_t width) {
@@ -64,8 +67,8 @@ void fwd_unit(const AttentionArgs& a, const Unit& u) {
   float* out = scratch.take<float>(kLanes * width);
   float* s = scratch.take<float>(kChunk * kLanes);
   float* bias = scratch.take<float>(kChunk * kLanes);
-  const FloatRows k = float_rows<T>(a.k, u.b, u.kv_head, keys, width, k_copy);
-  const FloatRows v = float_rows<T>(a.v, u.b, u.kv_head, keys, width, v_copy);
+  const FloatRows k = stored_rows(a, stored_keys(a), u.b, u.kv_head, keys, k_copy);
+  const FloatRows v = stored_rows(a, stored_values(a), u.b, u.kv_head, keys, v_copy);
   const bool options = has_score_options(a);
   const VecF unit = VecF::set1(options ? 1.0f : a.scale * kLog2e);
 
@@ -91,13 +94,23 @@ void fwd_unit(const AttentionArgs& a, const Unit& u) {
       const int64_t end = past[first / 16] < key + kFloatStep ? past[first / 16] : key + kFloatStep;
       n = static_cast<int>(end - key);
       float* scores = s + first;
-      gemm_f32<false, false>(n, lanes - first, width, k.data + key * k.stride, k.stride,
+      const int64_t lanes_left = lanes - first;
+      const float* k_rows = k.data + key * k.stride;
+      gemm_f32<false, false>(n, lanes_left, width < kChain ? width : kChain, k_rows, k.stride,
                              q_lanes + first, kLanes, scores, kLanes);
+      for (int64_t d = kChain; d < width; d += kChain) {
+        gemm_f32<false, true>(n, lanes_left, width - d < kChain ? width - d : kChain, k_rows + d,
+                              k.stride, q_lanes + d * kLanes + first, kLanes, scores, kLanes);
+      }
       if (options) apply_options(a, q, key, n, s, bias);
       hide_invisible(q, key, n, s);
       exponentials(q, static_cast<int>(first), n, s, unit, out, width);
       gemm_f32<true, true>(width, lanes - first, n, v.data + key * v.stride, v.stride, scores,
                            kLanes, out + first, kLanes);
+    }
+    if (a.splits > 1) {
+      store_partial(a, u, q, row, out);
+      continue;
     }
     finish_block(a, q);
     store_block<T>(a, q, out, q_rows);
@@ -118,10 +131,12 @@ void attention_fwd(const AttentionArgs& a, int64_t begin, int64_t end) {
         break;
       case DType::kBF16:
 #if defined(LMFAST_AMX)
-        fwd_unit_amx(a, u);
-#else
-        fwd_unit<bf16>(a, u);
+        if (a.stored.type == Stored::kBF16 || a.stored.type == Stored::kI8) {
+          fwd_unit_amx(a, u);
+          break;
+        }
 #endif
+        fwd_unit<bf16>(a, u);
         break;
       case DType::kF64:  // the reference's
         break;

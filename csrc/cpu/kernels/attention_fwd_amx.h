@@ -123,12 +123,12 @@ void fwd_unit_amx(const AttentionArgs& a, const Unit& u) {
   float* s = scratch.take<float>(kChunk * kLanes);
   float* bias = scratch.take<float>(kChunk * kLanes);
   char* p = scratch.take<char>(kOutputKeys * kLanes * 2);
-  const TileRows k = tile_rows(a.k, u.b, u.kv_head, keys, columns, width, k_copy);
+  const TileRows k = stored_tile_rows(a, u, keys, width, k_copy);
   for (int64_t j = 0; j < count; j += 32) {
-    const bf16* v = row_of<bf16>(a.v, u.b, u.kv_head, keys.lo + j);
     const int n = static_cast<int>(keys.hi - keys.lo - j < 32 ? keys.hi - keys.lo - j : 32);
+    const Bf16Rows v = stored_values_as_bf16(a, u, keys.lo + j, n, width, q_rows);
     for (int t = 0; t < depth; ++t) {
-      pack_columns(v + 32 * t, a.v.row, n, columns - 32 * t,
+      pack_columns(v.data + 32 * t, v.stride, n, columns - 32 * t,
                    v_tiles + (j / 32 * d_tiles + 2 * t) * kTileBytes, kTileBytes);
     }
   }
@@ -155,6 +155,10 @@ void fwd_unit_amx(const AttentionArgs& a, const Unit& u) {
     }
     memset(out, 0, sizeof(float) * static_cast<size_t>(kLanes * width));
     attend_block(a, q, {k, v_tiles, keys.lo, q_tiles, depth, out, s, bias, p});
+    if (a.splits > 1) {
+      store_partial(a, u, q, row, out);
+      continue;
+    }
     finish_block(a, q);
     store_block<bf16>(a, q, out, out_rows);
   }

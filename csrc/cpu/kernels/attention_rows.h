@@ -1,7 +1,7 @@
 // Rows of any storage type as fp32 rows, for the attention kernels that compute in fp32.
 #pragma once
 
-#include "attention_block.h"
+#include "attention_stored.h"
 
 namespace lmfast::LMFAST_ISA {
 namespace {
@@ -23,6 +23,16 @@ FloatRows float_rows(const AttentionTensor& x, int64_t b, int64_t head, Span row
   for (int64_t j = rows.lo; j < rows.hi; ++j) {
     to_float_row(first + j * x.row, width, copy + (j - rows.lo) * width);
   }
+  return {copy - rows.lo * width, width};
+}
+
+// The same for rows of keys or values, wherever and as whatever they are stored.
+LMFAST_INLINE FloatRows stored_rows(const AttentionArgs& a, const StoredTensor& t, int64_t b,
+                                    int64_t head, Span rows, float* copy) {
+  const int64_t width = a.head_dim;
+  const bool there = a.stored.type == Stored::kF32 && a.stored.table == nullptr;
+  if (there && t.x.row == width) return {row_of<float>(t.x, b, head, 0), width};
+  to_float_rows(a, t, b, head, rows, copy, width);
   return {copy - rows.lo * width, width};
 }
 

@@ -38,7 +38,7 @@ LMFAST_INLINE void describe_block(const AttentionArgs& a, const Unit& u, int64_t
   for (int i = 0; i < q.vecs * VecF::kWidth; ++i) {
     q.row[i] = i < rows ? at : q.row[0];
     if (++at.t == a.length) at = {at.head + 1, 0};
-    const Span s = visible_keys(a, u.b, q.row[i].t);
+    const Span s = visible_in_split(a, u, q.row[i].t);
     q.lo[i] = static_cast<float>(s.lo);
     q.hi[i] = static_cast<float>(s.hi);
     q.at[i] = static_cast<float>(a.offsets[u.b] + q.row[i].t);
@@ -162,8 +162,24 @@ LMFAST_INLINE void finish_block(const AttentionArgs& a, QueryBlock& q) {
     select_less(zero, empty, VecF::set1(kInfinity), value).store(lse + i);
     select_less(zero, empty, zero, factor / safe).store(q.l + i);
   }
-  for (int i = 0; i < q.rows; ++i) {
+  for (int i = 0; i < q.rows && a.lse != nullptr; ++i) {
     a.lse[(q.b * a.heads + q.row[i].head) * a.length + q.row[i].t] = lse[i];
+  }
+}
+
+// The same for one split of the keys: what attention_combine needs of each row. `row` is the first
+// of the block in its unit.
+LMFAST_INLINE void store_partial(const AttentionArgs& a, const Unit& u, const QueryBlock& q,
+                                 int64_t row, const float* out) {
+  const int64_t record = attention_record_size(a), padded = record - 2;
+  float* to = partial_of(a, u) + row * record;
+  alignas(64) float one[kLanes];
+  for (float& x : one) x = 1.0f;
+  lanes_to_rows(out, kLanes, one, q.rows, static_cast<int>(a.head_dim), to, record);
+  for (int i = 0; i < q.rows; ++i, to += record) {
+    for (int64_t d = a.head_dim; d < padded; ++d) to[d] = 0.0f;
+    to[padded] = q.m[i];
+    to[padded + 1] = q.l[i];
   }
 }
 
