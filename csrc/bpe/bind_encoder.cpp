@@ -180,12 +180,12 @@ class EncoderBinding {
   // instead of the 15 to 25 of PyLong_FromLong.
   py::list to_list(IdBuffer& ids) {
     const size_t n = ids.size();
-    if (numbers_.empty()) {
-      numbers_.resize(vocabulary_.tokens().size());
-      for (size_t id = 0; id < numbers_.size(); ++id) {
-        numbers_[id] = PyLong_FromSize_t(id);
-        if (numbers_[id] == nullptr) throw py::error_already_set();
-      }
+    const size_t size = vocabulary_.tokens().size();
+    numbers_.reserve(size);
+    while (numbers_.size() < size) {
+      PyObject* number = PyLong_FromSize_t(numbers_.size());
+      if (number == nullptr) throw py::error_already_set();
+      numbers_.push_back(number);
     }
     PyObject* list = PyList_New(static_cast<Py_ssize_t>(n));
     if (list == nullptr) throw py::error_already_set();

@@ -70,6 +70,10 @@ struct EncodeContext {
 
 struct Kernels {
   const char* name;
+  // Copies units below 0x80 as bytes, up to the first other one; returns how many. May stop up to
+  // 64 units before it.
+  size_t (*narrow16)(const uint16_t* units, size_t n, uint8_t* out);
+  size_t (*narrow32)(const uint32_t* units, size_t n, uint8_t* out);
   uint32_t (*hash)(PieceKey key);
   // Piece starts in text[0, n), the first at 0; n <= kChunk + kPadding. The pieces between them are
   // final when what follows text[n] is the rest of the text; the last one may go on. Returns 0

@@ -11,6 +11,19 @@ uint32_t hash_key(PieceKey key) {
   return static_cast<uint32_t>(fold_product(a, b));
 }
 
+template <class Unit>
+size_t narrow(const Unit* units, size_t n, uint8_t* out) {
+  constexpr size_t kBlock = 16;
+  size_t done = 0;
+  for (; done + kBlock <= n; done += kBlock) {
+    Unit any = 0;
+    for (size_t i = 0; i < kBlock; ++i) any |= units[done + i];
+    if (any >= 0x80) break;
+    for (size_t i = 0; i < kBlock; ++i) out[done + i] = static_cast<uint8_t>(units[done + i]);
+  }
+  return done;
+}
+
 // The keys of a merge in memory.
 struct ArrayKeys {
   uint32_t keys[kMergeSymbols];
@@ -85,7 +98,8 @@ uint64_t merge_default(const RankTable& table, const uint8_t* bytes, uint32_t* i
 
 }  // namespace
 
-const Kernels kDefaultKernels = {"default",     hash_key,      scan_default, keys_loop<DefaultOps>,
+const Kernels kDefaultKernels = {"default",     narrow<uint16_t>, narrow<uint32_t>,
+                                 hash_key,      scan_default,     keys_loop<DefaultOps>,
                                  merge_default, encode_default};
 
 }  // namespace lmfast::bpe

@@ -176,15 +176,20 @@ class Coding:
             List of int32 arrays, or with ``flat`` an int32 and an int64 array.
         """
         texts = list(texts)
-        for i, text in enumerate(texts):
-            _check_text(text, f"texts[{i}]")
+        kinds = set(map(type, texts))
+        if not kinds <= {str, bytes}:
+            for i, text in enumerate(texts):
+                _check_text(text, f"texts[{i}]")
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
         specials = self._allowed("", allowed_special, disallowed_special)
         if disallowed_special is not None or allowed_special is not None:
             for text in texts:
                 self._allowed(text, allowed_special, disallowed_special)
-        if scanner_code(self._model.pattern) is None or bytes in map(type, texts):
+        damaged = self._model.mode == "byte" and any(
+            self._engine.valid_prefix(text) < len(text) for text in texts if isinstance(text, bytes)
+        )
+        if damaged or scanner_code(self._model.pattern) is None:
             rows = []
             for text in texts:
                 row = self._encode_by_python(text, specials)
@@ -349,7 +354,11 @@ class Coding:
             )
         if array.dtype.itemsize != 4:
             # Beyond 32 bits an id must not wrap into the vocabulary.
-            array = np.clip(array, -1, 2**31 - 1)
+            far = np.flatnonzero((array < 0) | (array >= self._model.size))
+            if far.size:
+                raise ValueError(
+                    f"ids[{far[0]}] is {array[far[0]]}, which is not in the vocabulary"
+                )
         array = np.ascontiguousarray(array, dtype=np.int32 if array.dtype.itemsize != 4 else None)
         if skip:
             array = array[~np.isin(array, list(self._model.special_tokens.values()))]

@@ -292,6 +292,8 @@ class Decoder:
 
     def first_unknown(self, ids: Sequence[int]) -> int:
         for i, id in enumerate(ids):
+            if not hasattr(id, "__index__"):
+                raise TypeError(f"ids[{i}] must be an int, got {type(id).__name__}")
             if not 0 <= id < len(self._bytes) or self._unknown[id]:
                 return i
         return -1
