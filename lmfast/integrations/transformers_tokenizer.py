@@ -95,24 +95,12 @@ class LMFastTokenizer(PreTrainedTokenizer):
         return self._names[index]
 
     def _encode_plus(
-        self,
-        text: Any,
-        text_pair: Any = None,
-        *,
-        return_tensors: Any = None,
-        return_offsets_mapping: bool = False,
-        **kwargs: Any,
+        self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any
     ) -> BatchEncoding:
-        if not return_offsets_mapping:
-            return super()._encode_plus(text, text_pair, return_tensors=return_tensors, **kwargs)
-        if not isinstance(text, str):  # a batch comes back here text by text
-            return super()._encode_plus(
-                text,
-                text_pair,
-                return_tensors=return_tensors,
-                return_offsets_mapping=True,
-                **kwargs,
-            )
+        # A batch comes back here text by text.
+        if not kwargs.get("return_offsets_mapping") or not isinstance(text, str):
+            return super()._encode_plus(text, text_pair, *args, **kwargs)
+        return_tensors = kwargs.pop("return_tensors", None)
         # Truncation, special tokens and padding happen to marks, which say what is left where.
         first = self._spans(text)
         places = first + (self._spans(text_pair) if text_pair else [])
@@ -120,7 +108,7 @@ class LMFastTokenizer(PreTrainedTokenizer):
         encoded = super()._encode_plus(
             marks[: len(first)] or text,  # an empty list would be an empty batch
             marks[len(first) :] or text_pair,
-            return_tensors=None,
+            *args,
             **kwargs,
         )
         encoded["offset_mapping"] = [
