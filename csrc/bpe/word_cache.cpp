@@ -95,7 +95,8 @@ WordCache::WordCache(const Vocabulary& vocabulary, const Kernels& kernels,
 WordCache::~WordCache() { free_buckets(buckets_, count_); }
 
 EncodeContext WordCache::context() {
-  // 8 MB instead of 4: +4 % on English, +2 % on code, twice the speed on 200,000 distinct words.
+  // Early: when an eighth of the entries instead of a thirty-second had been driven out, 200,000
+  // distinct words took 5.1 instead of 2.5 ms.
   if (evicted_ > count_ / 16 && count_ < kMostBuckets) grow();
   return {buckets_, mask(), &arena_, longs_.index(), this, &slow_entry};
 }
