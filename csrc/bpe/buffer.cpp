@@ -3,9 +3,6 @@
 #include <atomic>
 #include <cstdlib>
 #include <new>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace lmfast::bpe {
 namespace {
@@ -19,20 +16,6 @@ struct Header {
   size_t unused[7];  // keeps the contents on cache lines of their own
 };
 std::atomic<Header*> g_pool[kPooled];
-
-// Large buffers in huge pages: fewer faults on the first touch, fewer misses of the TLB after.
-void use_huge_pages(void* memory, size_t size) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr size_t kHugePage = 2u << 20;
-  const size_t before = (0 - reinterpret_cast<uintptr_t>(memory)) % kHugePage;
-  if (size < before + kHugePage) return;
-  madvise(static_cast<char*>(memory) + before, (size - before) / kHugePage * kHugePage,
-          MADV_HUGEPAGE);
-#else
-  (void)memory;
-  (void)size;
-#endif
-}
 
 Header* header_of(char* data) { return reinterpret_cast<Header*>(data - sizeof(Header)); }
 char* data_of(Header* header) { return reinterpret_cast<char*>(header + 1); }
@@ -68,7 +51,6 @@ void RawBuffer::grow(size_t more) {
   void* memory =
       std::realloc(data_ == nullptr ? nullptr : header_of(data_), sizeof(Header) + wanted);
   if (memory == nullptr) throw std::bad_alloc();
-  use_huge_pages(memory, sizeof(Header) + wanted);
   data_ = data_of(static_cast<Header*>(memory));
   capacity_ = wanted;
 }
