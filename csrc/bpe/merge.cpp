@@ -250,7 +250,7 @@ uint32_t* Merger::take_links(uint32_t* out) {
 }
 
 void Merger::trim() {
-  if (ids_.size() <= kKeptSymbols) return;
+  if (ids_.capacity() <= kKeptSymbols) return;
   for (std::vector<uint32_t>* v : {&ids_, &next_, &previous_, &rank_, &positions_}) {
     std::vector<uint32_t>().swap(*v);
   }

@@ -24,6 +24,7 @@ class Merger {
   uint32_t* encode(const uint8_t* piece, size_t size, uint32_t* out);
   // The same, but in every step each possible merge is left out with some probability: they are
   // asked in order, and the first that is not left out is done. Ends when all were left out.
+  // O(n log n) for a probability that is not near 1, at which every step asks all of them.
   uint32_t* encode_dropout(const uint8_t* piece, size_t size, Dropout* dropout, uint32_t* out);
 
  private:
