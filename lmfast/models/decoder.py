@@ -9,25 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lmfast.generation.cache import KVCache, LayerCache
-from lmfast.models.base import LanguageModel, check_sizes
+from lmfast.models.base import LanguageModel, check_sizes, keep_row_fixed
 from lmfast.nn.block import BlockOptions, DecoderBlock
+from lmfast.nn.embedding import Embedding
 from lmfast.nn.norm import RMSNorm
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-class _KeepRowFixed(torch.autograd.Function):
-    """Identity whose gradient is zero in one row: the padding row of a shared matrix."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, row: int) -> Tensor:
-        ctx.row = row
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].index_fill(0, torch.tensor(ctx.row, device=grads[0].device), 0), None
 
 
 class DecoderLanguageModel(LanguageModel):
@@ -133,7 +121,7 @@ class DecoderLanguageModel(LanguageModel):
         scaling = block.get("rope_scaling")
         if scaling is not None:
             self.options["rope_scaling"] = dict(scaling)
-        self.embedding = nn.Embedding(vocab_size, emb_dim, padding_idx=pad_idx)
+        self.embedding = Embedding(vocab_size, emb_dim, padding_idx=pad_idx)
         blocks = []
         for window in windows:
             block["window"] = window
@@ -149,16 +137,14 @@ class DecoderLanguageModel(LanguageModel):
         nn.init.normal_(self.embedding.weight, std=0.02)
         if self.output is not None:
             nn.init.xavier_uniform_(self.output)
-        self._clear_padding()
+        self.embedding.clear_padding()
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Return the output layer's weight (V, E), a view, and bias (V) or None."""
         if self.output is not None:
             return self.output.t(), self.output_bias
-        weight = self.embedding.weight
-        if self.pad_idx is not None and torch.is_grad_enabled():
-            weight = _KeepRowFixed.apply(weight, self.pad_idx)
-        return weight, self.output_bias
+        self.embedding.clear_padding()
+        return keep_row_fixed(self.embedding.weight, self.pad_idx), self.output_bias
 
     def hidden(self, ids: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
         """Return the features (B, T, E) before the output matrix.
