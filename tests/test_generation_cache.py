@@ -257,12 +257,29 @@ def test_an_interrupted_long_step_of_a_window_must_be_reset():
     for layer in range(2):
         cache.append(layer, k[:, :, :5], k[:, :, :5])
     cache.append(0, k, k)
-    with pytest.raises(ValueError, match="only a reset brings the cache back"):
-        cache.truncate(5)
+    for forbidden in (lambda: cache.truncate(5), cache.fork, lambda: cache.reorder([0, 0])):
+        with pytest.raises(ValueError, match="what they held is lost: reset the cache"):
+            forbidden()
     cache.reset()
     for layer in range(2):
         keys, _ = cache.append(layer, k[:, :, :5], k[:, :, :5])
         assert torch.equal(keys, k[:, :, :5])
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_refused_step_changes_nothing(window):
+    cache = KVCache(2, 1, 1, 2, window=window)
+    k = numbered(1, 1, 300, 2)
+    for layer in range(2):
+        cache.append(layer, k[:, :, :5], k[:, :, :5])
+    for bad in (k[:, :, :299], k.double(), k.clone().requires_grad_()):
+        with pytest.raises((ValueError, TypeError)):
+            cache.append(0, k, bad)
+        assert torch.equal(cache.contents(0)[0], k[:, :, :5])
+        assert torch.equal(cache.attend(0, k[:, :, 5:6]), cache.attend(1, k[:, :, 5:6]))
+    for layer in range(2):
+        keys, _ = cache.append(layer, k[:, :, 5:], k[:, :, 5:])
+        assert torch.equal(keys, k)
 
 
 def test_a_window_that_always_fits_is_kept_whole_and_shared():

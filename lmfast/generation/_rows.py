@@ -121,6 +121,7 @@ class CachedRows:
             IndexError: a row does not exist.
         """
         chosen = self._rows(rows)
+        self._check_whole()
         if not np.array_equal(chosen, np.arange(self.batch)):
             for group in self._groups:
                 group.select(chosen, self._lengths)
@@ -133,6 +134,7 @@ class CachedRows:
         """
         if copies < 1:
             raise ValueError(f"copies must be at least 1, got {copies}")
+        self._check_whole()
         rows = np.repeat(np.arange(self.batch), copies)
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
@@ -169,6 +171,7 @@ class CachedRows:
         """Add empty rows behind the others and return their indices."""
         if count < 0:
             raise ValueError(f"count must not be negative, got {count}")
+        self._check_whole()
         for group in self._groups:
             group.add(count)
         self._set_lengths(np.concatenate((self._lengths, np.zeros(count, dtype=np.int64))))
@@ -187,6 +190,10 @@ class CachedRows:
         if any(not 0 <= row < self.batch for row in chosen):
             raise IndexError(f"rows must be in 0..{self.batch - 1}, got {chosen}")
         return np.array(chosen, dtype=np.int64)
+
+    def _check_whole(self) -> None:
+        for group in self._groups:
+            group.check_rollback(np.arange(self.batch), self._lengths)
 
     def _set_lengths(self, lengths: np.ndarray) -> None:
         self._lengths = lengths

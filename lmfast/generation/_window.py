@@ -49,7 +49,8 @@ class WindowedLayers:
         self._columns = columns_for(window)
         self._kept = window - 1 + ROLLBACK
         self._scratch: dict[int, Storage] = {}
-        self._after: np.ndarray | None = None  # `first` after a step that did not fit
+        self._after = self.first  # `first` when the step is complete
+        self._overwritten = False  # by a step that did not fit and is not complete
 
     def place(self, new: NewTokens) -> Placement:
         """Finds room for new tokens, moving the last ones to the front where there is none.
@@ -57,11 +58,6 @@ class WindowedLayers:
         A step with more tokens than fit, a long prompt, goes to memory of its own, layer by layer;
         what the window still sees at its end is copied from there.
         """
-        if self._after is not None:
-            raise RuntimeError(
-                "a step with more tokens than the window was interrupted and its layers are lost: "
-                "reset the cache"
-            )
         longest = int((new.reach - self.first).max(initial=0))
         storage, self._scratch = self.storage, {}
         if longest > self._columns:
@@ -69,6 +65,8 @@ class WindowedLayers:
             longest = int((new.reach - self.first).max(initial=0))
         if longest > self._columns:
             storage = self._scratch = {}
+        self._after = self.first
+        if storage is not self.storage:
             self._after = np.maximum(new.ends - self._kept, self.first)
         width = max(longest, self._columns)
         slots = new.positions - self.first[:, None] + np.arange(len(self.first))[:, None] * width
@@ -97,13 +95,13 @@ class WindowedLayers:
 
     def close(self, layer: int, placement: Placement, ends: np.ndarray) -> None:
         """Called when a layer has its tokens."""
-        if self._after is not None:
+        if placement.storage is not self.storage:
+            self._overwritten = True
             self._move(self.storage[layer], placement.storage[layer], ends, self._after)
 
     def finish(self) -> None:
         """Called when all layers have theirs."""
-        if self._after is not None:
-            self.first, self._after = self._after, None
+        self.first, self._overwritten = self._after, False
 
     def _compact(self, lengths: np.ndarray) -> None:
         first = np.maximum(lengths - self._kept, self.first)
@@ -128,8 +126,11 @@ class WindowedLayers:
 
     def check_rollback(self, rows: np.ndarray, lengths: np.ndarray) -> None:
         """ValueError if rows cannot go back to these lengths: the window would miss tokens."""
-        if self._after is not None and lengths.any():
-            raise ValueError("the last step was interrupted: only a reset brings the cache back")
+        if self._overwritten and lengths.any():
+            raise ValueError(
+                "a step longer than the window was interrupted between layers, and what they held "
+                "is lost: reset the cache"
+            )
         needed = (lengths - (self.window - 1)).clip(0)
         lost = np.flatnonzero((self.first[rows] > needed) & (lengths > 0))
         if len(lost):
@@ -141,7 +142,7 @@ class WindowedLayers:
 
     def truncate(self, lengths: np.ndarray) -> None:
         """Forgets what lies behind the new lengths."""
-        self._after = None
+        self._overwritten = False
         self.first = np.where(lengths > 0, self.first, 0)
 
     def select(self, rows: np.ndarray, lengths: np.ndarray) -> None:

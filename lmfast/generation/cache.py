@@ -178,20 +178,25 @@ class KVCache(CachedRows):
         Returns:
             q.
         """
-        step = self._begin(layer, k, counts, padding)
         if k.requires_grad or v.requires_grad or q.requires_grad:
             raise ValueError("a cache keeps no gradients: call the model under torch.no_grad()")
+        step = self._begin(layer, k, counts, padding)
         group = self._groups[self._group_of[layer]]
         placement = self._placements[self._group_of[layer]]
         s = group.open(layer, placement)
-        ops.rope_append(
-            *(q, k, v, s.keys, s.values, placement.slots, cos, sin),
-            positions=step.positions if positions is None else positions,
-            interleaved=interleaved,
-            tokens=step.tokens,
-            key_scales=s.key_scales,
-            value_scales=s.value_scales,
-        )
+        try:
+            ops.rope_append(
+                *(q, k, v, s.keys, s.values, placement.slots, cos, sin),
+                positions=step.positions if positions is None else positions,
+                interleaved=interleaved,
+                tokens=step.tokens,
+                key_scales=s.key_scales,
+                value_scales=s.value_scales,
+            )
+        except Exception:
+            if layer == 0:  # nothing has changed yet
+                self._forget_step()
+            raise
         group.close(layer, placement, step.new.ends)
         self._next_layer += 1
         if self._next_layer == self.num_layers:
