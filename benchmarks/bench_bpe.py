@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 import json
 import os
-import resource
+import statistics
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,21 @@ def text_of(name: str) -> str:
         return "".join((DATA / f).read_text(encoding="utf-8") for f in FILES)
     if name == "english x8":
         return text_of("english") * 8
-    source = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    return "".join(path.read_text(encoding="utf-8", errors="replace") for path in source)
+    library = Path(sysconfig.get_paths()["stdlib"])
+    if name == "code":
+        return "".join(map(read, sorted(library.glob("*.py"))))
+    # The standard library, and from what is installed beside it as much as is wanted.
+    text, wanted = [], 16_000_000
+    for path in sorted(library.rglob("*.py")):
+        text.append(read(path)[: max(wanted, 0)])
+        wanted -= len(text[-1])
+        if wanted <= 0:
+            break
+    return "".join(text)
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 @functools.lru_cache(maxsize=1)
@@ -190,33 +204,59 @@ def bench_one_long_piece(compare: Any, installed: dict[str, Any], piece: str) ->
     compare(f"one piece of {len(piece)}", lambda: ours().encode_numpy(piece), others)
 
 
-@pytest.mark.parametrize("corpus", ["english", "code"])
+def train_with_tokenizers(lines: list[str], size: int) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, show_progress=False, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(lines, trainer)
+
+
+@pytest.mark.parametrize("corpus", ["english", "code 16 MB"])
 @pytest.mark.parametrize("size", [5000, 32_000])
 def bench_train(compare: Any, size: int, corpus: str) -> None:
+    """One thread each; the peer's own threads are in bench_train_on_all_threads."""
+    pytest.importorskip("tokenizers")
     lines = text_of(corpus).splitlines(keepends=True)
-    others = {}
-    try:
-        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    except ImportError:
-        pass
-    else:
-
-        def theirs() -> None:
-            tokenizer = Tokenizer(models.BPE())
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            alphabet = pre_tokenizers.ByteLevel.alphabet()
-            trainer = trainers.BpeTrainer(
-                vocab_size=size, show_progress=False, initial_alphabet=alphabet
-            )
-            tokenizer.train_from_iterator(lines, trainer)
-
-        others["tokenizers"] = theirs
     compare(
         f"train V={size}, {corpus}",
         lambda: BPETokenizer.train(lines, size, tie_break="ids", threads=1),
-        others,
+        {"tokenizers": lambda: train_with_tokenizers(lines, size)},
         rounds=3,
     )
+
+
+@pytest.mark.parametrize("size", [5000, 32_000])
+def bench_train_on_all_threads(
+    size: int, capsys: pytest.CaptureFixture[str], benchmark: Any
+) -> None:
+    """In a process of its own: tokenizers reads the number of threads once."""
+    pytest.importorskip("tokenizers")
+    seconds = json.loads(in_new_process(f"json.dumps(bench_bpe.on_all_threads({size}))"))
+    with capsys.disabled():
+        ours, theirs = (statistics.median(seconds[k]) * 1e3 for k in ("lmfast", "tokenizers"))
+        print(f"\ntrain V={size}, english, all threads: {ours:.1f} ms, x{theirs / ours:.1f}")
+    benchmark.pedantic(lambda: None)
+
+
+def on_all_threads(size: int) -> dict[str, list[float]]:
+    """Seconds of five trainings each, in turn."""
+    os.environ.pop("RAYON_NUM_THREADS", None)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    lines = text_of("english").splitlines(keepends=True)
+    work = {
+        "tokenizers": lambda: train_with_tokenizers(lines, size),
+        "lmfast": lambda: BPETokenizer.train(lines, size, tie_break="ids"),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(5):
+        for name, call in work.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 def bench_train_characters(compare: Any) -> None:
@@ -234,28 +274,44 @@ def bench_train_characters(compare: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("what", ["encode", "train"])
-def bench_peak_memory(what: str, capsys: pytest.CaptureFixture[str], benchmark: Any) -> None:
-    """Megabytes that encoding or training adds to a process that has the text."""
+def in_new_process(expression: str) -> str:
+    """What the expression over this module prints as."""
     code = (
         "import json, sys; sys.path[:0] = json.loads(sys.argv[1]);"
-        "import bench_bpe; print(bench_bpe.memory_of(sys.argv[2]))"
+        f"import bench_bpe; print({expression})"
     )
     path = json.dumps([str(Path(__file__).parent), *sys.path])
     result = subprocess.run(
-        [sys.executable, "-c", code, path, what], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, path], capture_output=True, text=True, check=True
     )
+    return result.stdout
+
+
+@pytest.mark.parametrize("what", ["encode", "train", "train with tokenizers"])
+def bench_peak_memory(what: str, capsys: pytest.CaptureFixture[str], benchmark: Any) -> None:
+    """Megabytes that encoding or training adds to a process that has the text."""
+    megabytes = float(in_new_process(f"bench_bpe.memory_of({what!r})"))
     with capsys.disabled():
-        print(f"\npeak memory, {what}: {float(result.stdout):.0f} MB")
+        print(f"\npeak memory, {what}: {megabytes:.0f} MB")
     benchmark.pedantic(lambda: None)
+
+
+def memory(entry: str) -> float:
+    """Megabytes: VmRSS now, VmHWM at most since the last reset. Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(entry)) / 1024
 
 
 def memory_of(what: str) -> float:
     """Megabytes added to this process by one encoding or one training."""
-    text, tokenizer = text_of("english"), ours()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if what == "encode":
-        tokenizer.encode_numpy(text)
+    lines = text_of("english").splitlines(keepends=True)
+    tokenizer = ours() if what == "encode" else None
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = memory("VmRSS")
+    if tokenizer is not None:
+        tokenizer.encode_numpy(text_of("english"))
+    elif what == "train":
+        BPETokenizer.train(lines, 32_000)
     else:
-        BPETokenizer.train([text], 32_000)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        train_with_tokenizers(lines, 32_000)
+    return memory("VmHWM") - before
