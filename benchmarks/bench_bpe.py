@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import sysconfig
@@ -289,6 +290,37 @@ def bench_train(compare: Any, size: int, corpus: str) -> None:
     )
 
 
+@pytest.mark.parametrize("size", [5000, 32_000])
+def bench_train_on_all_threads(
+    size: int, capsys: pytest.CaptureFixture[str], benchmark: Any
+) -> None:
+    """In a process of its own: tokenizers reads the number of threads once."""
+    pytest.importorskip("tokenizers")
+    seconds = json.loads(in_new_process(f"json.dumps(bench_bpe.on_all_threads({size}))"))
+    with capsys.disabled():
+        ours, theirs = (statistics.median(seconds[k]) * 1e3 for k in ("lmfast", "tokenizers"))
+        print(f"\ntrain V={size}, english, all threads: {ours:.1f} ms, x{theirs / ours:.1f}")
+    benchmark.pedantic(lambda: None)
+
+
+def on_all_threads(size: int) -> dict[str, list[float]]:
+    """Seconds of five trainings each, in turn."""
+    os.environ.pop("RAYON_NUM_THREADS", None)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    lines = text_of("english").splitlines(keepends=True)
+    work = {
+        "tokenizers": lambda: train_tokenizers(lines, size),
+        "lmfast": lambda: BPETokenizer.train(lines, size, tie_break="ids"),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(5):
+        for name, call in work.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
 def bench_train_characters(compare: Any) -> None:
     """Against the textbook loop, which recounts all pairs in every round."""
     text = text_of("english")[:200_000]
@@ -304,6 +336,19 @@ def bench_train_characters(compare: Any) -> None:
     )
 
 
+def in_new_process(expression: str, *args: str) -> str:
+    """What the expression over this module, and over args, prints as."""
+    code = (
+        "import json, sys; sys.path[:0] = json.loads(sys.argv[1]);"
+        f"import bench_bpe; args = sys.argv[2:]; print({expression})"
+    )
+    path = json.dumps([str(Path(__file__).parent), *sys.path])
+    result = subprocess.run(
+        [sys.executable, "-c", code, path, *args], capture_output=True, text=True, check=True
+    )
+    return result.stdout
+
+
 @pytest.mark.parametrize("what", ["encode", "train"])
 @pytest.mark.parametrize("who", ["lmfast", "gigatoken", "tiktoken", "tokenizers"])
 def bench_peak_memory(
@@ -315,18 +360,7 @@ def bench_peak_memory(
         pytest.skip("only Linux tells the peak of a part of a process's life")
     if who != "lmfast" and (who not in installed or (what == "train" and who != "tokenizers")):
         pytest.skip(f"{who} is absent or does not train")
-    code = (
-        "import json, sys; sys.path[:0] = json.loads(sys.argv[1]);"
-        "import bench_bpe; print(bench_bpe.memory_of(*sys.argv[2:]))"
-    )
-    path = json.dumps([str(Path(__file__).parent), *sys.path])
-    result = subprocess.run(
-        [sys.executable, "-c", code, path, what, who, str(folder)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    megabytes = float(result.stdout)
+    megabytes = float(in_new_process("bench_bpe.memory_of(*args)", what, who, str(folder)))
     with capsys.disabled():
         print(f"\npeak memory, {what}, {who}: {megabytes:.0f} MB")
     benchmark.extra_info["peak_MB"] = megabytes

@@ -80,8 +80,8 @@ class Counter {
       }
       total += view.size;
     }
-    if (total < kLeastShared) threads = 1;
     const std::vector<Share> shares = share_out(views, total, threads);
+    threads = std::min(threads, static_cast<int>(std::min<size_t>(shares.size(), 1024)));
     while (parts_.size() + 1 < static_cast<size_t>(threads)) {
       parts_.push_back(std::make_unique<WordCounter>(pattern_, kernels()));
     }
@@ -136,7 +136,7 @@ class Counter {
  private:
   // Below kLeastShared, threads take longer to start than to count. Up to kMostWhole each thread
   // takes one share, so that the sum of two counters is in order at once.
-  static constexpr size_t kLeastShared = 1u << 20, kMostWhole = 8u << 20, kShare = 1u << 20;
+  static constexpr size_t kLeastShared = 1u << 19, kMostWhole = 8u << 20, kShare = 1u << 20;
 
   struct Text {
     const uint8_t* data;
@@ -149,7 +149,8 @@ class Counter {
   };
 
   std::vector<Share> share_out(const std::vector<Text>& texts, size_t total, int threads) const {
-    const size_t whole = total / static_cast<size_t>(std::max(threads, 1)) + 1;
+    const size_t whole =
+        std::max(total / static_cast<size_t>(std::max(threads, 1)) + 1, kLeastShared);
     const size_t each = whole <= kMostWhole ? whole : kShare;
     std::vector<Share> shares;
     Share open = {0, 0, 0, 0, place_};

@@ -13,6 +13,7 @@ from .backend import engine
 from .encoding import Allowed, Coding
 from .model import Model
 from .patterns import scanner_code
+from .training_arguments import is_one
 
 _NAMES = {
     "pad": ("<pad>", "[PAD]", "<|pad|>"),
@@ -187,7 +188,7 @@ class BPETokenizer(Coding):
             backend=backend,
         )
         tokenizers = [cls(model, backend=backend) for model in models]
-        return tokenizers[0] if isinstance(vocab_size, int) else tokenizers
+        return tokenizers[0] if is_one(vocab_size) else tokenizers
 
     count_words = staticmethod(training.count_words)
 
