@@ -15,6 +15,7 @@ from lmfast.ops.elman_rnn import elman_rnn
 from lmfast.ops.geglu import geglu
 from lmfast.ops.gru import gru
 from lmfast.ops.linear_cross_entropy import linear_cross_entropy
+from lmfast.ops.linear_recurrence import linear_recurrence
 from lmfast.ops.lstm import lstm
 from lmfast.ops.rms_norm import rms_norm
 from lmfast.ops.rope import rope
@@ -33,6 +34,7 @@ __all__ = [
     "geglu",
     "gru",
     "linear_cross_entropy",
+    "linear_recurrence",
     "lstm",
     "rms_norm",
     "rope",
