@@ -58,6 +58,7 @@ class Op:
             first of which is a tensor that names the device. Raises TypeError or ValueError.
         sample_inputs: (device, dtype) -> samples for tests and benchmarks.
         differentiable: the tensor arguments that get gradients.
+        mutates: the tensor arguments it writes to, by name.
         peer: PyTorch's own op in the same dtype, on normalised arguments: the measure of the
             error rule. None: the reference, which is at least as exact.
         order: device type -> backends, best first.
@@ -69,6 +70,7 @@ class Op:
     check: Callable[..., tuple[Any, ...]]
     sample_inputs: Callable[..., Any]
     differentiable: tuple[str, ...]
+    mutates: tuple[str, ...] = ()
     peer: Callable[..., Any] | None = None
     order: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(DEFAULT_ORDER))
     implementations: dict[str, Implementation] = field(default_factory=dict)
@@ -160,9 +162,9 @@ def use_backend(request: str) -> Iterator[None]:
         _requested = before
 
 
-def nothing_asked(backend: str | None) -> bool:
-    """Whether neither a call nor its surroundings ask for a backend."""
-    return backend is None and not _requested
+def is_requested(op: str) -> bool:
+    """Whether ``use_backend`` or LMFAST_BACKEND name a backend for ``op``."""
+    return bool(_requested) and (op in _requested or _ALL_OPS in _requested)
 
 
 def _reason_against(candidate: Implementation, device: str, args: tuple[Any, ...]) -> str | None:

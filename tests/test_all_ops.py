@@ -22,15 +22,12 @@ DTYPE_IDS = [str(d).removeprefix("torch.") for d in DTYPES]
 
 
 # Exceptions to the error rule's factor of 1.5, as (largest error, whole tensor); none is the aim.
-# Attention's backward recomputes probabilities from a log-sum-exp in fp32; in the recurrent ops a
-# rounding feeds back from step to step. Both show in samples of a few numbers.
+# Attention's backward recomputes probabilities from a log-sum-exp in fp32. In the recurrent ops a
+# rounding feeds back from step to step, so the largest of a few hundred errors scatters: over 60
+# seeds its ratio to PyTorch's has median 1.0 to 1.2 and nineteen in twenty are below 1.9.
 EXCEPTIONS = {
     "attention gradient": (4.0, 2.0),
-    **{
-        f"{op} {kind}": (2.5, 1.5)
-        for op in ("elman_rnn", "lstm", "gru")
-        for kind in ("output", "gradient")
-    },
+    **{f"{op} gradient": (2.7, 1.5) for op in ("elman_rnn", "lstm", "gru")},
 }
 
 
@@ -73,19 +70,28 @@ def outputs(value: Any) -> tuple[Tensor, ...]:
     return tuple(tree_leaves(value))
 
 
-def call(op: str, sample: Sample, backend: str) -> tuple[Tensor, ...]:
-    return outputs(OPS[op].public(*sample.args, **sample.kwargs, backend=backend))
+def written(op: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    """What an op that writes to arguments has for results besides those it returns."""
+    return tuple(arguments[n] for n in OPS[op].mutates if arguments.get(n) is not None)
+
+
+def call(op: str, sample: Sample, backend: str | None) -> tuple[Tensor, ...]:
+    arguments = named_arguments(op, sample)
+    return *outputs(OPS[op].public(**arguments, backend=backend)), *written(op, arguments)
 
 
 def call_peer(op: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     """PyTorch's own way in the same dtype: what the error rule compares with."""
+    if OPS[op].mutates:  # there the reference is the only peer
+        return *outputs(OPS[op].public(**arguments, backend="torch")), *written(op, arguments)
     peer = OPS[op].peer or OPS[op].reference
     return outputs(peer(*OPS[op].check(**arguments)))
 
 
 def named_arguments(op: str, sample: Sample) -> dict[str, Any]:
     bound = inspect.signature(OPS[op].public).bind(*sample.args, **sample.kwargs)
-    return dict(bound.arguments)
+    copies = {n: t.clone() for n, t in bound.arguments.items() if n in OPS[op].mutates}
+    return {**bound.arguments, **copies}
 
 
 def with_gradients(op: str, sample: Sample) -> tuple[dict[str, Any], list[Tensor]]:
@@ -220,14 +226,14 @@ def test_compiles_in_one_graph(op: str, needs_cpu_kernels: None) -> None:
         torch._dynamo.reset()
         arguments, leaves = with_gradients(op, sample)
         results = outputs(OPS[op].public(**arguments))
-        expected = [*results, *gradients_of(results, leaves)]
+        expected = [*results, *written(op, arguments), *gradients_of(results, leaves)]
 
         function: Callable[..., Any] = torch.compile(
             OPS[op].public, fullgraph=True, backend="aot_eager"
         )
         arguments, leaves = with_gradients(op, sample)
         results = outputs(function(**arguments))
-        found = [*results, *gradients_of(results, leaves)]
+        found = [*results, *written(op, arguments), *gradients_of(results, leaves)]
         for f, e in zip(found, expected, strict=True):
             torch.testing.assert_close(f, e)
 
@@ -242,7 +248,8 @@ def test_inputs_and_incoming_gradients_stay(op: str) -> None:
         kept = [g.clone() for g in given]
         if leaves:
             torch.autograd.grad(results, leaves, given)
-        for name, values in before.items():
+        for name in before.keys() - set(OPS[op].mutates):
+            values = before[name]
             for now, value in zip(outputs(arguments[name]), outputs(values), strict=True):
                 if isinstance(value, Tensor):
                     assert torch.equal(now, value), f"{op} wrote to {name}"
@@ -300,7 +307,7 @@ def test_output_dtype_under_autocast_is_the_references(op: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         sample = samples(op, dtype)[0]
         with torch.autocast("cpu", torch.bfloat16):
-            found, plain = call(op, sample, "torch"), outputs(OPS[op].public(*sample.args))
+            found, plain = call(op, sample, "torch"), call(op, sample, None)
         assert [f.dtype for f in found] == [p.dtype for p in plain]
 
 

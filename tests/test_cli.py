@@ -43,7 +43,7 @@ def fails(capsys, arguments, message):
 def test_train_writes_the_run(place, capsys):
     run = place / "decoder"
     assert sorted(p.name for p in run.iterdir() if p.name != "losses.png") == [
-        "checkpoints", "config.json", "model.safetensors", "report.json", "run.json",
+        "checkpoints", "config.json", "log.csv", "model.safetensors", "report.json", "run.json",
         "tokenizer.json",
     ]  # fmt: skip
     report = json.loads((run / "report.json").read_text())

@@ -22,6 +22,8 @@ HOT = {
     "_rms_norm_fwd_kernel",
     "_rms_norm_bwd_kernel",
     "_rope_kernel",
+    "_glu_fwd_kernel",
+    "_glu_bwd_kernel",
     "_attention_fwd_kernel",
     "_attention_dq_kernel",
     "_attention_dkv_kernel",

@@ -230,6 +230,8 @@ def test_operators_pass_opcheck(op: Op, backend: str) -> None:
         "rms_norm": ("rms_norm", "rms_norm_backward"),
         "add_rms_norm": ("add_rms_norm",),
         "rope": ("rope", "rope_"),
+        "swiglu": ("swiglu", "swiglu_backward"),
+        "geglu": ("geglu", "geglu_backward"),
         "attention": ("attention", "attention_backward"),
     }[op.name]
     x, weight = normal(3, 2, 64), normal(64)
@@ -245,6 +247,10 @@ def test_operators_pass_opcheck(op: Op, backend: str) -> None:
         "rms_norm": (x, weight, 1e-6),
         "add_rms_norm": (x, x.clone(), None, 1e-6),
         "rms_norm_backward": (x, x, weight, 1e-6, x, True),
+        "swiglu": (x, None),
+        "swiglu_backward": (x, x, x.clone()),
+        "geglu": (x, x.clone(), True),
+        "geglu_backward": (x[..., :32], x, None, False),
         "rope": (q, k, cos, sin, starts, 0, True, False),
         "rope_": (q, k, cos, sin, None, 2, False),
     }

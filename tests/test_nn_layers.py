@@ -6,7 +6,7 @@ from golden import fill
 
 from lmfast import ops
 from lmfast.models.textbook import TextbookBlock, TextbookElman
-from lmfast.nn import MLP, DecoderBlock, ElmanRNN, RMSNorm, RotaryEmbedding
+from lmfast.nn import DecoderBlock, ElmanRNN, RMSNorm, RotaryEmbedding
 
 # Golden numbers are printed with 9 digits.
 PRINTED = {"atol": 6e-10, "rtol": 0}
@@ -104,15 +104,6 @@ def test_rotary_scaling_uses_the_tables_of_its_length(kind):
 def test_rotary_rejects_odd_sizes():
     with pytest.raises(ValueError, match=r"dim must be even.*got 5"):
         RotaryEmbedding(5)
-
-
-def test_mlp_is_the_formula():
-    mlp = MLP(3, 7).double()
-    w1, b1, w2, b2 = fill(1, (3, 7)), fill(2, (7,)), fill(3, (7, 3)), fill(4, (3,))
-    mlp.load_state_dict({"W_1": w1, "B_1": b1, "W_2": w2, "B_2": b2})
-    x = fill(5, (2, 5, 3), 2.0)
-    expected = torch.relu(x @ w1 + b1) @ w2 + b2
-    torch.testing.assert_close(mlp(x), expected, rtol=1e-13, atol=1e-14)
 
 
 def test_block_equals_the_textbook_block():

@@ -114,6 +114,26 @@ def rope_cases(dtype: torch.dtype) -> Iterator[Case]:
         )
 
 
+def glu_cases(dtype: torch.dtype) -> Iterator[Case]:
+    from lmfast.triton import swiglu as kernels
+
+    for width in (64, 11008):
+        packed = torch.empty(64, 2 * width, dtype=dtype)
+        dy = torch.empty(64, width, dtype=dtype)
+        yield f"swiglu {width}", lambda x=packed: kernels.swiglu(x, None)
+        yield (
+            f"swiglu backward {width}",
+            lambda x=packed, d=dy: kernels.swiglu_backward(d, x, None),
+        )
+        for tanh in (True, False):
+            kind = f"{'tanh' if tanh else 'exact'} {width}"
+            yield f"geglu {kind}", lambda d=dy, t=tanh: kernels.geglu(d, d, t)
+            yield (
+                f"geglu backward {kind}",
+                lambda d=dy, t=tanh: kernels.geglu_backward(d, d, d, t),
+            )
+
+
 def attention_cases(dtype: torch.dtype) -> Iterator[Case]:
     from lmfast.ops._attention_reference import Options
     from lmfast.triton.attention import attention
@@ -152,7 +172,7 @@ def attention_cases(dtype: torch.dtype) -> Iterator[Case]:
             )
 
 
-CASES = (norm_cases, rope_cases, attention_cases)
+CASES = (norm_cases, rope_cases, glu_cases, attention_cases)
 
 
 def main(out: str) -> None:

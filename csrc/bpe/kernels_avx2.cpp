@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "encode_loop.h"
+#include "merge_loop.h"
 #include "scan_windows.h"
 
 namespace lmfast::bpe {
@@ -17,7 +18,70 @@ inline uint32_t hash_key(PieceKey key) {
   return static_cast<uint32_t>(low ^ high);
 }
 
+// 32 units at a time. Packing works within halves of 128 bits, which the permutation puts in order.
+size_t narrow16(const uint16_t* units, size_t n, uint8_t* out) {
+  size_t done = 0;
+  for (; done + 32 <= n; done += 32) {
+    const __m256i* const from = reinterpret_cast<const __m256i*>(units + done);
+    const __m256i a = _mm256_loadu_si256(from), b = _mm256_loadu_si256(from + 1);
+    if (!_mm256_testz_si256(_mm256_or_si256(a, b), _mm256_set1_epi16(~0x7F))) break;
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi16(a, b), 0xD8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + done), packed);
+  }
+  return done;
+}
+
+size_t narrow32(const uint32_t* units, size_t n, uint8_t* out) {
+  size_t done = 0;
+  for (; done + 16 <= n; done += 16) {
+    const __m256i* const from = reinterpret_cast<const __m256i*>(units + done);
+    const __m256i a = _mm256_loadu_si256(from), b = _mm256_loadu_si256(from + 1);
+    if (!_mm256_testz_si256(_mm256_or_si256(a, b), _mm256_set1_epi32(~0x7F))) break;
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xD8);
+    const __m128i packed =
+        _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + done), packed);
+  }
+  return done;
+}
+
+// The keys of a merge in memory, eight compared at a time.
+struct VectorKeys {
+  alignas(32) uint32_t keys[kMergeSymbols];
+  size_t vectors;
+
+  uint32_t smallest() const {
+    const __m256i* const p = reinterpret_cast<const __m256i*>(keys);
+    __m256i half = _mm256_load_si256(p);
+    for (size_t i = 1; i < vectors; ++i) half = _mm256_min_epu32(half, _mm256_load_si256(p + i));
+    __m128i least = _mm_min_epu32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    least = _mm_min_epu32(least, _mm_shuffle_epi32(least, 0x4E));
+    least = _mm_min_epu32(least, _mm_shuffle_epi32(least, 0xB1));
+    return static_cast<uint32_t>(_mm_cvtsi128_si32(least));
+  }
+
+  void set(size_t at, uint32_t key) { keys[at] = key; }
+};
+
 struct Avx2Ops {
+  static uint32_t find(const RankTable& table, uint32_t left, uint32_t right) {
+    const uint64_t key = pair_key(left, right);
+    const __m256i wanted = _mm256_set1_epi64x(static_cast<int64_t>(key));
+    for (size_t line = line_of(table, key);; line = (line + 1) & table.line_mask) {
+      const uint64_t* const slots = table.slots + line * kLineSlots;
+      const __m256i* const p = reinterpret_cast<const __m256i*>(slots);
+      const auto equal = [wanted](__m256i four) {
+        const __m256i same = _mm256_cmpeq_epi64(_mm256_srli_epi64(four, 22), wanted);
+        return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_castsi256_pd(same)));
+      };
+      const uint32_t found = equal(_mm256_load_si256(p)) | equal(_mm256_load_si256(p + 1)) << 4;
+      const uint32_t rank =
+          static_cast<uint32_t>(slots[__builtin_ctz(found | 1u << 7)]) & kMaxRanks;
+      const bool full = slots[kLineSlots - 1] != kEmptySlot;
+      if (__builtin_expect(!(full && found == 0), 1)) return found == 0 ? kNoRank : rank;
+    }
+  }
+
   static uint32_t key(const uint8_t* piece, size_t row, PieceKey* key) {
     *key = piece_key_at(piece, row);
     return hash_key(*key);
@@ -117,9 +181,17 @@ uint32_t* encode(const EncodeContext& context, const uint8_t* text, PieceSpans p
   return encode_loop<Avx2Ops>(context, text, pieces, out);
 }
 
+uint64_t merge(const RankTable& table, const uint8_t* bytes, uint32_t* ids, size_t n) {
+  VectorKeys keys;
+  keys.vectors = (n + 7) / 8;
+  first_keys<Avx2Ops>(table, bytes, ids, n, 8 * keys.vectors, keys.keys);
+  return merge_loop<Avx2Ops>(table, ids, keys, n);
+}
+
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", hash_key, scan, keys_loop<Avx2Ops>, encode};
+const Kernels kAvx2Kernels = {"avx2", narrow16,           narrow32, hash_key,
+                              scan,   keys_loop<Avx2Ops>, merge,    encode};
 
 }  // namespace lmfast::bpe
 #endif

@@ -4,155 +4,211 @@
 // token are one load away and no list is linked. A pair's occurrences all appear in the round that
 // creates the newer of its two tokens and only vanish afterwards. So its count is an upper bound
 // from then on: it is taken from the queue, recounted over its list of positions, and put back if
-// it fell. There is no table of pairs and no decrement. 31,744 merges of 3.5 MB of English need
-// 35,727 such looks and 744,000 checks of a position.
+// it fell. There is no table of pairs and no decrement. 31,744 merges of 3.5 MB of English make
+// 62,000 pairs, need 35,727 such looks and 744,000 checks of a position.
 #include "trainer.h"
 
 #include <algorithm>
+#include <iterator>
+#include <limits>
+#include <utility>
+
+#include "buffer.h"
+#include "train_queue.h"
 
 namespace lmfast::bpe {
 namespace {
 
-constexpr uint32_t kDead = 0xFFFFFFFEu;
-constexpr uint32_t kBoundary = TrainCorpus::kBoundary;
-
 struct Pair {
-  uint32_t left, right;
   uint64_t positions;  // offset into the arena, ascending positions of the left token
   uint32_t size;
+  uint32_t left, right;
 };
 
-struct Candidate {
-  uint64_t count, key;
-  uint32_t pair;
+// What one merge adds up on one side of the new token. Word boundaries are added like any neighbour
+// and left out at the end: whether a token begins a word is not predictable.
+class Side {
+ public:
+  struct Neighbour {
+    uint64_t count;
+    uint64_t fill;  // where its next position goes in the arena
+    uint32_t id, size;
+  };
+  struct Hit {
+    uint32_t neighbour, position;
+  };
+
+  void add_token() { where_.push_back(0); }
+  void begin(size_t most) {
+    found = neighbours_.room(most);
+    hits = hits_.room(most);
+    found_end = found;
+    hits_end = hits;
+  }
+  // `slot` selects where the neighbour is remembered: 0 for the boundary, else its id + 1.
+  void add(uint32_t slot, uint32_t position, uint64_t weight) {
+    uint32_t index = where_[slot];
+    if (index >= found_end - found || found[index].id != slot) {
+      index = static_cast<uint32_t>(found_end - found);
+      where_[slot] = index;
+      *found_end++ = {0, 0, slot, 0};
+    }
+    found[index].count += weight;
+    ++found[index].size;
+    *hits_end++ = {index, position};
+  }
+
+  Neighbour *found, *found_end;
+  Hit *hits, *hits_end;
+
+ private:
+  // Slot -> index in found, if found has the slot there: stale entries do no harm.
+  std::vector<uint32_t> where_;
+  Buffer<Neighbour> neighbours_;
+  Buffer<Hit> hits_;
 };
 
-template <class Weight>
+// Id is as narrow as the vocabulary allows, and so is the weight beside it: what merges touch of
+// some hundred thousand symbols is then 1 MB, and one cache line tells all about a position.
+template <class Id>
 class Learner {
  public:
   Learner(const TrainCorpus& corpus, const TrainOptions& options)
-      : options_(options), strings_(corpus.strings), ids_(corpus.ids) {
-    slots_.reserve(corpus.symbols.size() + 1);
-    size_t word = 0;
-    for (size_t i = 0; i < corpus.symbols.size(); ++i) {
-      const uint32_t symbol = corpus.symbols[i];
-      if (symbol == kBoundary && i > 0) ++word;
-      const uint64_t weight = symbol == kBoundary ? 0 : corpus.weights[word];
-      slots_.push_back({symbol, static_cast<Weight>(weight)});
+      : options_(options),
+        min_count_(std::max<uint64_t>(options.min_count, 1)),
+        keep_strings_(options.tie_break == TieBreak::kLexicographic || !options.taken.empty()),
+        ids_(corpus.ids),
+        queue_(*this) {
+    const size_t size = corpus.symbols.size(), symbols = corpus.strings.size();
+    slots_.set_end(slots_.room(size + 1) + size + 1);
+    Slot* slot = slots_.data();
+    const uint32_t* symbol = corpus.symbols.data() + 1;
+    *slot++ = {kBoundary, 0};
+    for (const uint64_t weight : corpus.weights) {
+      const Id narrow = static_cast<Id>(std::min<uint64_t>(weight, kHeavy));
+      if (narrow == kHeavy) {
+        heavy_.push_back({static_cast<uint32_t>(slot - slots_.data()), weight});
+      }
+      for (; *symbol != TrainCorpus::kBoundary; ++symbol) {
+        *slot++ = {static_cast<Id>(*symbol), narrow};
+      }
+      *slot++ = {kBoundary, 0};
+      ++symbol;
     }
-    const size_t tokens = strings_.size() + std::min(options.new_tokens, slots_.size());
+    *slot = {kBoundary, 0};
+    if (keep_strings_) strings_ = corpus.strings;
+    const size_t tokens = symbols + std::min(options.new_tokens, size);
     lengths_.reserve(tokens);
-    sums_.reserve(tokens);
+    lengths_.assign(symbols, 1);
     ids_.reserve(tokens);
-    merges_.reserve(tokens);
-    lengths_.assign(strings_.size(), 1);
-    sums_.resize(strings_.size());
-    keep_strings_ = options.tie_break == TieBreak::kLexicographic || !options.taken.empty();
-    buckets_.resize(kBuckets);
+    merges_.reserve(tokens - symbols);
+    for (size_t i = 0; i <= symbols; ++i) add_slot();
   }
 
   std::vector<LearnedMerge> run() {
     count_initial_pairs();
     size_t grown = 0;
     Candidate best;
-    while (grown < options_.new_tokens && pop(&best)) {
+    while (grown < options_.new_tokens && next(&best)) {
       apply(best, &grown);
-      if (options_.go_on && merges_.size() % 256 == 0 && !options_.go_on(merges_.size())) break;
+      if (done_ < kReport && merges_.size() % 256 != 0) continue;
+      done_ = 0;
+      if (options_.go_on && !options_.go_on(merges_.size())) break;
     }
     return std::move(merges_);
   }
 
- private:
-  struct Slot {
-    uint32_t id;
-    Weight weight;
-  };
-  // What one merge adds up for a neighbour on the left [0] and on the right [1].
-  struct Sum {
-    uint64_t count[2] = {0, 0};
-    uint64_t fill[2] = {0, 0};
-    uint32_t size[2] = {0, 0};
-  };
-  static constexpr uint64_t kBuckets = 4096;
-
-  // The queue ----------------------------------------------------------------------------------
-
-  uint64_t key_of(const Pair& pair) const {
-    if (options_.tie_break == TieBreak::kIds) {
-      return static_cast<uint64_t>(ids_[pair.left]) << 32 | ids_[pair.right];
+  // The order among pairs of one count, for the queue.
+  uint64_t key(uint32_t number) const {
+    const Pair& pair = pairs_.data()[number];
+    switch (options_.tie_break) {
+      case TieBreak::kFirst:
+        return arena_.data()[pair.positions];
+      case TieBreak::kIds:
+        return static_cast<uint64_t>(ids_[pair.left]) << 32 | ids_[pair.right];
+      default:
+        break;
     }
-    return arena_[pair.positions];
+    uint64_t start = 0;
+    for (size_t i = 0; i < 8; ++i) {
+      const std::string& left = strings_[pair.left];
+      start = start << 8 | (i < left.size() ? static_cast<uint8_t>(left[i]) : 0);
+    }
+    return start;
   }
-
-  // Whether b is to be taken before a: the order of a std heap with the best on top.
-  bool worse(const Candidate& a, const Candidate& b) const {
-    if (a.count != b.count) return a.count < b.count;
-    if (options_.tie_break != TieBreak::kLexicographic) return a.key > b.key;
-    const Pair &p = pairs_[a.pair], &q = pairs_[b.pair];
+  bool before(uint32_t a, uint32_t b) const {
+    if (options_.tie_break != TieBreak::kLexicographic) return false;
+    const Pair &p = pairs_.data()[a], &q = pairs_.data()[b];
     const int left = strings_[p.left].compare(strings_[q.left]);
-    return left != 0 ? left > 0 : strings_[p.right] > strings_[q.right];
+    return left != 0 ? left < 0 : strings_[p.right] < strings_[q.right];
   }
 
-  void push(const Candidate& c) {
-    if (c.count < std::max<uint64_t>(options_.min_count, 1)) return;
-    if (c.count < level_) {
-      buckets_[c.count].push_back(c.pair);
-      return;
-    }
-    heap_.push_back(c);
-    std::push_heap(heap_.begin(), heap_.end(),
-                   [this](const Candidate& a, const Candidate& b) { return worse(a, b); });
-  }
+ private:
+  static constexpr Id kBoundary = std::numeric_limits<Id>::max(), kDead = kBoundary - 1;
+  static constexpr Id kHeavy = std::numeric_limits<Id>::max();  // a weight that does not fit
+  static constexpr uint32_t kNone = 0xFFFFFFFFu;
+  static constexpr uint64_t kReport = 1u << 20;  // positions looked at between two reports
 
-  // Most pairs wait in low buckets that are never reached: they cost four bytes there, and get
-  // their key only now. Positions that vanished meanwhile make the key of kFirst too small at
-  // worst.
-  void open_bucket(uint64_t count) {
-    for (const uint32_t pair : buckets_[count])
-      heap_.push_back({count, key_of(pairs_[pair]), pair});
-    std::vector<uint32_t>().swap(buckets_[count]);
+  struct Slot {
+    Id id;
+    Id weight;  // of the word
+  };
+
+  Id& id_at(size_t at) { return slots_.data()[at].id; }
+  uint64_t weight_at(uint32_t at) const {
+    const Id weight = slots_.data()[at].weight;
+    return __builtin_expect(weight != kHeavy, 1) ? weight : heavy_weight(at);
+  }
+  uint64_t heavy_weight(uint32_t at) const {
+    const auto later = [](uint32_t position, const auto& word) { return position < word.first; };
+    return std::prev(std::upper_bound(heavy_.begin(), heavy_.end(), at, later))->second;
   }
 
   // The best pair with its true count.
-  bool pop(Candidate* best) {
-    const auto order = [this](const Candidate& a, const Candidate& b) { return worse(a, b); };
-    for (;;) {
-      while (heap_.empty()) {
-        if (level_ == 0) return false;
-        open_bucket(--level_);
-        std::make_heap(heap_.begin(), heap_.end(), order);
-      }
-      std::pop_heap(heap_.begin(), heap_.end(), order);
-      const Candidate top = heap_.back();
-      heap_.pop_back();
-      Candidate now = {recount(&pairs_[top.pair]), 0, top.pair};
-      if (now.count == 0) continue;
-      now.key = key_of(pairs_[top.pair]);
-      if (now.count == top.count && now.key == top.key) {
-        *best = now;
-        return true;
-      }
-      push(now);
+  bool next(Candidate* best) {
+    while (queue_.pop(best)) {
+      fetch_coming();
+      const uint64_t count = recount(best->pair, best->count);
+      if (count == best->count) return true;
+      if (count >= min_count_) queue_.push(best->pair, count);
     }
+    return false;
   }
 
-  // Merging ------------------------------------------------------------------------------------
-
-  bool holds(uint32_t at, uint32_t left, uint32_t right) const {
-    return slots_[at].id == left && slots_[at + lengths_[left]].id == right;
+  // Pair, list and symbols of the next candidates, one step after the other.
+  void fetch_coming() const {
+    const uint32_t far = queue_.coming(12), middle = queue_.coming(8), near = queue_.coming(4);
+    if (far != kNone) __builtin_prefetch(&pairs_.data()[far]);
+    if (middle != kNone) __builtin_prefetch(arena_.data() + pairs_.data()[middle].positions);
+    if (near != kNone)
+      __builtin_prefetch(slots_.data() + arena_.data()[pairs_.data()[near].positions]);
   }
 
-  uint64_t recount(Pair* pair) {
-    uint32_t* const positions = arena_.data() + pair->positions;
-    uint64_t count = 0;
+  bool holds(uint32_t at, Id left, Id right, uint32_t left_length) {
+    return (id_at(at) == left) & (id_at(at + left_length) == right);
+  }
+
+  void add_slot() {
+    for (Side& side : sides_) side.add_token();
+  }
+
+  // Drops the positions that vanished, and their weights from the count. Without a branch: which
+  // of them did is not predictable.
+  uint64_t recount(uint32_t number, uint64_t count) {
+    Pair& pair = pairs_.data()[number];
+    uint32_t* const positions = arena_.data() + pair.positions;
+    const Id left = static_cast<Id>(pair.left), right = static_cast<Id>(pair.right);
+    const uint32_t left_length = lengths_[pair.left], size = pair.size;
     uint32_t kept = 0;
-    for (uint32_t i = 0; i < pair->size; ++i) {
+    for (uint32_t i = 0; i < size; ++i) {
       const uint32_t at = positions[i];
-      if (!holds(at, pair->left, pair->right)) continue;
-      positions[kept++] = at;
-      count += slots_[at].weight;
+      positions[kept] = at;
+      const bool held = holds(at, left, right, left_length);
+      kept += held;
+      count -= weight_at(at) & (static_cast<uint64_t>(held) - 1);
     }
-    pair->size = kept;
+    done_ += size;
+    pair.size = kept;
     return count;
   }
 
@@ -163,7 +219,7 @@ class Learner {
   uint32_t new_token(const Pair& pair, size_t* grown) {
     const uint32_t token = static_cast<uint32_t>(lengths_.size());
     lengths_.push_back(lengths_[pair.left] + lengths_[pair.right]);
-    sums_.emplace_back();
+    add_slot();
     const uint32_t next_id = options_.first_id + static_cast<uint32_t>(*grown);
     uint32_t id = next_id;
     if (keep_strings_) {
@@ -177,68 +233,88 @@ class Learner {
   }
 
   void apply(const Candidate& best, size_t* grown) {
-    const Pair pair = pairs_[best.pair];
+    const Pair pair = pairs_.data()[best.pair];
     const uint32_t token = new_token(pair, grown);
     merges_.push_back({pair.left, pair.right, best.count});
+    if (pair.size == 1) {
+      apply_once(pair, token, best.count);
+      return;
+    }
+    const Id left = static_cast<Id>(pair.left), right = static_cast<Id>(pair.right);
     const uint32_t left_length = lengths_[pair.left], length = lengths_[token];
-    merged_.clear();
+    uint32_t* const positions = arena_.data() + pair.positions;
+    uint32_t merged = 0;
     for (uint32_t i = 0; i < pair.size; ++i) {
-      const uint32_t at = arena_[pair.positions + i];
-      if (!holds(at, pair.left, pair.right)) continue;  // overlaps the one before
-      slots_[at + left_length].id = kDead;
-      slots_[at].id = token;
-      slots_[at + length - 1].id = token;
-      merged_.push_back(at);
+      const uint32_t at = positions[i];
+      if (left == right && !holds(at, left, right, left_length)) continue;  // "aaa"
+      id_at(at + left_length) = kDead;
+      id_at(at) = static_cast<Id>(token);
+      id_at(at + length - 1) = static_cast<Id>(token);
+      positions[merged++] = at;
     }
-    sum_neighbours(token, length);
-    add_pairs(token);
-    for (const uint32_t at : merged_) {
-      neighbours(token, length, at, [&](uint32_t id, int side) {
-        arena_[sums_[id].fill[side]++] = side == 0 ? at - lengths_[id] : at;
-      });
-    }
-    for (const uint32_t id : touched_) sums_[id] = Sum();
-    touched_.clear();
-    for (Candidate& c : pending_) {
-      if (c.count >= level_) c.key = key_of(pairs_[c.pair]);
-      push(c);
-    }
-    pending_.clear();
-  }
-
-  // The neighbours of a merged position for which a pair is to be made. Of two new tokens side by
-  // side, the left one's right neighbour stands for the pair.
-  template <class Use>
-  void neighbours(uint32_t token, uint32_t length, uint32_t at, Use use) const {
-    const uint32_t left = slots_[at - 1].id, right = slots_[at + length].id;
-    if (left != kBoundary && left != token && allowed(left, token)) use(left, 0);
-    if (right != kBoundary && allowed(token, right)) use(right, 1);
-  }
-
-  void sum_neighbours(uint32_t token, uint32_t length) {
-    for (const uint32_t at : merged_) {
-      const uint64_t weight = slots_[at].weight;
-      neighbours(token, length, at, [&](uint32_t id, int side) {
-        Sum& sum = sums_[id];
-        if (sum.size[0] + sum.size[1] == 0) touched_.push_back(id);
-        sum.count[side] += weight;
-        ++sum.size[side];
-      });
-    }
-  }
-
-  void add_pairs(uint32_t token) {
-    for (const uint32_t id : touched_) {
-      Sum& sum = sums_[id];
-      for (int side = 0; side < 2; ++side) {
-        if (sum.size[side] == 0) continue;
-        sum.fill[side] = arena_.size();
-        const Pair pair = side == 0 ? Pair{id, token, arena_.size(), sum.size[side]}
-                                    : Pair{token, id, arena_.size(), sum.size[side]};
-        arena_.resize(arena_.size() + sum.size[side]);
-        pairs_.push_back(pair);
-        pending_.push_back({sum.count[side], 0, static_cast<uint32_t>(pairs_.size() - 1)});
+    done_ += merged;
+    sides_[0].begin(merged);
+    sides_[1].begin(merged);
+    for (uint32_t i = 0; i < merged; ++i) {
+      const uint32_t at = positions[i];
+      const Id before = id_at(at - 1), after = id_at(at + length);
+      const uint64_t weight = weight_at(at);
+      sides_[1].add(static_cast<Id>(after + 1), at, weight);
+      // Of two new tokens side by side, the left one's right neighbour stands for the pair.
+      if (before != static_cast<Id>(token)) {
+        sides_[0].add(static_cast<Id>(before + 1), at, weight);
       }
+    }
+    add_pairs(token, &sides_[0], true);
+    add_pairs(token, &sides_[1], false);
+  }
+
+  // Two thirds of the merges happen in one place only.
+  void apply_once(const Pair& pair, uint32_t token, uint64_t count) {
+    const uint32_t at = arena_.data()[pair.positions], length = lengths_[token];
+    id_at(at + lengths_[pair.left]) = kDead;
+    id_at(at) = static_cast<Id>(token);
+    id_at(at + length - 1) = static_cast<Id>(token);
+    const Id before = id_at(at - 1), after = id_at(at + length);
+    if (before != kBoundary) add_pair(before, token, at - lengths_[before], count);
+    if (after != kBoundary) add_pair(token, after, at, count);
+  }
+
+  void add_pair(uint32_t left, uint32_t right, uint32_t position, uint64_t count) {
+    if (count < min_count_ || !allowed(left, right)) return;
+    uint32_t* const list = arena_.room(1);
+    Pair* const pair = pairs_.room(1);
+    *list = position;
+    *pair = {arena_.size(), 1, left, right};
+    arena_.set_end(list + 1);
+    pairs_.set_end(pair + 1);
+    queue_.push(static_cast<uint32_t>(pairs_.size() - 1), count);
+  }
+
+  void add_pairs(uint32_t token, Side* side, bool on_the_left) {
+    uint32_t number = static_cast<uint32_t>(pairs_.size());
+    uint64_t offset = arena_.size();
+    uint32_t* const arena = arena_.room(static_cast<size_t>(side->hits_end - side->hits)) - offset;
+    Pair* pair = pairs_.room(static_cast<size_t>(side->found_end - side->found));
+    for (Side::Neighbour* n = side->found; n != side->found_end; ++n) {
+      const uint32_t id = n->id - 1;
+      n->fill = kUnused;
+      if (n->id == 0 || n->count < min_count_ || !allowed(id, token)) continue;
+      n->fill = offset;
+      *pair++ = {offset, n->size, on_the_left ? id : token, on_the_left ? token : id};
+      offset += n->size;
+    }
+    pairs_.set_end(pair);
+    for (const Side::Hit* hit = side->hits; hit != side->hits_end; ++hit) {
+      uint64_t& fill = side->found[hit->neighbour].fill;
+      if (fill != kUnused) {
+        arena[fill++] =
+            hit->position - (on_the_left ? lengths_[side->found[hit->neighbour].id - 1] : 0);
+      }
+    }
+    arena_.set_end(arena + offset);
+    for (const Side::Neighbour* n = side->found; n != side->found_end; ++n) {
+      if (n->fill != kUnused) queue_.push(number++, n->count);
     }
   }
 
@@ -246,11 +322,11 @@ class Learner {
   class PairIndex {
    public:
     explicit PairIndex(size_t symbols) : symbols_(symbols) {
-      if (symbols <= 512) table_.assign(symbols * symbols, kDead);
+      if (symbols <= 512) table_.assign(symbols * symbols, kNone);
     }
     uint32_t& at(uint32_t left, uint32_t right) {
       if (!table_.empty()) return table_[left * symbols_ + right];
-      return map_.try_emplace(static_cast<uint64_t>(left) << 32 | right, kDead).first->second;
+      return map_.try_emplace(static_cast<uint64_t>(left) << 32 | right, kNone).first->second;
     }
 
    private:
@@ -260,64 +336,65 @@ class Learner {
   };
 
   void count_initial_pairs() {
-    PairIndex index(strings_.size());
-    std::vector<uint32_t> pair_at(slots_.size(), kDead);
+    PairIndex index(lengths_.size());
     std::vector<uint64_t> counts;
-    for (size_t at = 0; at + 1 < slots_.size(); ++at) {
-      const uint32_t left = slots_[at].id, right = slots_[at + 1].id;
-      if (left == kBoundary || right == kBoundary) continue;
-      uint32_t& number = index.at(left, right);
-      if (number == kDead) {
+    const auto for_each_pair = [&](auto use) {
+      for (size_t at = 1; at + 1 < slots_.size(); ++at) {
+        const Id left = id_at(at), right = id_at(at + 1);
+        if (left != kBoundary && right != kBoundary) use(at, left, right, index.at(left, right));
+      }
+    };
+    for_each_pair([&](size_t at, Id left, Id right, uint32_t& number) {
+      if (number == kNone) {
         number = static_cast<uint32_t>(pairs_.size());
-        pairs_.push_back({left, right, 0, 0});
+        Pair* const pair = pairs_.room(1);
+        *pair = {0, 0, left, right};
+        pairs_.set_end(pair + 1);
         counts.push_back(0);
       }
-      pair_at[at] = number;
-      ++pairs_[number].size;
-      counts[number] += slots_[at].weight;
-    }
+      ++pairs_.data()[number].size;
+      counts[number] += weight_at(static_cast<uint32_t>(at));
+    });
     uint64_t offset = 0;
-    for (Pair& pair : pairs_) {
+    for (size_t number = 0; number < pairs_.size(); ++number) {
+      Pair& pair = pairs_.data()[number];
       pair.positions = offset;
       offset += pair.size;
       pair.size = 0;
     }
-    // New pairs add at most two positions per merged one.
-    arena_.reserve(3 * offset);
-    arena_.resize(offset);
-    for (size_t at = 0; at < slots_.size(); ++at) {
-      if (pair_at[at] == kDead) continue;
-      Pair& pair = pairs_[pair_at[at]];
-      arena_[pair.positions + pair.size++] = static_cast<uint32_t>(at);
+    arena_.set_end(arena_.room(2 * offset) + offset);
+    for_each_pair([&](size_t at, Id, Id, uint32_t number) {
+      Pair& pair = pairs_.data()[number];
+      arena_.data()[pair.positions + pair.size++] = static_cast<uint32_t>(at);
+    });
+    for (uint32_t number = 0; number < pairs_.size(); ++number) {
+      if (counts[number] >= min_count_) queue_.push(number, counts[number]);
     }
-    for (uint32_t p = 0; p < pairs_.size(); ++p) push({counts[p], key_of(pairs_[p]), p});
   }
 
+  static constexpr uint64_t kUnused = ~0ull;
   const TrainOptions& options_;
-  std::vector<std::string> strings_;
-  std::vector<uint32_t> ids_;
-  bool keep_strings_;
-  std::vector<Slot> slots_;
-  std::vector<uint32_t> lengths_;  // per token, in symbols
-  std::vector<Sum> sums_;          // per token
-  std::vector<uint32_t> touched_, merged_;
-  std::vector<Candidate> pending_;
-  std::vector<Pair> pairs_;
-  std::vector<uint32_t> arena_;
-  // Counts below level_ wait in buckets_, the others are in the heap.
-  std::vector<Candidate> heap_;
-  std::vector<std::vector<uint32_t>> buckets_;
-  uint64_t level_ = kBuckets;
+  const uint64_t min_count_;
+  const bool keep_strings_;
+  std::vector<std::string> strings_;  // per token, where they are needed
+  std::vector<uint32_t> ids_;         // per token, for ties
+  std::vector<uint32_t> lengths_;     // per token, in symbols
+  Buffer<Slot> slots_;
+  std::vector<std::pair<uint32_t, uint64_t>> heavy_;  // first position of a word, its weight
+  Side sides_[2];
+  Buffer<Pair> pairs_;
+  Buffer<uint32_t> arena_;
+  MergeQueue<Learner> queue_;
   std::vector<LearnedMerge> merges_;
+  uint64_t done_ = 0;
 };
 
 }  // namespace
 
 std::vector<LearnedMerge> learn_merges(const TrainCorpus& corpus, const TrainOptions& options) {
-  uint64_t most = 0;
-  for (const uint64_t weight : corpus.weights) most = std::max(most, weight);
-  if (most <= 0xFFFFFFFFu) return Learner<uint32_t>(corpus, options).run();
-  return Learner<uint64_t>(corpus, options).run();
+  const size_t tokens = corpus.strings.size() + std::min(options.new_tokens, corpus.symbols.size());
+  if (tokens < 0xFFFE) return Learner<uint16_t>(corpus, options).run();
+  return Learner<uint32_t>(corpus, options).run();
 }
 
 }  // namespace lmfast::bpe

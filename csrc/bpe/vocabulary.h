@@ -6,7 +6,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "pair_table.h"
+#include "rank_table.h"
 #include "scanner.h"
 
 namespace lmfast::bpe {
@@ -36,17 +36,18 @@ class Vocabulary {
   Pattern pattern() const { return data_.pattern; }
   bool characters() const { return data_.characters; }
   const std::vector<std::string>& tokens() const { return data_.tokens; }
-  uint32_t rank(uint32_t left, uint32_t right) const { return pairs_.find(left, right); }
+  const RankTable& ranks() const { return ranks_; }
+  uint32_t rank(uint32_t left, uint32_t right) const { return find_rank(ranks_, left, right); }
   // The id that a merge of this rank gives.
-  uint32_t id_of_rank(uint32_t rank) const {
-    return linear_ ? linear_base_ + rank : id_of_rank_[rank];
-  }
+  uint32_t id_of_rank(uint32_t rank) const { return ranks_.id(rank); }
   size_t rank_count() const { return id_of_rank_.size(); }
   // Every merge ranks after those that make its parts: then ranks can be worked off in order.
   bool ordered() const { return ordered_; }
 
   // What is put before each word; empty in the bytes mode.
   const std::string& marker() const { return marker_; }
+  // The initial symbol of a byte (bytes mode).
+  uint32_t symbol(uint8_t byte) const { return data_.symbols[byte]; }
 
   // Most symbols a piece of `size` bytes can have.
   static size_t max_symbols(size_t size) { return size + 1; }
@@ -57,13 +58,19 @@ class Vocabulary {
 
  private:
   uint32_t character_id(uint32_t code) const;
+  void set_characters();
+  void set_bytes();
+  void set_merges();
+  // False when the pair is already there.
+  bool insert(uint32_t left, uint32_t right, uint32_t rank);
 
   VocabularyData data_;
   std::string marker_;
-  PairTable pairs_;
+  std::vector<uint64_t> slots_;  // of ranks_, which begins on a cache line
+  RankTable ranks_ = {};
   std::vector<uint32_t> id_of_rank_;
-  bool linear_ = false, ordered_ = true;
-  uint32_t linear_base_ = 0;
+  bool ordered_ = true;
+  std::vector<uint32_t> byte_pairs_;
   std::vector<uint32_t> low_characters_;  // code points below 0x3000, direct
   std::unordered_map<uint32_t, uint32_t> high_characters_;
   std::unordered_map<std::string, uint32_t> whole_;

@@ -1,17 +1,8 @@
 // lmfast::recurrent_forward and recurrent_backward on the CPU: the loops over time of elman_rnn,
 // lstm and gru. Checks, packing, division over threads, registration.
-#include "kernels/recurrent.h"
-
-#include <algorithm>
-#include <atomic>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <optional>
 #include <tuple>
-#include <vector>
 
-#include "../common/tensor.h"
+#include "recurrent_schedule.h"
 
 namespace lmfast {
 namespace {
@@ -20,87 +11,15 @@ using torch::stable::new_empty;
 using torch::stable::new_zeros;
 using torch::stable::parallel_for;
 
-// Bytes of weights that every core may hold: beside them the rows of a step must stay in L2.
-constexpr int64_t kMaxBatchSplitWeights = 1 << 19;
-constexpr int64_t kMinSplitWork = 1 << 16;  // multiply-adds of a step worth a barrier
-constexpr int64_t kUnitRows = 32;
-
-using Scratch = std::unique_ptr<void, decltype(&std::free)>;
-
-Scratch scratch(int64_t bytes) {
-  const int64_t size = std::max<int64_t>(64, (bytes + 63) / 64 * 64);
-  Scratch memory(std::aligned_alloc(64, static_cast<size_t>(size)), &std::free);
-  LMFAST_CHECK(memory != nullptr, "out of memory: ", size, " bytes of scratch");
-  return memory;
-}
-
-const float* floats(const Tensor& t, const char* name, std::initializer_list<int64_t> shape) {
-  LMFAST_CHECK(t.is_cpu() && dtype_of(t, name) == DType::kF32 && t.is_contiguous(), name,
-               " must be a contiguous float32 CPU tensor");
-  bool fits = t.dim() == static_cast<int64_t>(shape.size());
-  int64_t d = 0;
-  for (int64_t size : shape) {
-    fits = fits && t.size(d) == size;
-    ++d;
-  }
-  LMFAST_CHECK(fits, name, " has a wrong shape");
-  return static_cast<const float*>(t.const_data_ptr());
-}
-
-const float* floats(const std::optional<Tensor>& t, const char* name,
-                    std::initializer_list<int64_t> shape) {
-  return t.has_value() ? floats(*t, name, shape) : nullptr;
-}
-
-float* writable(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
-
-// Sizes and offsets of the steps, and the shape that points to them.
-struct Steps {
-  std::vector<int64_t> sizes, offsets;
-  RecurrentShape shape;
-
-  Steps(int64_t cell, bool reverse, int64_t rows, int64_t batch, int64_t hidden,
-        const std::optional<Tensor>& batch_sizes) {
-    LMFAST_CHECK(cell >= 0 && cell <= static_cast<int64_t>(Cell::kGru), "unknown cell ", cell);
-    LMFAST_CHECK(batch >= 0 && hidden >= 1, "batch or hidden size out of range");
-    if (batch_sizes.has_value()) {
-      const Tensor& b = *batch_sizes;
-      LMFAST_CHECK(b.is_cpu() && b.dim() == 1 && b.is_contiguous() &&
-                       b.scalar_type() == torch::headeronly::ScalarType::Long,
-                   "batch_sizes must be a contiguous int64 CPU vector");
-      const int64_t* data = static_cast<const int64_t*>(b.const_data_ptr());
-      sizes.assign(data, data + b.size(0));
-    } else if (batch > 0) {
-      sizes.assign(static_cast<size_t>(rows / batch), batch);
-    }
-    int64_t total = 0, before = batch;
-    for (int64_t size : sizes) {
-      LMFAST_CHECK(size >= 1 && size <= before, "batch_sizes must be positive and never grow");
-      offsets.push_back(total);
-      total += size;
-      before = size;
-    }
-    LMFAST_CHECK(total == rows && (sizes.empty() || sizes[0] == batch),
-                 "the rows of x, the batch and batch_sizes do not agree");
-    shape = {static_cast<Cell>(cell),
-             reverse,
-             static_cast<int64_t>(sizes.size()),
-             batch,
-             hidden,
-             sizes.data(),
-             offsets.data()};
-  }
-};
-
 // W_hh repacked; the panels are divided over threads.
-Scratch pack(const RecurrentShape& s, const Tensor& w_hh, recurrent_pack_fwd_fn kernel,
-             int64_t units) {
+ScratchMemory pack(const RecurrentShape& s, const Tensor& w_hh, recurrent_pack_fwd_fn kernel,
+                   int64_t units) {
   const int64_t gates = gates_of(s.cell);
   LMFAST_CHECK(w_hh.is_cpu() && dtype_of(w_hh, "w_hh") == DType::kF32 && w_hh.dim() == 2 &&
                    w_hh.size(0) == gates * s.hidden && w_hh.size(1) == s.hidden,
                "w_hh must be a float32 CPU matrix (gates * hidden, hidden)");
   const int64_t panels = (s.hidden + units - 1) / units;
-  Scratch packed = scratch(panels * units * gates * s.hidden * 4);
+  ScratchMemory packed = allocate_scratch(panels * units * gates * s.hidden * 4);
   RecurrentPackArgs a{
       s.cell,         s.hidden,       static_cast<const float*>(w_hh.const_data_ptr()),
       w_hh.stride(0), w_hh.stride(1), static_cast<float*>(packed.get())};
@@ -113,44 +32,6 @@ RecurrentPanels panels_of(Cell cell) {
   RecurrentPanels panels{};
   recurrent_panels_kernel()({cell, &panels}, 0, 1);
   return panels;
-}
-
-// Runs the loop over time: by rows where every core can hold the weights and there are rows for
-// all, else all threads together on each step, else alone. Nothing computed depends on the choice.
-template <class Args, class Kernel>
-void run_steps(Args& a, int64_t units, Kernel rows_kernel, Kernel together_kernel) {
-  const RecurrentShape& s = a.shape;
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t weights = gates_of(s.cell) * s.hidden * s.hidden;
-  const int64_t panels = (s.hidden + units - 1) / units;
-  if (threads == 1 || weights * s.batch < kMinSplitWork) {
-    rows_kernel(a, 0, s.batch);
-    return;
-  }
-  const bool by_rows = s.batch >= kUnitRows && weights * 4 <= kMaxBatchSplitWeights;
-  if (by_rows || panels == 1) {
-    // Taken one by one, the longest sequences first: a thread that loses its core, or has short
-    // sequences, does not hold up the others by more than one unit.
-    const int64_t per_unit =
-        std::min(kUnitRows, std::max<int64_t>(1, (s.batch + threads - 1) / threads));
-    const int64_t count = (s.batch + per_unit - 1) / per_unit;
-    std::atomic<int64_t> next{0};
-    parallel_for(0, std::min(count, threads), 1, [&](int64_t, int64_t) {
-      for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) {
-        rows_kernel(a, i * per_unit, std::min(s.batch, (i + 1) * per_unit));
-      }
-    });
-    return;
-  }
-  const Scratch memory = scratch(sizeof(RecurrentProgress));
-  std::memset(memory.get(), 0, sizeof(RecurrentProgress));
-  a.progress = static_cast<RecurrentProgress*>(memory.get());
-  a.progress->participants = std::min({threads, panels, int64_t{RecurrentProgress::kMaxChunks}});
-  // Two chunks to a thread, so that half of a lost thread's step can be taken over.
-  a.progress->chunks =
-      std::min({panels, 2 * a.progress->participants, int64_t{RecurrentProgress::kMaxChunks}});
-  parallel_for(0, a.progress->participants, 1,
-               [&](int64_t begin, int64_t end) { together_kernel(a, begin, end); });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_forward(
@@ -173,18 +54,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_forward(
   Tensor h_n = new_empty(projected, {batch, hidden});
   Tensor c_n = new_zeros(projected, {lstm ? batch : 0, hidden});
   Tensor gates = new_empty(projected, {kept != 0 ? rows : 0, kept * hidden});
-  Tensor cells = new_empty(projected, {lstm && keep ? rows : 0, hidden});
+  Tensor cells = new_empty(projected, {keeps_cells(s.cell) && keep ? rows : 0, hidden});
   a.y = writable(y);
   a.c = writable(c_n);
   if (kept != 0) a.gates = writable(gates);
-  if (lstm && keep) a.cells = writable(cells);
+  if (keeps_cells(s.cell) && keep) a.cells = writable(cells);
+  const ScratchMemory between =
+      allocate_scratch(rounds_of(s.cell) == 2 ? 2 * batch * hidden * 4 : 0);
+  a.between = static_cast<float*>(between.get());
   if (lstm && c_start != nullptr) std::memcpy(a.c, c_start, 4 * batch * hidden);
 
   if (rows > 0) {
     const int64_t units = panels_of(s.cell).fwd;
-    const Scratch packed = pack(s, w_hh, recurrent_pack_fwd_kernel(), units);
+    const ScratchMemory packed = pack(s, w_hh, recurrent_pack_fwd_kernel(), units);
     a.packed = static_cast<const float*>(packed.get());
-    run_steps(a, units, recurrent_fwd_rows_kernel(), recurrent_fwd_together_kernel());
+    run_steps(a, units, 4, recurrent_fwd_rows_kernel(), recurrent_fwd_together_kernel());
   }
   // The state after each sequence's last step.
   float* last = writable(h_n);
@@ -229,9 +113,9 @@ std::tuple<Tensor, Tensor> recurrent_backward(std::optional<Tensor> dy, std::opt
   if (lstm && dc != nullptr) std::memcpy(a.carry, dc, 4 * batch * hidden);
   if (rows > 0) {
     const int64_t units = panels_of(s.cell).bwd;
-    const Scratch packed = pack(s, w_hh, recurrent_pack_bwd_kernel(), units);
+    const ScratchMemory packed = pack(s, w_hh, recurrent_pack_bwd_kernel(), units);
     a.packed = static_cast<const float*>(packed.get());
-    run_steps(a, units, recurrent_bwd_rows_kernel(), recurrent_bwd_together_kernel());
+    run_steps(a, units, 4, recurrent_bwd_rows_kernel(), recurrent_bwd_together_kernel());
   }
   return {dgates, carry};
 }

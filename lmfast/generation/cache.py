@@ -2,37 +2,64 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lmfast import ops
+from lmfast.generation._blocks import BlockPool, BlockTable
+from lmfast.generation._rows import CachedRows, Group, check_sizes, layer_windows
+from lmfast.generation._step import Padding, Placement, Step, make_step, new_tokens
+from lmfast.generation._storage import Storage, on_device
+from lmfast.generation._window import WindowedLayers, columns_for
+
 _FIRST_CAPACITY = 64
 
 
-class KVCache:
+class KVCache(CachedRows):
     """Preallocated keys and values of all layers, with a length per row.
 
-        keys, values = cache.append(layer, k, v)   # everything up to and including k, v
+        keys, values = cache.append(layer, k, v)                       # any attention, or
+        q = cache.rope_append(layer, q, k, v, cos, sin)                # rotated on the way in
+        out = cache.attend(layer, q)                                   # read where they lie
 
-    Storage is (B, Hkv, capacity, D) per layer. With `max_length` it is allocated once; without, it
-    doubles when full, so appending a token costs a constant number of copies on average. Keys are
-    stored rotated and are never rotated again.
+    Storage is (R, Hkv, capacity, D) per layer, row b of the cache in storage row b. With
+    `max_length` it is made once (on a CPU, memory is used as tokens come); without, it doubles when
+    full, so a token costs a constant number of copies. Keys are stored rotated and are never
+    rotated again. Rows share what they have in common, in blocks of 64 tokens: `reorder`, `fork`
+    and `share_prefix` copy nothing, and a row that appends into a shared block copies that block.
+    Lengths live on the host: no step waits for a device.
+
+    Layers with a window keep the last `window` tokens, and a few more so that they can be taken
+    back; they are short, so `reorder`, `fork` and `share_prefix` copy them.
+
+    Copies (`copy.deepcopy`, pickle) share nothing. Caches that share are not for several threads.
 
     Args:
         num_layers: number of attention layers that append, in order, per step.
         batch: number B of rows.
         num_kv_heads: Hkv.
         head_dim: D.
-        max_length: tokens per row there is room for; None = grow without limit.
-        dtype, device: of the storage.
+        max_length: tokens per row there may be; None = without limit.
+        dtype, device: of the storage; float32, bfloat16, float16, float64, or int8 with one float32
+            scale per key and value. The layers may compute in another.
+        window: keys a query sees at most, itself included; of all layers, or one per layer. None =
+            all.
+        rows: storage rows to make at once, for forks and rows added later: without, they are added
+            when needed.
 
     Raises:
-        ValueError: a size is not positive; from `append`, a shape or layer that does not fit, or no
-            room left.
+        TypeError: a dtype that cannot be stored.
+        ValueError: a size is not positive; from other methods, a shape, layer or length that does
+            not fit, or no room left.
 
-    Backends: PyTorch.
+    Backends: those of `lmfast.ops.rope_append` and `lmfast.ops.cached_attention`.
+
+    Source: sharing by blocks: Kwon et al., PagedAttention, 2023, arXiv:2309.06180.
 
     Example:
         >>> import torch
@@ -52,168 +79,245 @@ class KVCache:
         max_length: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        window: int | Sequence[int | None] | None = None,
+        rows: int | None = None,
     ) -> None:
-        sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if batch < 0:
-            raise ValueError(f"batch must not be negative, got {batch}")
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length must be at least 1 or None, got {max_length}")
+        rows = batch if rows is None else rows
+        check_sizes(num_layers, batch, num_kv_heads, head_dim, max_length, dtype, rows)
+        self._windows = layer_windows(window, num_layers)
+        # Where all tokens fit into a window's storage they are kept, and shared.
+        fits = max_length or math.inf
+        windows = [None if w is None or fits <= columns_for(w) else w for w in self._windows]
         self.num_layers = num_layers
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
         self.max_length = max_length
-        capacity = _FIRST_CAPACITY if max_length is None else max_length
-        shape = (batch, num_kv_heads, capacity, head_dim)
-        # Zeros, not empty: masked positions enter a product with weight 0, and 0 * NaN is NaN.
-        self._keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self._values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        # Lengths live on the host, so that no step has to wait for the device.
-        self._lengths = [0] * batch
-        self._next_layer = 0
+        self.dtype = dtype
+        self.device = torch.device(device)
 
-    @property
-    def batch(self) -> int:
-        """Number of rows."""
-        return len(self._lengths)
+        def storage(wanted: int | None, rows: int, columns: int) -> dict[int, Storage]:
+            shape = (rows, num_kv_heads, columns, head_dim)
+            layers = [i for i, w in enumerate(windows) if w == wanted]
+            return {i: Storage.make(shape, dtype, self.device) for i in layers}
 
-    @property
-    def longest(self) -> int:
-        """Number of tokens in the longest row."""
-        return max(self._lengths, default=0)
+        columns = _FIRST_CAPACITY if max_length is None else max_length
+        whole = storage(None, rows, columns)
+        pool = BlockPool(whole, rows, columns, self.device, max_length is not None)
+        groups: list[Group] = [BlockTable(pool, batch)]
+        group_of = [0] * num_layers
+        for w in sorted({w for w in windows if w is not None}):
+            short = storage(w, batch, columns_for(w))
+            groups.append(WindowedLayers(short, batch, w, self.device))
+            for layer in short:
+                group_of[layer] = len(groups) - 1
+        super().__init__(groups, group_of, batch)
 
-    @property
-    def lengths(self) -> Tensor:
-        """Number of tokens per row, (B,) int64 on the cache's device."""
-        return torch.tensor(self._lengths, dtype=torch.int64, device=self._keys[0].device)
+    def layer(
+        self,
+        index: int,
+        counts: Sequence[int] | None = None,
+        padding: Padding = "right",
+    ) -> LayerCache:
+        """Return the part of one layer, which is what an attention layer takes.
 
-    @property
-    def offset(self) -> int | Tensor:
-        """Position of the next token: an int if it is the same for all rows, else (B,) int64."""
-        uniform = len(set(self._lengths)) <= 1
-        return self.longest if uniform else self.lengths
+        Args:
+            index: the layer.
+            counts: (B,) number of real tokens per row in the next step; None = all T.
+            padding: on which side of them the others are.
+        """
+        return LayerCache(self, index, counts, padding)
 
-    def layer(self, index: int) -> LayerCache:
-        """Return the part of one layer, which is what an attention layer takes."""
-        return LayerCache(self, index)
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def append(
+        self,
+        layer: int,
+        k: Tensor,
+        v: Tensor,
+        *,
+        counts: Sequence[int] | None = None,
+        padding: Padding = "right",
+    ) -> tuple[Tensor, Tensor]:
         """Store the next T keys and values of one layer behind each row's end.
 
         Args:
             layer: index; layers append in order, and the last one moves the lengths on.
             k, v: (B, Hkv, T, D), keys already rotated, without gradients.
+            counts: (B,) number of real tokens per row, the same for all layers; None = all T. The
+                others are not stored.
+            padding: "right": the real tokens are the first ones, "left": the last ones.
 
         Returns:
-            Views (B, Hkv, S, D) of all keys and values, S = longest row + T. In a shorter row what
-            lies behind its end is to be masked.
+            Keys and values (B, Hkv, S, D), S = longest row + T: views of the storage; copies where
+            rows share, and in k's dtype from int8. In a shorter row what lies behind its end is to
+            be masked. Of a layer with a window, the last tokens of each row: see `first`.
         """
-        self._check(layer, k, v)
-        steps = k.shape[2]
-        start = self.longest
-        self._reserve(layer, start + steps)
-        keys, values = self._keys[layer], self._values[layer]
-        offset = self.offset
-        if isinstance(offset, int):
-            keys[:, :, start : start + steps] = k
-            values[:, :, start : start + steps] = v
-        else:
-            rows = torch.arange(self.batch, device=k.device)[:, None]
-            columns = offset[:, None] + torch.arange(steps, device=k.device)  # (B, T)
-            keys[rows, :, columns] = k.transpose(1, 2)
-            values[rows, :, columns] = v.transpose(1, 2)
+        self.rope_append(layer, k[:, :0], k, v, counts=counts, padding=padding)
+        return self.contents(layer, k.dtype)
+
+    def rope_append(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+        *,
+        interleaved: bool = True,
+        positions: int | Tensor | None = None,
+        counts: Sequence[int] | None = None,
+        padding: Padding = "right",
+    ) -> Tensor:
+        """Rotate q in place and store k, rotated, and v: `append` by `lmfast.ops.rope_append`.
+
+        Args:
+            layer, k, v, counts, padding: as in `append`, the keys not yet rotated.
+            q: (B, H, T, D); overwritten.
+            cos, sin, interleaved: as in `lmfast.ops.rope`; no tables, no rotation.
+            positions: for the rotation; by default tokens continue where their row ends.
+
+        Returns:
+            q.
+        """
+        step = self._begin(layer, k, counts, padding)
+        if k.requires_grad or v.requires_grad or q.requires_grad:
+            raise ValueError("a cache keeps no gradients: call the model under torch.no_grad()")
+        group = self._groups[self._group_of[layer]]
+        placement = self._placements[self._group_of[layer]]
+        s = group.open(layer, placement)
+        ops.rope_append(
+            *(q, k, v, s.keys, s.values, placement.slots, cos, sin),
+            positions=step.positions if positions is None else positions,
+            interleaved=interleaved,
+            tokens=step.tokens,
+            key_scales=s.key_scales,
+            value_scales=s.value_scales,
+        )
+        group.close(layer, placement, step.new.ends)
         self._next_layer += 1
         if self._next_layer == self.num_layers:
-            self._next_layer = 0
-            self._lengths = [length + steps for length in self._lengths]
-        return keys[:, :, : start + steps], values[:, :, : start + steps]
+            self._finish(step)
+        return q
 
-    def truncate(self, lengths: int | Sequence[int] | Tensor) -> None:
-        """Forget everything behind the given length of all rows, or of each row.
+    def contents(self, layer: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Return all keys and values of a layer, as `append` does; int8 ones in `dtype`."""
+        group, placement = self._look(layer)
+        return group.gathered(layer, placement).read(placement.longest, dtype or torch.float32)
 
-        Raises:
-            ValueError: a length is negative or beyond the row's end, or there is not one per row.
+    def first(self, layer: int) -> Tensor:
+        """Return the position of column 0 of `append`'s views, (B,) int64: 0 without a window."""
+        _, placement = self._look(layer)
+        if placement.first is None:
+            return torch.zeros(self.batch, dtype=torch.int64, device=self.device)
+        return on_device(placement.first.copy(), self.device)
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        alibi: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Attend from the newest T tokens of every row to all that the layer keeps, causally.
+
+        Args:
+            layer: index, after its `append` or `rope_append`, or between steps.
+            q: (B, H, T, D), rotated.
+            window, softcap, sinks, alibi, scale: as in `lmfast.ops.cached_attention`; the window
+                is the layer's own by default, and not longer.
+
+        Returns:
+            (B, H, T, D) in q's dtype. Where padding is, zeros or numbers that mean nothing.
         """
-        if isinstance(lengths, int):
-            wanted = [min(lengths, length) for length in self._lengths]
-        else:
-            values = lengths.tolist() if isinstance(lengths, Tensor) else lengths
-            wanted = [int(n) for n in values]
-            if len(wanted) != self.batch:
-                raise ValueError(f"lengths must have {self.batch} entries, got {len(wanted)}")
-            beyond = [i for i, n in enumerate(wanted) if n > self._lengths[i]]
-            if beyond:
-                row = beyond[0]
-                raise ValueError(f"row {row} has {self._lengths[row]} tokens, not {wanted[row]}")
-        if min(wanted, default=0) < 0 or (isinstance(lengths, int) and lengths < 0):
-            raise ValueError(f"lengths must not be negative, got {lengths}")
-        self._lengths = wanted
-        self._next_layer = 0
+        _, placement = self._look(layer)
+        s = placement.storage[layer]
+        own = self._windows[layer]
+        if own is not None:
+            if window is not None and window > own:
+                raise ValueError(
+                    f"layer {layer} keeps the last {own} tokens, which is less than the window "
+                    f"{window}: make the cache with that window"
+                )
+            window = own if window is None else window
+        return ops.cached_attention(
+            *(q, s.keys, s.values, placement.lengths),
+            table=placement.table,
+            key_scales=s.key_scales,
+            value_scales=s.value_scales,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            alibi=alibi,
+            scale=scale,
+        )
 
-    def reset(self) -> None:
-        """Forget all tokens and keep the memory."""
-        self.truncate(0)
-
-    def reorder(self, rows: Sequence[int] | Tensor) -> None:
-        """Keep the given rows in the given order; a row may be dropped or occur several times.
-
-        Raises:
-            IndexError: a row does not exist.
-        """
-        index = torch.as_tensor(rows, dtype=torch.int64, device=self._keys[0].device)
-        chosen = index.tolist()
-        if any(not 0 <= row < self.batch for row in chosen):
-            raise IndexError(f"rows must be in 0..{self.batch - 1}, got {chosen}")
-        self._keys = [keys.index_select(0, index) for keys in self._keys]
-        self._values = [values.index_select(0, index) for values in self._values]
-        self._lengths = [self._lengths[row] for row in chosen]
-
-    def fork(self, copies: int) -> KVCache:
-        """Return a new cache in which every row occurs `copies` times, next to each other."""
-        if copies < 1:
-            raise ValueError(f"copies must be at least 1, got {copies}")
-        other = object.__new__(KVCache)
-        other.num_layers = self.num_layers
-        other.max_length = self.max_length
-        other._keys = [keys.repeat_interleave(copies, dim=0) for keys in self._keys]
-        other._values = [values.repeat_interleave(copies, dim=0) for values in self._values]
-        other._lengths = [length for length in self._lengths for _ in range(copies)]
-        other._next_layer = 0
-        return other
-
-    def _check(self, layer: int, k: Tensor, v: Tensor) -> None:
+    def _begin(self, layer: int, k: Tensor, counts: Sequence[int] | None, padding: Padding) -> Step:
+        """The step in progress, or a new one; ValueError if k does not come next."""
+        step = self._step
+        if step is not None and k.shape == step.shape and layer == self._next_layer > 0:
+            return step
         if not 0 <= layer < self.num_layers:
             raise ValueError(f"layer must be in 0..{self.num_layers - 1}, got {layer}")
         if layer != self._next_layer:
-            raise ValueError(f"layer {self._next_layer} is the next to append, got layer {layer}")
-        batch, heads, _, dim = self._keys[layer].shape
-        if k.ndim != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (batch, heads, dim):
-            raise ValueError(f"k must be ({batch}, {heads}, T, {dim}), got {tuple(k.shape)}")
-        if v.shape != k.shape:
-            raise ValueError(f"v must have the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
-        if k.requires_grad or v.requires_grad:
-            raise ValueError("a cache keeps no gradients: call the model under torch.no_grad()")
+            raise ValueError(
+                f"layer {self._next_layer} is the next to append, got layer {layer}; truncate or "
+                "reset forgets a step that was not finished"
+            )
+        wanted = (self.batch, self.num_kv_heads, self.head_dim)
+        if k.ndim != 4 or (k.shape[0], k.shape[1], k.shape[3]) != wanted:
+            shape = "({}, {}, T, {})".format(*wanted)
+            raise ValueError(f"k must be {shape}, got {tuple(k.shape)}")
+        if layer > 0 and step is not None:
+            raise ValueError(
+                f"k must have the {step.shape[2]} tokens of this step's first layer, "
+                f"got {k.shape[2]}"
+            )
+        new = new_tokens(self._lengths, k.shape[2], counts, padding)
+        longest = int(new.ends.max(initial=0))
+        if self.max_length is not None and longest > self.max_length:
+            raise ValueError(
+                f"the cache is full: {longest} tokens, max_length is {self.max_length}; truncate "
+                "it, or make it longer"
+            )
+        self._placements = [group.place(new) for group in self._groups]
+        self._step = make_step(k.shape, new, self._longest, self.device)
+        return self._step
 
-    def _reserve(self, layer: int, length: int) -> None:
-        capacity = self._keys[layer].shape[2]
-        if length <= capacity:
-            return
-        if self.max_length is not None:
-            raise ValueError(f"the cache is full: {length} tokens, max_length is {capacity}")
-        capacity = max(length, 2 * capacity)
-        for store in (self._keys, self._values):
-            old = store[layer]
-            new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
-            new[:, :, : old.shape[2]] = old
-            store[layer] = new
+    def _finish(self, step: Step) -> None:
+        for group in self._groups:
+            group.finish()
+        self._lengths = step.new.ends
+        self._longest = int(self._lengths.max(initial=0))
+        self._next_layer = 0
+
+    def _look(self, layer: int) -> tuple[Group, Placement]:
+        """Where a layer's tokens lie."""
+        index = self._group_of[layer]
+        done = self._next_layer == 0
+        if self._step is None or (done and layer not in self._placements[index].storage):
+            now = new_tokens(self._lengths, 0, None, "right")
+            self._placements = [group.place(now) for group in self._groups]
+            self._step = make_step(torch.Size(()), now, self._longest, self.device)
+        placement = self._placements[index]
+        if 0 < self._next_layer <= layer or layer not in placement.storage:
+            raise ValueError(
+                f"layer {layer} has not appended the tokens of this step, or with a window and a "
+                "step longer than it another layer has since"
+            )
+        return self._groups[index], placement
 
 
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer of a `KVCache`, as attention layers see it."""
+    """One layer of a `KVCache`, as attention layers see it: its methods, with the layer given."""
 
     cache: KVCache
     index: int
+    counts: Sequence[int] | None = None
+    padding: Padding = "right"
 
     @property
     def offset(self) -> int | Tensor:
@@ -227,4 +331,19 @@ class LayerCache:
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values of this layer, see `KVCache.append`."""
-        return self.cache.append(self.index, k, v)
+        return self.cache.append(self.index, k, v, counts=self.counts, padding=self.padding)
+
+    def rope_append(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, **options: Any
+    ) -> Tensor:
+        """Rotate q, and store k, rotated, and v, see `KVCache.rope_append`."""
+        options = {"counts": self.counts, "padding": self.padding, **options}
+        return self.cache.rope_append(self.index, q, k, v, cos, sin, **options)
+
+    def contents(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Return all keys and values of this layer, see `KVCache.contents`."""
+        return self.cache.contents(self.index, dtype)
+
+    def attend(self, q: Tensor, **options: Any) -> Tensor:
+        """Attend to all keys of this layer, see `KVCache.attend`."""
+        return self.cache.attend(self.index, q, **options)

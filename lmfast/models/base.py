@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lmfast import ops
+from lmfast.nn.embedding import Embedding
 
 _REGISTRY: dict[str, type[LanguageModel]] = {}
 
@@ -25,7 +26,8 @@ class LanguageModel(nn.Module):
     vocab_size: int
     pad_idx: int | None
     options: dict[str, Any]
-    embedding: nn.Embedding
+    embedding: Embedding
+    logit_softcap: float | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -83,7 +85,12 @@ class LanguageModel(nn.Module):
             )
         weight, bias = self.head()
         return ops.linear_cross_entropy(
-            self.hidden(ids), weight, targets, bias=bias, ignore_index=ignore_index
+            self.hidden(ids),
+            weight,
+            targets,
+            bias=bias,
+            ignore_index=ignore_index,
+            softcap=self.logit_softcap,
         )
 
     def step(self, ids: Tensor, state: Any, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
@@ -111,12 +118,30 @@ class LanguageModel(nn.Module):
 
     def _logits(self, features: Tensor) -> Tensor:
         weight, bias = self.head()
-        return nn.functional.linear(features, weight, bias)
+        logits = nn.functional.linear(features, weight, bias)
+        if self.logit_softcap is None:
+            return logits
+        return self.logit_softcap * torch.tanh(logits / self.logit_softcap)
 
-    def _clear_padding(self) -> None:
-        if self.pad_idx is not None:
-            with torch.no_grad():
-                self.embedding.weight[self.pad_idx].zero_()
+
+class _KeepRowFixed(torch.autograd.Function):
+    """Identity whose gradient is zero in one row: the padding row of a shared matrix."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, row: int) -> Tensor:
+        ctx.row = row
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].index_fill(0, torch.tensor(ctx.row, device=grads[0].device), 0), None
+
+
+def keep_row_fixed(weight: Tensor, row: int | None) -> Tensor:
+    """The matrix an output layer shares with an embedding: nothing flows back to row `row`."""
+    if row is None or not torch.is_grad_enabled():
+        return weight
+    return _KeepRowFixed.apply(weight, row)
 
 
 def check_sizes(vocab_size: int, emb_dim: int, pad_idx: int | None) -> None:

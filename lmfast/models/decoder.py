@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from lmfast.generation.cache import KVCache
-from lmfast.models.base import LanguageModel, check_sizes
-from lmfast.nn.block import DecoderBlock
+from lmfast.generation.cache import KVCache, LayerCache
+from lmfast.models.base import LanguageModel, check_sizes, keep_row_fixed
+from lmfast.nn.block import BlockOptions, DecoderBlock
+from lmfast.nn.embedding import Embedding
 from lmfast.nn.norm import RMSNorm
 
-
-class _KeepRowFixed(torch.autograd.Function):
-    """Identity whose gradient is zero in one row: the padding row of a shared matrix."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, row: int) -> Tensor:
-        ctx.row = row
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].index_fill(0, torch.tensor(ctx.row, device=grads[0].device), 0), None
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class DecoderLanguageModel(LanguageModel):
@@ -38,24 +29,32 @@ class DecoderLanguageModel(LanguageModel):
         num_heads: number H of query heads.
         num_blocks: number of decoder blocks.
         pad_idx: id whose embedding is zero and never learnt, or None.
-        num_kv_heads: number Hkv of key/value heads, H by default.
-        head_dim: head size, E / H by default.
-        mlp_dim: hidden width of the feed-forward layers, 4 E by default.
         final_norm: normalise before the output matrix.
         output_bias: add a bias to the logits.
         tie_weights: use the embedding as output matrix; the padding row then takes no part in
             learning and its logit is 0 before the bias.
+        embedding_scale: the embedding is multiplied by it.
+        logit_softcap: logits become ``logit_softcap * tanh(logit / logit_softcap)``.
+        windows: a sliding window, or None, for every block; in the place of `window`.
         norm_eps: of all norms.
-        rope_base, rope_interleaved, rope_scaling: as in `lmfast.nn.RotaryEmbedding`.
+        block: the other keyword arguments of `lmfast.nn.DecoderBlock`, and so of
+            `lmfast.nn.MultiHeadAttention`: `mlp`, `mlp_dim`, `mlp_bias`, `post_norms`,
+            `num_kv_heads`, `head_dim`, `rope_base`, `rope_interleaved`, `rope_scaling`, `rope_dim`,
+            `qkv_bias`, `o_bias`, `qk_norm`, `window`, `softcap`, `scale`.
+
+    A model in the style of Llama has ``final_norm=True, mlp="swiglu", rope_interleaved=False,
+    norm_eps=1e-6`` and `num_kv_heads`; Qwen 3 adds ``qk_norm=True``, Mistral a `window`, Gemma 2
+    ``mlp="geglu"``, `post_norms`, the softcaps and an `embedding_scale`.
 
     State-dict names: `embedding.weight`, `layers.{i}.norm1.scale`, `.attn.heads.{h}.W_Q|W_K|W_V`,
-    `.attn.W_O`, `.norm2.scale`, `.mlp.W_1|B_1|W_2|B_2`, `output` (E, V) unless tied, and with the
-    options `norm.scale` and `output_bias`.
+    `.attn.W_O`, `.norm2.scale`, `.mlp.W_1|B_1|W_2|B_2` or `.mlp.W_G|W_U|W_D`, `output` (E, V)
+    unless tied, and with the options `norm.scale`, `output_bias` and those of the layers.
 
     Raises:
+        TypeError: an argument that the blocks do not have.
         ValueError: sizes that do not fit together.
 
-    Backends: those of `lmfast.ops.rms_norm`, `add_rms_norm`, `rope`, `attention` and
+    Backends: those of `lmfast.ops.rms_norm`, `add_rms_norm`, `rope`, `attention`, `swiglu` and
     `linear_cross_entropy`.
 
     Example:
@@ -77,16 +76,14 @@ class DecoderLanguageModel(LanguageModel):
         num_blocks: int,
         pad_idx: int | None,
         *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        mlp_dim: int | None = None,
         final_norm: bool = False,
         output_bias: bool = False,
         tie_weights: bool = False,
+        embedding_scale: float | None = None,
+        logit_softcap: float | None = None,
+        windows: Sequence[int | None] | None = None,
         norm_eps: float = 1e-8,
-        rope_base: float = 10000.0,
-        rope_interleaved: bool = True,
-        rope_scaling: Mapping[str, Any] | None = None,
+        **block: Unpack[BlockOptions],
     ) -> None:
         super().__init__()
         check_sizes(vocab_size, emb_dim, pad_idx)
@@ -94,43 +91,44 @@ class DecoderLanguageModel(LanguageModel):
             raise ValueError(
                 f"num_blocks and num_heads must be at least 1, got {num_blocks} and {num_heads}"
             )
+        if windows is None:
+            windows = [block.get("window")] * num_blocks
+        elif len(windows) != num_blocks or "window" in block:
+            raise ValueError(
+                f"windows must have one entry for each of {num_blocks} blocks and stand in the "
+                f"place of window, got {len(windows)} entries"
+            )
         self.vocab_size = vocab_size
         self.emb_dim = emb_dim
         self.pad_idx = pad_idx
-        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.head_dim = emb_dim // num_heads if head_dim is None else head_dim
+        self.embedding_scale = embedding_scale
+        self.logit_softcap = logit_softcap
         self.options = {
             "vocab_size": vocab_size,
             "emb_dim": emb_dim,
             "num_heads": num_heads,
             "num_blocks": num_blocks,
             "pad_idx": pad_idx,
-            "num_kv_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "mlp_dim": mlp_dim,
             "final_norm": final_norm,
             "output_bias": output_bias,
             "tie_weights": tie_weights,
+            "embedding_scale": embedding_scale,
+            "logit_softcap": logit_softcap,
+            "windows": list(windows),
             "norm_eps": norm_eps,
-            "rope_base": rope_base,
-            "rope_interleaved": rope_interleaved,
-            "rope_scaling": None if rope_scaling is None else dict(rope_scaling),
+            **{name: value for name, value in block.items() if name != "window"},
         }
-        self.embedding = nn.Embedding(vocab_size, emb_dim, padding_idx=pad_idx)
-        self.layers = nn.ModuleList(
-            DecoderBlock(
-                emb_dim,
-                num_heads,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
-                mlp_dim=mlp_dim,
-                norm_eps=norm_eps,
-                rope_base=rope_base,
-                rope_interleaved=rope_interleaved,
-                rope_scaling=rope_scaling,
-            )
-            for _ in range(num_blocks)
-        )
+        scaling = block.get("rope_scaling")
+        if scaling is not None:
+            self.options["rope_scaling"] = dict(scaling)
+        self.embedding = Embedding(vocab_size, emb_dim, padding_idx=pad_idx)
+        blocks = []
+        for window in windows:
+            block["window"] = window
+            blocks.append(DecoderBlock(emb_dim, num_heads, norm_eps=norm_eps, **block))
+        self.layers = nn.ModuleList(blocks)
+        self.num_kv_heads = blocks[0].attn.num_kv_heads
+        self.head_dim = blocks[0].attn.head_dim
         self.norm = RMSNorm(emb_dim, norm_eps) if final_norm else None
         output = None if tie_weights else nn.Parameter(torch.empty(emb_dim, vocab_size))
         self.register_parameter("output", output)
@@ -139,16 +137,14 @@ class DecoderLanguageModel(LanguageModel):
         nn.init.normal_(self.embedding.weight, std=0.02)
         if self.output is not None:
             nn.init.xavier_uniform_(self.output)
-        self._clear_padding()
+        self.embedding.clear_padding()
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Return the output layer's weight (V, E), a view, and bias (V) or None."""
         if self.output is not None:
             return self.output.t(), self.output_bias
-        weight = self.embedding.weight
-        if self.pad_idx is not None and torch.is_grad_enabled():
-            weight = _KeepRowFixed.apply(weight, self.pad_idx)
-        return weight, self.output_bias
+        self.embedding.clear_padding()
+        return keep_row_fixed(self.embedding.weight, self.pad_idx), self.output_bias
 
     def hidden(self, ids: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
         """Return the features (B, T, E) before the output matrix.
@@ -169,10 +165,7 @@ class DecoderLanguageModel(LanguageModel):
             positions = (real.cumsum(1) - 1).clamp_min(0)  # (B, T)
             visible = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device)
             mask = visible.tril() & real[:, None, None]  # (B, 1, T, T)
-        x = self.embedding(ids)
-        for layer in self.layers:
-            x = layer(x, mask, None, positions)
-        return x if self.norm is None else self.norm(x)
+        return self._run(ids, mask, None, positions)
 
     def forward(self, ids: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
         """Map ids (B, T) int64 to logits (B, T, V); `attention_mask` as in `hidden`."""
@@ -186,6 +179,7 @@ class DecoderLanguageModel(LanguageModel):
             self.num_kv_heads,
             self.head_dim,
             max_length=capacity,
+            window=self.options["windows"],
             dtype=self.embedding.weight.dtype,
             device=self.embedding.weight.device,
         )
@@ -194,10 +188,26 @@ class DecoderLanguageModel(LanguageModel):
         self, ids: Tensor, state: KVCache, lengths: Tensor | None = None
     ) -> tuple[Tensor, KVCache]:
         """Append the tokens to the cache and return their features (B, T, E) and the cache."""
-        wanted = None if lengths is None else state.lengths + lengths
+        counts = None if lengths is None else lengths.tolist()  # padding is not stored
+        return self._run(
+            ids, None, [state.layer(i, counts) for i in range(len(self.layers))]
+        ), state
+
+    def _run(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        caches: Sequence[LayerCache] | None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Return the features (B, T, E) before the output matrix."""
         x = self.embedding(ids)
+        if self.embedding_scale is not None:
+            # Rounded to the dtype first, as models trained in bf16 have it.
+            x = x * torch.tensor(self.embedding_scale, dtype=x.dtype, device=x.device)
+        # From block to block go the last update and what it is to be added to: the norm that
+        # follows adds them in its own pass.
         for index, layer in enumerate(self.layers):
-            x = layer(x, None, state.layer(index), None)
-        if wanted is not None:  # what was appended behind a row's end is forgotten again
-            state.truncate(wanted)
-        return (x if self.norm is None else self.norm(x)), state
+            x = layer(x, mask, None if caches is None else caches[index], positions, True)
+        update, x = x
+        return x + update if self.norm is None else self.norm.add(update, x)[0]

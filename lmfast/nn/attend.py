@@ -26,6 +26,9 @@ def attend(
     *,
     mask: Tensor | None = None,
     q_offset: int | Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """Scaled dot-product attention of T queries over S keys, causal unless a mask is given.
 
@@ -37,6 +40,7 @@ def attend(
         mask: (T, S), (B, T, S) or (B, H or 1, T, S), zero or False = hidden; replaces causality. A
             query that sees no key gives zeros.
         q_offset: absolute position of the first query, int or (B,) int64; S - T by default.
+        window, softcap, scale: as in `lmfast.ops.attention`.
 
     Returns:
         (B, H, T, D).
@@ -47,8 +51,12 @@ def attend(
     # A mask for all keys is the operator's to recognise; one for the queries among themselves, with
     # more keys before them in a cache, can only mean causality.
     if mask is None or (mask.shape[-1] != k.shape[2] and is_causal_mask(mask)):
-        return ops.attention(q, k, v, q_offset=q_offset)
+        return ops.attention(
+            q, k, v, q_offset=q_offset, window=window, softcap=softcap, scale=scale
+        )
     if mask.ndim not in (2, 3, 4):
         raise ValueError(f"mask must have 2, 3 or 4 dimensions, got {tuple(mask.shape)}")
     visible = mask.bool() if mask.ndim != 3 else mask.bool()[:, None]
-    return ops.attention(q, k, v, causal=False, mask=visible)
+    return ops.attention(
+        q, k, v, causal=False, mask=visible, window=window, softcap=softcap, scale=scale
+    )

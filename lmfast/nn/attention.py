@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmfast.nn.attend import attend
+from lmfast.nn.attend import attend, is_causal_mask
+from lmfast.nn.norm import RMSNorm
+from lmfast.nn.packed import PackedParameters
 from lmfast.nn.rotary import RotaryEmbedding
 
 if TYPE_CHECKING:
     from lmfast.generation.cache import LayerCache
 
 
-class MultiHeadAttention(nn.Module):
+class AttentionOptions(TypedDict, total=False):
+    """The keyword arguments of `MultiHeadAttention` but `norm_eps`, which blocks pass on."""
+
+    num_kv_heads: int | None
+    head_dim: int | None
+    rope_base: float
+    rope_interleaved: bool
+    rope_scaling: Mapping[str, Any] | None
+    rope_dim: int | None
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: bool
+    window: int | None
+    softcap: float | None
+    scale: float | None
+
+
+class MultiHeadAttention(PackedParameters):
     """Causal multi-head or grouped-query self-attention with rotary positions.
 
-        head_h = softmax(rope(x W_Q) rope(x W_K)^T / sqrt(D) + mask) x W_V;   y = [head_0 ..] W_O
+        head_h = softmax(rope(x W_Q) rope(x W_K)^T scale + mask) x W_V;   y = [head_0 ..] W_O
 
     Args:
         emb_dim: model width E.
@@ -27,19 +47,29 @@ class MultiHeadAttention(nn.Module):
             h // (H / Hkv).
         head_dim: head size D, E / H by default.
         rope_base, rope_interleaved, rope_scaling: as in `RotaryEmbedding`.
+        rope_dim: the first features of each head that are rotated, D by default.
+        qkv_bias, o_bias: add a bias to queries, keys and values, and to the output.
+        qk_norm: normalise every head's query and key by RMSNorm before the rotation, with one
+            `q_norm.scale` and `k_norm.scale` (D) for all heads.
+        window: sliding window: a token sees itself and the window - 1 before it; None for all.
+        softcap: scores become ``softcap * tanh(score / softcap)``.
+        scale: of the scores, 1 / sqrt(D) by default.
+        norm_eps: of `qk_norm`.
 
     The parameters are `W_QKV` (E, (H + 2 Hkv) D), whose columns are all query heads, then all key
-    heads, then all value heads, and `W_O` (H D, E). State dicts use the layout of one matrix per
-    head, `heads.{h}.W_Q`, `heads.{h}.W_K`, `heads.{h}.W_V` (E, D) and `W_O`: they are saved as
-    views of the packed matrix and loaded bit for bit; a packed `W_QKV` loads as well.
+    heads, then all value heads, and `W_O` (H D, E); with biases `B_QKV` and `B_O`. State dicts use
+    the layout of one matrix per head, `heads.{h}.W_Q`, `heads.{h}.W_K`, `heads.{h}.W_V` (E, D),
+    `heads.{h}.B_Q` and so on (D), and `W_O`: they are saved as views of the packed matrix and
+    loaded bit for bit; a packed `W_QKV` loads as well.
 
     Raises:
-        ValueError: a size is not positive, E is no multiple of H and `head_dim` is not given, or H
-            is no multiple of Hkv.
+        ValueError: a size is not positive, E is no multiple of H and `head_dim` is not given, H is
+            no multiple of Hkv, or `rope_dim` exceeds D.
 
-    Backends: those of `lmfast.ops.rope` and `lmfast.ops.attention`.
+    Backends: those of `lmfast.ops.rope`, `lmfast.ops.attention` and `lmfast.ops.rms_norm`.
 
-    Source: Vaswani et al. 2017, arXiv:1706.03762; Ainslie et al. 2023 (groups), arXiv:2305.13245.
+    Source: Vaswani et al. 2017, arXiv:1706.03762; Ainslie et al. 2023 (groups), arXiv:2305.13245;
+    Henry et al. 2020 (normalised queries and keys), arXiv:2010.04245.
 
     Example:
         >>> import torch
@@ -47,6 +77,9 @@ class MultiHeadAttention(nn.Module):
         >>> attention(torch.zeros(2, 5, 32)).shape
         torch.Size([2, 5, 32])
     """
+
+    B_QKV: nn.Parameter | None
+    B_O: nn.Parameter | None
 
     def __init__(
         self,
@@ -58,6 +91,14 @@ class MultiHeadAttention(nn.Module):
         rope_base: float = 10000.0,
         rope_interleaved: bool = True,
         rope_scaling: Mapping[str, Any] | None = None,
+        rope_dim: int | None = None,
+        qkv_bias: bool = False,
+        o_bias: bool = False,
+        qk_norm: bool = False,
+        window: int | None = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+        norm_eps: float = 1e-8,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -77,23 +118,50 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(
                 f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}"
             )
+        if rope_dim is not None and rope_dim > head_dim:
+            raise ValueError(f"rope_dim must be at most head_dim {head_dim}, got {rope_dim}")
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1 or None, got {window}")
         self.emb_dim = emb_dim
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
-        self.W_QKV = nn.Parameter(torch.empty(emb_dim, (num_heads + 2 * num_kv_heads) * head_dim))
+        self.window = window
+        self.softcap = softcap
+        self.scale = scale
+        packed = (num_heads + 2 * num_kv_heads) * head_dim
+        self.W_QKV = nn.Parameter(torch.empty(emb_dim, packed))
+        self.register_parameter("B_QKV", nn.Parameter(torch.empty(packed)) if qkv_bias else None)
         self.W_O = nn.Parameter(torch.empty(num_heads * head_dim, emb_dim))
+        self.register_parameter("B_O", nn.Parameter(torch.empty(emb_dim)) if o_bias else None)
+        self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
         self.rope = RotaryEmbedding(
-            head_dim, rope_base, interleaved=rope_interleaved, scaling=rope_scaling
+            head_dim if rope_dim is None else rope_dim,
+            rope_base,
+            interleaved=rope_interleaved,
+            scaling=rope_scaling,
         )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier-uniform, each head's matrix by its own fan-in and fan-out (E, D)."""
+        """Xavier-uniform, each head's matrix by its own fan-in and fan-out (E, D); zero biases."""
         with torch.no_grad():
-            for _, columns in self._head_columns(self.W_QKV):
+            for _, columns in self.part_views("W_QKV", self.W_QKV):
                 nn.init.xavier_uniform_(columns)
         nn.init.xavier_uniform_(self.W_O)
+        for bias in (self.B_QKV, self.B_O):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def parts(self) -> dict[str, list[tuple[str, int]]]:
+        """Return the heads' names and sizes, queries, keys and values in the packed order."""
+        counts = {"Q": self.num_heads, "K": self.num_kv_heads, "V": self.num_kv_heads}
+        heads = [(h, letter) for letter, count in counts.items() for h in range(count)]
+        return {
+            f"{kind}_QKV": [(f"heads.{h}.{kind}_{letter}", self.head_dim) for h, letter in heads]
+            for kind in ("W", "B")
+        }
 
     def forward(
         self,
@@ -118,69 +186,35 @@ class MultiHeadAttention(nn.Module):
         """
         batch, steps, _ = x.shape
         heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv = (x @ self.W_QKV).view(batch, steps, heads + 2 * kv_heads, self.head_dim)
+        qkv = F.linear(x, self.W_QKV.t(), self.B_QKV)
+        qkv = qkv.view(batch, steps, heads + 2 * kv_heads, self.head_dim)
         q, k, v = qkv.transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)  # (B, H, T, D)
-        offset: int | Tensor | None = None
-        length = None
-        if cache is not None:
-            offset = cache.offset
-            length = cache.longest + steps
-            positions = offset if positions is None else positions
-        # Without gradients q and k are ours alone, fresh from the product: rotate them in place.
-        inplace = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        q, k = self.rope(q, k, positions, length=length, inplace=inplace)
-        if cache is not None:
-            k, v = cache.append(k, v)
-            q = q.to(k.dtype)  # under autocast the cache has the parameters' dtype
-        out = attend(q, k, v, mask=mask, q_offset=offset)  # (B, H, T, D)
-        return out.transpose(1, 2).reshape(batch, steps, heads * self.head_dim) @ self.W_O
-
-    def _head_columns(self, packed: Tensor) -> list[tuple[str, Tensor]]:
-        """Return (name, view (E, D) of the packed matrix) of every head, in the packed order."""
-        names = [f"heads.{h}.W_Q" for h in range(self.num_heads)]
-        names += [f"heads.{h}.W_K" for h in range(self.num_kv_heads)]
-        names += [f"heads.{h}.W_V" for h in range(self.num_kv_heads)]
-        return list(zip(names, packed.split(self.head_dim, dim=1)))
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        packed = destination.pop(f"{prefix}W_QKV")
-        joint = destination.pop(f"{prefix}W_O")
-        for name, columns in self._head_columns(packed):
-            destination[prefix + name] = columns
-        destination[f"{prefix}W_O"] = joint
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict,
-        prefix: str,
-        local_metadata: dict,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        names = [prefix + name for name, _ in self._head_columns(self.W_QKV)]
-        parts = {name: state_dict.pop(name) for name in names if name in state_dict}
-        absent = [name for name in names if name not in parts]
-        shape = (self.emb_dim, self.head_dim)
-        wrong = {name: tuple(part.shape) for name, part in parts.items() if part.shape != shape}
-        for name, found in wrong.items():
-            error_msgs.append(f"{name} must have shape {shape}, the state dict has {found}")
-        if not absent and not wrong:
-            state_dict[f"{prefix}W_QKV"] = torch.cat([parts[name] for name in names], dim=1)
-        packed_missing: list[str] = []
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, packed_missing, unexpected_keys, error_msgs
-        )
-        for name in packed_missing:
-            if name != f"{prefix}W_QKV":
-                missing_keys.append(name)
-            else:  # named as the file should have named them
-                missing_keys.extend(absent)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        options: dict[str, Any] = {
+            "window": self.window,
+            "softcap": self.softcap,
+            "scale": self.scale,
+        }
+        if cache is None:
+            # Without gradients q and k are ours, fresh from the product: rotate them in place.
+            inplace = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            q, k = self.rope(q, k, positions, inplace=inplace)
+            out = attend(q, k, v, mask=mask, **options)  # (B, H, T, D)
+        else:
+            cos, sin = self.rope.tables(max(cache.longest + steps, 1), x.device)
+            interleaved = self.rope.interleaved
+            q = cache.rope_append(q, k, v, cos, sin, interleaved=interleaved, positions=positions)
+            if mask is None or is_causal_mask(mask):
+                out = cache.attend(q, **options)
+            else:
+                k, v = (t.to(q.dtype) for t in cache.contents(q.dtype))
+                out = attend(q, k, v, mask=mask, **options)
+        joined = out.transpose(1, 2).reshape(batch, steps, heads * self.head_dim)
+        return F.linear(joined, self.W_O.t(), self.B_O)
 
     def extra_repr(self) -> str:
         return (
             f"{self.emb_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
-            f"head_dim={self.head_dim}"
+            f"head_dim={self.head_dim}, window={self.window}, softcap={self.softcap}"
         )

@@ -1,4 +1,4 @@
-"""The position-wise feed-forward layer of the decoder."""
+"""The position-wise feed-forward layers of the decoder."""
 
 from __future__ import annotations
 
@@ -6,20 +6,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmfast import ops
+from lmfast.nn.packed import PackedParameters
+
+_ACTIVATIONS = {
+    # relu_ overwrites the product just made: no second (B, T, hidden) tensor is allocated.
+    "relu": torch.relu_,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def _check_widths(emb_dim: int, hidden_dim: int) -> None:
+    if emb_dim < 1 or hidden_dim < 1:
+        raise ValueError(
+            f"emb_dim and hidden_dim must be at least 1, got {emb_dim} and {hidden_dim}"
+        )
+
 
 class MLP(nn.Module):
-    """Two linear maps with a ReLU between them, applied to every position alike.
+    """Two linear maps with an activation between them, applied to every position alike.
 
-        y = relu(x W_1 + B_1) W_2 + B_2
+        y = act(x W_1 + B_1) W_2 + B_2
 
     Args:
         emb_dim: width E of input and output.
         hidden_dim: width of the hidden layer, 4 E by default.
+        activation: "relu", "gelu" (exact), "gelu_tanh" or "silu".
+        bias: whether there are B_1 and B_2.
 
     Parameters `W_1` (E, hidden), `B_1` (hidden), `W_2` (hidden, E), `B_2` (E).
 
     Raises:
-        ValueError: a width is not positive.
+        ValueError: a width is not positive or there is no such activation.
 
     Backends: PyTorch; the bias is added inside the matrix product.
 
@@ -31,17 +51,29 @@ class MLP(nn.Module):
         torch.Size([2, 3, 8])
     """
 
-    def __init__(self, emb_dim: int, hidden_dim: int | None = None) -> None:
+    B_1: nn.Parameter | None
+    B_2: nn.Parameter | None
+
+    def __init__(
+        self,
+        emb_dim: int,
+        hidden_dim: int | None = None,
+        *,
+        activation: str = "relu",
+        bias: bool = True,
+    ) -> None:
         super().__init__()
         hidden_dim = 4 * emb_dim if hidden_dim is None else hidden_dim
-        if emb_dim < 1 or hidden_dim < 1:
+        _check_widths(emb_dim, hidden_dim)
+        if activation not in _ACTIVATIONS:
             raise ValueError(
-                f"emb_dim and hidden_dim must be at least 1, got {emb_dim} and {hidden_dim}"
+                f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}"
             )
+        self.activation = activation
         self.W_1 = nn.Parameter(torch.empty(emb_dim, hidden_dim))
-        self.B_1 = nn.Parameter(torch.empty(hidden_dim))
+        self.register_parameter("B_1", nn.Parameter(torch.empty(hidden_dim)) if bias else None)
         self.W_2 = nn.Parameter(torch.empty(hidden_dim, emb_dim))
-        self.B_2 = nn.Parameter(torch.empty(emb_dim))
+        self.register_parameter("B_2", nn.Parameter(torch.empty(emb_dim)) if bias else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -49,12 +81,122 @@ class MLP(nn.Module):
         for weight in (self.W_1, self.W_2):
             nn.init.xavier_uniform_(weight)
         for bias in (self.B_1, self.B_2):
-            nn.init.zeros_(bias)
+            if bias is not None:
+                nn.init.zeros_(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        # relu_ overwrites the product just made: no second (B, T, 4E) tensor is allocated.
-        hidden = F.linear(x, self.W_1.t(), self.B_1).relu_()  # (B, T, 4E)
-        return F.linear(hidden, self.W_2.t(), self.B_2)
+        hidden = F.linear(x, self.W_1.t(), self.B_1)  # (B, T, hidden)
+        return F.linear(_ACTIVATIONS[self.activation](hidden), self.W_2.t(), self.B_2)
 
     def extra_repr(self) -> str:
-        return f"{self.W_1.shape[0]}, hidden_dim={self.W_1.shape[1]}"
+        return (
+            f"{self.W_1.shape[0]}, hidden_dim={self.W_1.shape[1]}, activation={self.activation}, "
+            f"bias={self.B_1 is not None}"
+        )
+
+
+class SwiGLU(PackedParameters):
+    """A feed-forward layer whose hidden values are gated by the SiLU of another projection.
+
+        y = (silu(x W_G + B_G) * (x W_U + B_U)) W_D + B_D
+
+    Args:
+        emb_dim: width E of input and output.
+        hidden_dim: width of the hidden layer; by default 8 E / 3, rounded up to a multiple of 64,
+            which makes three matrices about as large as the two of `MLP`.
+        bias: whether there are biases.
+
+    The parameters are `W_GU` (E, 2 hidden), gate before up, and `W_D` (hidden, E), with biases
+    `B_GU` and `B_D`. State dicts hold `W_G`, `W_U` (E, hidden), `B_G` and `B_U` (hidden) in their
+    places; a packed `W_GU` loads as well.
+
+    Raises:
+        ValueError: a width is not positive.
+
+    Backends: those of `lmfast.ops.swiglu`, which reads both halves of the one product in place.
+
+    Source: Shazeer 2020, "GLU Variants Improve Transformer", arXiv:2002.05202.
+
+    Example:
+        >>> import torch
+        >>> SwiGLU(8)(torch.zeros(2, 3, 8)).shape
+        torch.Size([2, 3, 8])
+    """
+
+    B_GU: nn.Parameter | None
+    B_D: nn.Parameter | None
+
+    def __init__(self, emb_dim: int, hidden_dim: int | None = None, *, bias: bool = False) -> None:
+        super().__init__()
+        hidden_dim = -(-8 * emb_dim // 192) * 64 if hidden_dim is None else hidden_dim
+        _check_widths(emb_dim, hidden_dim)
+        self.hidden_dim = hidden_dim
+        self.W_GU = nn.Parameter(torch.empty(emb_dim, 2 * hidden_dim))
+        self.register_parameter("B_GU", nn.Parameter(torch.empty(2 * hidden_dim)) if bias else None)
+        self.W_D = nn.Parameter(torch.empty(hidden_dim, emb_dim))
+        self.register_parameter("B_D", nn.Parameter(torch.empty(emb_dim)) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform, gate and up each by its own fan-in and fan-out; zero biases."""
+        with torch.no_grad():
+            for _, columns in self.part_views("W_GU", self.W_GU):
+                nn.init.xavier_uniform_(columns)
+        nn.init.xavier_uniform_(self.W_D)
+        for bias in (self.B_GU, self.B_D):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def parts(self) -> dict[str, list[tuple[str, int]]]:
+        """Return the names and sizes of gate and up."""
+        return {
+            f"{kind}_GU": [(f"{kind}_G", self.hidden_dim), (f"{kind}_U", self.hidden_dim)]
+            for kind in ("W", "B")
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = F.linear(x, self.W_GU.t(), self.B_GU)  # (B, T, 2 hidden)
+        return F.linear(self._gated(packed), self.W_D.t(), self.B_D)
+
+    def _gated(self, packed: Tensor) -> Tensor:
+        return ops.swiglu(packed)
+
+    def extra_repr(self) -> str:
+        return f"{self.W_D.shape[1]}, hidden_dim={self.hidden_dim}, bias={self.B_D is not None}"
+
+
+class GeGLU(SwiGLU):
+    """`SwiGLU` with GELU in the place of SiLU.
+
+        y = (gelu(x W_G + B_G) * (x W_U + B_U)) W_D + B_D
+
+    Args:
+        emb_dim, hidden_dim, bias: as in `SwiGLU`, and so are the parameters.
+        approximate: "tanh" or "none", as in `lmfast.ops.geglu`.
+
+    Raises:
+        ValueError: a width is not positive.
+
+    Backends: those of `lmfast.ops.geglu`.
+
+    Source: Shazeer 2020, "GLU Variants Improve Transformer", arXiv:2002.05202.
+
+    Example:
+        >>> import torch
+        >>> GeGLU(8, 20)(torch.zeros(2, 3, 8)).shape
+        torch.Size([2, 3, 8])
+    """
+
+    def __init__(
+        self,
+        emb_dim: int,
+        hidden_dim: int | None = None,
+        *,
+        bias: bool = False,
+        approximate: str = "tanh",
+    ) -> None:
+        super().__init__(emb_dim, hidden_dim, bias=bias)
+        self.approximate = approximate
+
+    def _gated(self, packed: Tensor) -> Tensor:
+        return ops.geglu(packed, approximate=self.approximate)

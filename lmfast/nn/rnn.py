@@ -11,6 +11,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lmfast._dispatch import Op, select
 from lmfast.ops._recurrent import cpu_layer
+from lmfast.ops._recurrent_reference import CELLS
+from lmfast.ops._recurrent_step import MAX_ROWS, is_plain, may_step, step_op
 from lmfast.ops.elman_rnn import OP as ELMAN
 from lmfast.ops.gru import OP as GRU_OP
 from lmfast.ops.lstm import OP as LSTM_OP
@@ -46,6 +48,9 @@ class _FusedLayers(nn.RNNBase):
     malformed one, to torch.nn, so that what they return or raise is torch.nn's."""
 
     def forward(self, input: Any, hx: Any = None) -> Any:
+        stepped = self._one_step(input, hx)
+        if stepped is not None:
+            return stepped
         self._update_flat_weights()
         prepared = self._prepare(input, hx)
         if prepared is None:
@@ -64,6 +69,40 @@ class _FusedLayers(nn.RNNBase):
                 y = y.transpose(0, 1)
             result = y
         return result, (tuple(finals) if self.mode == "LSTM" else finals[0])
+
+    def _one_step(self, x: Any, hx: Any) -> Any:
+        """The result for one time step without gradients, None for everything else.
+
+        A stream's call is 10 us, so nothing is looked at twice here: parameters come from the
+        dictionary they are stored in, and whatever is unusual is left to the way of sequences.
+        """
+        op, cell = _CELLS[self.mode]
+        if not may_step(op.name) or not is_plain(x) or x.dim() != 3:
+            return None
+        first, second, width = x.shape
+        steps, batch = (second, first) if self.batch_first else (first, second)
+        if steps != 1 or not 0 < batch <= MAX_ROWS or width != self.input_size:
+            return None
+        if self.bidirectional or self.proj_size or (self.dropout and self.training):
+            return None
+        h0 = c0 = None
+        if hx is not None:
+            shape = (self.num_layers, batch, self.hidden_size)
+            h0 = hx
+            if cell == "lstm":
+                if type(hx) is not tuple or len(hx) != 2:
+                    return None
+                h0, c0 = hx
+                if not is_plain(c0) or c0.shape != shape:
+                    return None
+            if not is_plain(h0) or h0.shape != shape:
+                return None
+        find = self._parameters.get
+        weights = [find(name) for name in self._flat_weights_names]
+        if not is_plain(weights[0]):
+            return None
+        y, h, c = step_op(x, h0, c0, weights, self.num_layers, CELLS.index(cell), False)
+        return y, ((h, c) if cell == "lstm" else h)
 
     def _prepare(
         self, input: Any, hx: Any

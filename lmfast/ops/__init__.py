@@ -7,29 +7,39 @@ says which implementation a call would use.
 import lmfast.ops._gpu
 import lmfast.triton  # noqa: F401  (like _gpu, registers implementations)
 from lmfast.ops.add_rms_norm import add_rms_norm
+from lmfast.ops.additive_attention import additive_attention
 from lmfast.ops.attention import attention
 from lmfast.ops.cached_attention import cached_attention
 from lmfast.ops.cross_entropy import cross_entropy
 from lmfast.ops.elman_rnn import elman_rnn
+from lmfast.ops.geglu import geglu
 from lmfast.ops.gru import gru
 from lmfast.ops.linear_cross_entropy import linear_cross_entropy
+from lmfast.ops.linear_recurrence import linear_recurrence
 from lmfast.ops.lstm import lstm
 from lmfast.ops.rms_norm import rms_norm
 from lmfast.ops.rope import rope
+from lmfast.ops.rope_append import rope_append
 from lmfast.ops.rope_tables import rope_tables
 from lmfast.ops.selected_log_probs import selected_log_probs
+from lmfast.ops.swiglu import swiglu
 
 __all__ = [
     "add_rms_norm",
+    "additive_attention",
     "attention",
     "cached_attention",
     "cross_entropy",
     "elman_rnn",
+    "geglu",
     "gru",
     "linear_cross_entropy",
+    "linear_recurrence",
     "lstm",
     "rms_norm",
     "rope",
+    "rope_append",
     "rope_tables",
     "selected_log_probs",
+    "swiglu",
 ]

@@ -12,7 +12,7 @@ from lmfast import _extension
 from lmfast._dispatch import (
     Op,
     implementation,
-    nothing_asked,
+    is_requested,
     register,
     register_op,
     select,
@@ -162,7 +162,10 @@ def _plain_call(
     operator has its own checks, for memory's sake: only a call that it refuses goes the long way,
     where the argument is named that does not fit.
     """
-    if not (_extension.cpu.loaded and nothing_asked(None)) or torch.compiler.is_compiling():
+    if (
+        not (_extension.cpu.loaded and not is_requested("attention"))
+        or torch.compiler.is_compiling()
+    ):
         return None
     offset, offsets = (None, q_offset) if isinstance(q_offset, Tensor) else (q_offset, None)
     try:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lmfast import _extension
-from lmfast._dispatch import Op, nothing_asked, register, register_op, select
+from lmfast._dispatch import Op, is_requested, register, register_op, select
 from lmfast.ops._cached_attention_arguments import check
 from lmfast.ops._cached_attention_reference import CacheOptions, peer, reference
 from lmfast.ops._cached_attention_samples import samples
@@ -88,7 +88,12 @@ def cached_attention(
         >>> torch.allclose(out, dense, atol=1e-6)
         True
     """
-    at_once = _extension.cpu.loaded and nothing_asked(backend) and not isinstance(window, bool)
+    at_once = (
+        _extension.cpu.loaded
+        and backend is None
+        and not is_requested("cached_attention")
+        and not isinstance(window, bool)
+    )
     if at_once and not torch.compiler.is_compiling():
         # One token's attention takes some 10 us, and so do the checks below. The operator has its
         # own, for memory's sake: only what it refuses is looked at closely, to say what is wrong.

@@ -11,7 +11,6 @@ from torch import Tensor
 from lmfast._dispatch import Op, implementation, register, register_op, select
 from lmfast.ops._autograd import apply
 from lmfast.ops._library import (
-    accumulation_dtype,
     check_same_device,
     check_tensor,
     define,
@@ -19,6 +18,7 @@ from lmfast.ops._library import (
     unsupported_by_cpu_kernels,
     with_unit_last_stride,
 )
+from lmfast.ops._rotation import angles, check_positions, check_tables, rotate
 from lmfast.ops.rope_tables import rope_tables
 from lmfast.testing import Sample
 
@@ -102,59 +102,11 @@ def _check(
         raise ValueError(
             f"k must agree with q in B, T and D, got {tuple(q.shape)} and {tuple(k.shape)}"
         )
-    if cos.dim() != 2 or cos.shape != sin.shape:
-        raise ValueError(
-            "cos and sin must both have shape (L, D_rot / 2), "
-            f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
-        )
-    table = torch.promote_types(cos.dtype, sin.dtype)
-    if table not in (torch.float32, accumulation_dtype(q.dtype)):
-        raise TypeError(
-            f"cos and sin must be float32 (or float64 with float64 q), got {cos.dtype}: "
-            "positions above 256 lose their phase in half precision"
-        )
-    if 2 * cos.shape[1] > q.shape[3]:
-        raise ValueError(
-            f"the tables rotate {2 * cos.shape[1]} dimensions, but the head size is {q.shape[3]}"
-        )
+    table = check_tables(cos, sin, q)
     if inplace and needs_grad(q, k):
         raise ValueError("inplace=True is for inference: q or k requires a gradient")
-    starts, offset = _check_positions(positions, q, cos.shape[0])
+    starts, offset = check_positions(positions, q, cos.shape[0])
     return q, k, cos.to(table), sin.to(table), starts, offset, bool(interleaved), bool(inplace)
-
-
-def _check_positions(
-    positions: int | Tensor | None, q: Tensor, rows: int
-) -> tuple[Tensor | None, int]:
-    """(tensor or None, offset of the first token)."""
-    batch, length = q.shape[0], q.shape[2]
-    if isinstance(positions, Tensor):
-        if positions.is_floating_point() or positions.dtype == torch.bool:
-            raise TypeError(f"positions must be integers, got {positions.dtype}")
-        if positions.shape not in ((batch,), (batch, length)):
-            raise ValueError(
-                f"positions must have shape (B,) = ({batch},) or (B, T) = ({batch}, {length}), "
-                f"got {tuple(positions.shape)}"
-            )
-        check_same_device("positions", positions, "q", q)
-        if positions.is_cpu and not torch.compiler.is_compiling() and positions.numel():
-            past = length - 1 if positions.dim() == 1 else 0
-            _check_range(int(positions.min()), int(positions.max()) + past, rows)
-        return positions.to(torch.int64), 0
-    offset = 0 if positions is None else positions
-    if isinstance(offset, (bool, float)):
-        raise TypeError(f"positions must be an int or an integer tensor, got {offset!r}")
-    if batch and length:
-        _check_range(offset, offset + length - 1, rows)
-    return None, offset
-
-
-def _check_range(lowest: int, highest: int, rows: int) -> None:
-    if lowest < 0 or highest >= rows:
-        raise ValueError(
-            f"positions reach from {lowest} to {highest}, but cos and sin have rows for 0 to "
-            f"{rows - 1}; build longer tables with rope_tables(length, ...)"
-        )
 
 
 def _reference(
@@ -167,28 +119,11 @@ def _reference(
     interleaved: bool,
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
-    steps = torch.arange(q.shape[2], device=q.device)
-    if positions is None:
-        rows = (offset + steps)[None]  # [1, T]
-    else:
-        rows = positions[:, None] + steps if positions.dim() == 1 else positions  # [B, T]
-    c, s = cos[rows].unsqueeze(1), sin[rows].unsqueeze(1)  # [B or 1, 1, T, D_rot / 2]
-    rotated = _rotate(q, c, s, interleaved), _rotate(k, c, s, interleaved)
+    c, s = angles(cos, sin, positions, offset, q.shape[2])
+    rotated = rotate(q, c, s, interleaved), rotate(k, c, s, interleaved)
     if inplace:
         return q.copy_(rotated[0]), k.copy_(rotated[1])
     return rotated
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    rotary = 2 * cos.shape[-1]
-    h = x[..., :rotary].to(accumulation_dtype(x.dtype))
-    a, b = (h[..., 0::2], h[..., 1::2]) if interleaved else h.chunk(2, -1)
-    first, second = a * cos - b * sin, a * sin + b * cos
-    if interleaved:
-        out = torch.stack((first, second), -1).flatten(-2)
-    else:
-        out = torch.cat((first, second), -1)
-    return torch.cat((out.to(x.dtype), x[..., rotary:]), -1)
 
 
 def _samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:

@@ -1,39 +1,68 @@
-"""Training: batches of text, the training loop, evaluation and checkpoints."""
+"""Training: texts, batches, the training loop, evaluation and checkpoints."""
 
+from lmfast.training.batches import Batches, ContiguousBatches, PackedBatches, PaddedBatches
 from lmfast.training.checkpoint import CheckpointError, latest_checkpoint, load_model, save_model
-from lmfast.training.data import (
+from lmfast.training.logs import CsvLog, Log, TensorBoardLog
+from lmfast.training.metrics import Evaluation, RunningLoss, evaluate, perplexity
+from lmfast.training.plots import plot_attention, plot_losses
+from lmfast.training.processes import Processes, process_group
+from lmfast.training.report import TrainingReport
+from lmfast.training.schedule import Schedule
+from lmfast.training.seeding import seed_everything
+from lmfast.training.sources import (
+    DataError,
+    DatasetTexts,
+    JsonLines,
+    TextFiles,
+    TextSource,
+    open_texts,
+)
+from lmfast.training.steps import TrainingDiverged
+from lmfast.training.streaming import StreamedBatches
+from lmfast.training.text import (
     SPECIAL_TOKENS,
-    Batches,
-    PackedBatches,
-    PaddedBatches,
     encode_lines,
     encode_text,
+    encode_texts,
     read_text,
     split_text,
 )
-from lmfast.training.metrics import Evaluation, RunningLoss, evaluate, perplexity
-from lmfast.training.plots import plot_losses
-from lmfast.training.seeding import seed_everything
-from lmfast.training.trainer import Trainer, TrainingDiverged, TrainingReport
+from lmfast.training.trainer import Trainer
 
 __all__ = [
     "SPECIAL_TOKENS",
     "Batches",
     "CheckpointError",
+    "ContiguousBatches",
+    "CsvLog",
+    "DataError",
+    "DatasetTexts",
     "Evaluation",
+    "JsonLines",
+    "Log",
     "PackedBatches",
     "PaddedBatches",
+    "Processes",
     "RunningLoss",
+    "Schedule",
+    "StreamedBatches",
+    "TensorBoardLog",
+    "TextFiles",
+    "TextSource",
     "Trainer",
     "TrainingDiverged",
     "TrainingReport",
     "encode_lines",
     "encode_text",
+    "encode_texts",
     "evaluate",
     "latest_checkpoint",
     "load_model",
+    "open_texts",
     "perplexity",
+    "plot_attention",
     "plot_losses",
+    "process_group",
     "read_text",
     "save_model",
     "seed_everything",

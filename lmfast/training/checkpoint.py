@@ -9,6 +9,7 @@ finds whole ones only.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -81,7 +82,12 @@ def save_checkpoint(
     tensors: Mapping[str, Tensor],
     content: Mapping[str, Any],
 ) -> None:
-    """Write a model and its training state as one directory that appears only when complete."""
+    """Write a model and its training state as one directory that appears only when complete.
+
+    Raises:
+        OSError: it cannot be written, for instance because the disk is full; what was at
+            `directory` before is still there.
+    """
     directory = Path(directory)
     partial = directory.with_name(f".{directory.name}.partial")
     replaced = directory.with_name(f".{directory.name}.replaced")
@@ -97,6 +103,36 @@ def save_checkpoint(
         for leftover in (partial, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
     _sync(directory.parent)
+
+
+def add_checkpoint(
+    run: str | Path,
+    step: int,
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    content: Mapping[str, Any],
+    *,
+    keep: int,
+    spare: int | None,
+) -> None:
+    """Write the checkpoint of a step, then delete all but the last `keep` and that of `spare`.
+
+    Raises:
+        OSError: it cannot be written; names the last one that could be.
+    """
+    path = checkpoint_path(run, step)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(path, model, tensors, content)
+    except OSError as error:
+        existing = list_checkpoints(run)
+        last = f"the last one is {existing[-1]}" if existing else "there is no earlier one"
+        raise OSError(
+            f"the checkpoint of step {step} could not be written: {error}; {last}"
+        ) from error
+    for old in list_checkpoints(run)[:-keep]:
+        if spare is None or old != checkpoint_path(run, spare):
+            shutil.rmtree(old)
 
 
 def load_checkpoint(
@@ -116,6 +152,20 @@ def load_checkpoint(
 def checkpoint_path(run: str | Path, step: int) -> Path:
     """Return the directory of the checkpoint of one step."""
     return Path(run) / "checkpoints" / f"step-{step:08d}"
+
+
+def recover_checkpoints(run: str | Path) -> None:
+    """Clear away what a process that was killed while saving left behind.
+
+    One killed between the two renames that replace a checkpoint by another of the same step left
+    the old one under a hidden name; it gets its own back.
+    """
+    for hidden in Path(run, "checkpoints").glob(".step-*"):
+        path = hidden.with_name(hidden.stem[1:])
+        if hidden.suffix == ".replaced" and not path.exists():
+            os.rename(hidden, path)
+        else:
+            shutil.rmtree(hidden)
 
 
 def list_checkpoints(run: str | Path) -> list[Path]:
@@ -196,7 +246,9 @@ def _read_pair(
     if _crc32(path) != content.get("crc32"):
         raise CheckpointError(f"{path} is damaged: its checksum is not the one in {json_path.name}")
     try:
-        return load_file(path), content
+        # Copies: the tensors are views of the mapped file, which an optimiser would keep mapped
+        # after it is deleted, and whose truncation would crash the process.
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}, content
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
 
@@ -210,14 +262,12 @@ def _crc32(path: Path) -> int:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file or directory is on the disk, where the system can tell."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
+    """Wait until a file or directory is on the disk; that it does not fit may show only here."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError:
-        pass
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot tell
+            raise
     finally:
         os.close(descriptor)

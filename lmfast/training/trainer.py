@@ -2,66 +2,46 @@
 
 from __future__ import annotations
 
-import math
-import shutil
-import signal
-import statistics
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from lmfast.training import settings
+from lmfast.training.batches import Batches
 from lmfast.training.checkpoint import (
     CheckpointError,
+    add_checkpoint,
     checkpoint_path,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
-    save_checkpoint,
+    recover_checkpoints,
+    save_model,
 )
-from lmfast.training.data import Batches
-from lmfast.training.metrics import Evaluation, LossFunction, RunningLoss, evaluate, model_loss
-from lmfast.training.seeding import random_state, set_random_state
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer a finite number."""
-
-
-@dataclass
-class TrainingReport:
-    """What a run has done so far.
-
-    Attributes:
-        step: number of optimiser steps.
-        tokens: number of targets learnt from.
-        steps, losses: the loss of single steps, or means of a few on a GPU, and their last step.
-        evaluations: (step, loss, perplexity) of each evaluation.
-        rates: tokens per second of each of those entries, evaluation and checkpoints left out.
-        interrupted: stopped by Ctrl-C before the last step.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    steps: list[int] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    evaluations: list[tuple[int, float, float]] = field(default_factory=list)
-    rates: list[float] = field(default_factory=list)
-    interrupted: bool = False
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Median rate; the first entries, which warm up, are left out where there are more."""
-        steady = self.rates[3:] or self.rates
-        return statistics.median(steady) if steady else math.nan
+from lmfast.training.interrupt import StopRequest
+from lmfast.training.logs import Log
+from lmfast.training.metrics import Evaluation, LossFunction, evaluate, exp_or_inf, model_loss
+from lmfast.training.objective import Objective, recomputed_blocks
+from lmfast.training.processes import Processes
+from lmfast.training.report import ProgressBar, TrainingReport
+from lmfast.training.schedule import Schedule
+from lmfast.training.state import (
+    fill_copy,
+    load_carried,
+    load_optimizer,
+    load_random,
+    load_whole,
+    optimizer_parts,
+    random_parts,
+    unsharded_copy,
+    whole_carried,
+)
+from lmfast.training.steps import Step, Stepper
 
 
 class Trainer:
@@ -69,27 +49,41 @@ class Trainer:
 
     Args:
         model: with a `loss` method as `lmfast.models.LanguageModel`, or any module with `loss=`.
-        batches: where training batches come from.
+        batches: where training batches come from. With `ContiguousBatches` a recurrent model
+            carries its state from batch to batch (truncated back-propagation through time).
         max_steps: number of optimiser steps in all, earlier ones of a resumed run included.
         evaluation: batches to evaluate on.
         loss: mean loss of (model, inputs, targets, ignore_index), the model's own by default.
         optimizer: AdamW (betas 0.9 and 0.999, eps 1e-8, fused) by default.
         learning_rate, weight_decay: of the default optimiser.
+        schedule: multiplies the learning rates; constant by default.
         clip_norm: scale gradients down to this global norm; None = never.
+        accumulate: each batch goes through the model in so many parts, one after the other; the
+            step is that of the whole batch, in less memory.
+        autocast: torch.bfloat16: compute in bf16 where PyTorch's autocast does; parameters,
+            gradients and optimiser stay as they are.
+        recompute: keep no activations inside the model's blocks, compute them again backwards.
         eval_every, save_every: steps between evaluations and checkpoints, 0 = never.
-        output_dir: where checkpoints go; needed if `save_every` is set.
-        keep: number of checkpoints kept, latest first.
+        eval_batches: evaluate on the first so many batches, None = all.
+        patience: stop after so many evaluations without a lower loss; None = never.
+        output_dir: where checkpoints go; needed if `save_every` or `patience` is set.
+        keep: number of checkpoints kept, latest first; with `patience` the best one besides.
         ignore_index: targets that do not count.
-        progress: show a bar with loss and tokens per second on stderr.
+        shard: with several processes, divide parameters and optimiser among them (FSDP2) instead
+            of giving each all of them (DDP).
+        logs: take the figures of every step.
+        progress: show a bar with loss, tokens per second and time left on stderr.
         description: left of the bar.
 
-    Ctrl-C ends the run after the step it is in; with an `output_dir` a checkpoint is written
-    first. A second Ctrl-C interrupts at once.
+    Where PyTorch's default process group exists, its processes train one model together: each
+    takes its rows of every batch, and the result is that of one process. The first one writes
+    files. Ctrl-C or SIGTERM ends the run after the step it is in; with an `output_dir` a
+    checkpoint is written first. A second one interrupts at once.
 
     Raises:
-        ValueError: a number out of range, or `save_every` without `output_dir`.
-        TrainingDiverged: from `fit`, the loss became NaN or infinite; names the step. On a CPU the
-            parameters are still those before that step.
+        ValueError: a number out of range, or settings that do not go together.
+        TrainingDiverged: from `fit`, the loss became NaN or infinite; names the step and the batch.
+            On a CPU the parameters are still those before that step.
         CheckpointError: from `resume`.
 
     Backends: those of the model; PyTorch's fused AdamW (measured 5 times its own loop).
@@ -117,46 +111,71 @@ class Trainer:
         optimizer: torch.optim.Optimizer | None = None,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.01,
+        schedule: Schedule | None = None,
         clip_norm: float | None = None,
+        accumulate: int = 1,
+        autocast: torch.dtype | None = None,
+        recompute: bool = False,
         eval_every: int = 0,
         save_every: int = 0,
+        eval_batches: int | None = None,
+        patience: int | None = None,
         output_dir: str | Path | None = None,
         keep: int = 2,
         ignore_index: int = -100,
+        shard: bool = False,
+        logs: Sequence[Log] = (),
         progress: bool = True,
         description: str = "train",
     ) -> None:
-        for name, value in (("max_steps", max_steps), ("keep", keep)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        for name, value in (("eval_every", eval_every), ("save_every", save_every)):
-            if value < 0:
-                raise ValueError(f"{name} must be 0 (never) or more, got {value}")
-        if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"clip_norm must be above 0 or None, got {clip_norm}")
-        if save_every and output_dir is None:
-            raise ValueError("save_every needs an output_dir to save to")
+        settings.check_numbers(
+            {
+                "max_steps": max_steps,
+                "keep": keep,
+                "accumulate": accumulate,
+                "eval_batches": eval_batches,
+                "patience": patience,
+            },
+            {"eval_every": eval_every, "save_every": save_every},
+            clip_norm,
+        )
+        settings.check_saving(save_every, patience, output_dir, evaluation, eval_every)
+        settings.check_model(model, recompute, autocast)
+        for given in (batches, evaluation):
+            settings.check_batches(model, given, loss is model_loss)
+        self._processes = Processes.current()
+        settings.check_processes(self._processes, shard, optimizer)
         self.model = model
         self.batches = batches
         self.evaluation = evaluation
         self.max_steps = max_steps
-        self.clip_norm = clip_norm
+        self.recompute = recompute
         self.eval_every = eval_every
         self.save_every = save_every
+        self.eval_batches = eval_batches
+        self.patience = patience
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.keep = keep
         self.ignore_index = ignore_index
+        self.logs = logs
         self.progress = progress
         self.description = description
         self.report = TrainingReport()
-        self._loss = loss
-        self._device = next(model.parameters()).device
-        # On a GPU reading a loss waits for it, so there it is done every tenth step only.
-        self._read_every = 1 if self._device.type == "cpu" else 10
+        self._empty_copy = unsharded_copy(model) if shard else None
+        self._stepper = Stepper(
+            Objective(model, loss, ignore_index, autocast),
+            self._processes,
+            ignore_index=ignore_index,
+            schedule=schedule or Schedule(total_steps=max_steps),
+            clip_norm=clip_norm,
+            accumulate=accumulate,
+            shard=shard,
+        )
         self.optimizer = optimizer or torch.optim.AdamW(
             model.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True
         )
-        self._interrupted = False
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
 
     def fit(self) -> TrainingReport:
         """Train up to `max_steps` and return the report.
@@ -164,6 +183,8 @@ class Trainer:
         Raises:
             TrainingDiverged: the loss became NaN or infinite.
             ValueError: `output_dir` holds checkpoints of an earlier run that was not resumed.
+            DataError: a text cannot be used.
+            OSError: a checkpoint cannot be written; names the last that could.
         """
         if self.output_dir is not None and self.report.step == 0:
             existing = list_checkpoints(self.output_dir)
@@ -172,25 +193,23 @@ class Trainer:
                     f"{self.output_dir} holds checkpoints of an earlier run, up to "
                     f"{existing[-1].name}: resume it or choose another directory"
                 )
-        self._interrupted = False
+        self._processes.barrier()  # nobody saves before all have looked
         self.model.train()
-        pending: list[tuple[int, Tensor, int]] = []
-        with self._interruptible(), self._bar() as bar:
-            started = time.perf_counter()
-            while self.report.step < self.max_steps and not self._interrupted:
-                pending.append(self._step())
-                last = self.report.step == self.max_steps or self._interrupted
-                if len(pending) < self._read_every and not last and not self._due():
-                    continue
-                self._read(pending, started)
-                pending = []
-                self._show(bar)
-                if self._due(self.eval_every):
-                    self.evaluate()
-                if self._due(self.save_every):
-                    self.save()
-                started = time.perf_counter()
-        self.report.interrupted = self._interrupted and self.report.step < self.max_steps
+        first = self._processes.first
+        logs = self.logs if first else ()
+        for log in logs:
+            log.open(self.report.step)
+        shown = self.progress and first
+        bar = ProgressBar(self.report, self.max_steps, self.description, shown=shown)
+        with StopRequest() as stop, bar, recomputed_blocks(self.model, enabled=self.recompute):
+            try:
+                stopped = self._loop(bar, logs, stop)
+            finally:
+                for log in logs:
+                    log.close()
+        self.report.stopped_early = self._out_of_patience()
+        unfinished = self.report.step < self.max_steps and not self.report.stopped_early
+        self.report.interrupted = stopped and unfinished
         if self.report.interrupted and self.output_dir is not None:
             self.save()
         return self.report
@@ -203,10 +222,18 @@ class Trainer:
         """
         if self.evaluation is None:
             raise ValueError("evaluation batches were not given to the trainer")
-        result = evaluate(
-            self.model, self.evaluation, loss=self._loss, ignore_index=self.ignore_index
+        share = evaluate(
+            self.model,
+            self.evaluation,
+            loss=self._stepper.evaluation_loss(self.evaluation.carries_state),
+            ignore_index=self.ignore_index,
+            max_batches=self.eval_batches,
         )
-        self.report.evaluations.append((self.report.step, result.loss, result.perplexity))
+        device = next(self.model.parameters()).device
+        loss = torch.tensor(share.loss, dtype=torch.float64, device=device)
+        mean = self._processes.sum(loss).item()
+        result = Evaluation(mean, exp_or_inf(mean), share.tokens)
+        self.report.add_evaluation(result.loss, result.perplexity)
         return result
 
     def save(self) -> Path:
@@ -218,28 +245,35 @@ class Trainer:
         """
         if self.output_dir is None:
             raise ValueError("saving needs an output_dir")
-        optimizer = self.optimizer.state_dict()
-        random_tensors, random_values = random_state()
-        tensors = {f"random.{name}": state for name, state in random_tensors.items()}
-        scalars: dict[str, dict[str, Any]] = {}
-        for index, state in optimizer["state"].items():
-            for name, value in state.items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer.{index}.{name}"] = value
-                else:
-                    scalars.setdefault(str(index), {})[name] = value
+        model = self._whole_model()
+        tensors, optimizer = optimizer_parts(self.optimizer)
+        states, random = random_parts(self._processes)
+        tensors |= states | whole_carried(self._stepper.carried, self._processes)
         content = {
             "report": asdict(self.report),
             "data": self.batches.state_dict(),
-            "random": random_values,
-            "optimizer": {"groups": optimizer["param_groups"], "scalars": scalars},
+            "random": random,
+            "optimizer": optimizer,
         }
-        path = checkpoint_path(self.output_dir, self.report.step)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(path, self.model, tensors, content)
-        for old in list_checkpoints(self.output_dir)[: -self.keep]:
-            shutil.rmtree(old)
-        return path
+        run, step = self.output_dir, self.report.step
+        best = self.report.best[0] if self.report.best and self.patience is not None else None
+        self._processes.in_first(
+            lambda: add_checkpoint(run, step, model, tensors, content, keep=self.keep, spare=best)
+        )
+        return checkpoint_path(run, step)
+
+    def save_model(self, directory: str | Path) -> None:
+        """Write the model alone, in one piece, as `lmfast.training.save_model` does."""
+        model = self._whole_model()
+        self._processes.in_first(lambda: save_model(directory, model))
+
+    def can_resume(self) -> bool:
+        """Put in order what a killed run left behind; return whether there is a checkpoint."""
+        run = self.output_dir
+        if run is None:
+            return False
+        self._processes.in_first(lambda: recover_checkpoints(run))
+        return bool(list_checkpoints(run))
 
     def resume(self, path: str | Path | None = None) -> None:
         """Continue from a checkpoint exactly: the same batches, random numbers and updates.
@@ -253,7 +287,98 @@ class Trainer:
         if path is None:
             if self.output_dir is None:
                 raise ValueError("resume needs a path or an output_dir")
+            self.can_resume()
             path = latest_checkpoint(self.output_dir)
+        tensors, content = self._load_model(path)
+        device = next(self.model.parameters()).device
+        parts = len(self._stepper.carried)
+        try:
+            self.batches.load_state_dict(content["data"])
+            load_optimizer(self.optimizer, tensors, content["optimizer"])
+            self._stepper.carried = load_carried(tensors, self._processes, parts, device)
+            self.report = TrainingReport(**content["report"])
+            load_random(self._processes, tensors, content["random"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"cannot resume from {path}: {error}") from error
+
+    def load_best(self) -> int:
+        """Give the model the parameters of the best evaluated checkpoint, and return its step.
+
+        Raises:
+            ValueError: there was no evaluation, or no `output_dir`.
+            CheckpointError: its checkpoint was not kept.
+        """
+        best = self.report.best
+        if best is None or self.output_dir is None:
+            raise ValueError("the best checkpoint needs evaluations and an output_dir")
+        self._load_model(checkpoint_path(self.output_dir, best[0]))
+        return best[0]
+
+    def _loop(self, bar: ProgressBar, logs: Sequence[Log], stop: StopRequest) -> bool:
+        """Train, and return whether that was stopped."""
+        # On a GPU losses are read every tenth step only: reading waits.
+        read_every = 1 if self._stepper.settles_at_once else 10
+        stopped = False
+        pending: list[Step] = []
+        started = time.perf_counter()
+        while self.report.step < self.max_steps and not stopped and not self._out_of_patience():
+            step = self._stepper.step(self.report.step + 1, self.batches, self.optimizer)
+            self.report.step = step.number
+            self.report.tokens += step.tokens
+            pending.append(step)
+            last = self.report.step == self.max_steps
+            if len(pending) < read_every and not last and not self._due():
+                continue
+            self._stepper.settle(pending)
+            self._record(pending, time.perf_counter() - started)
+            bar.update()
+            figures = [self._figures(step) for step in pending]
+            if self._due(self.eval_every):
+                figures[-1]["held_out_loss"] = self.evaluate().loss
+            for log in logs:
+                for step, values in zip(pending, figures):
+                    log.write(step.number, values)
+            if self._due(self.save_every) or self._improved():
+                self.save()
+            stopped = self._processes.any(stop.wanted)
+            pending = []
+            started = time.perf_counter()
+        return stopped
+
+    def _record(self, steps: list[Step], seconds: float) -> None:
+        self.report.steps += [step.number for step in steps]
+        self.report.losses += [step.value for step in steps]
+        self.report.rates.append(sum(step.tokens for step in steps) / seconds)
+
+    def _figures(self, step: Step) -> dict[str, float]:
+        values = {
+            "tokens": self.report.tokens,
+            "loss": step.value,
+            "learning_rate": step.learning_rate,
+            "tokens_per_second": self.report.rates[-1],
+        }
+        norm = self._stepper.norm(step)
+        return values if norm is None else {**values, "gradient_norm": norm}
+
+    def _due(self, *intervals: int) -> bool:
+        intervals = intervals or (self.eval_every, self.save_every)
+        return any(every and self.report.step % every == 0 for every in intervals)
+
+    def _improved(self) -> bool:
+        """Whether a checkpoint of this step must be kept because it is the best so far."""
+        best = self.report.best
+        return self.patience is not None and best is not None and best[0] == self.report.step
+
+    def _out_of_patience(self) -> bool:
+        return self.patience is not None and self.report.evaluations_since_best() >= self.patience
+
+    def _whole_model(self) -> nn.Module:
+        if self._empty_copy is None:
+            return self.model
+        return fill_copy(self._empty_copy, self.model, self._processes)
+
+    def _load_model(self, path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Load parameters and return the rest of a checkpoint."""
         parameters, config, tensors, content = load_checkpoint(path)
         own = getattr(self.model, "config", {"model": type(self.model).__name__})
         differing = sorted(k for k in {*own, *config} if own.get(k) != config.get(k))
@@ -261,104 +386,7 @@ class Trainer:
             parts = [f"{k} is {own.get(k)!r}, not {config.get(k)!r}" for k in differing]
             raise CheckpointError(f"{path} is of another model: here {'; '.join(parts)}")
         try:
-            self.batches.load_state_dict(content["data"])
-            self.model.load_state_dict(parameters)
-            self.optimizer.load_state_dict(_optimizer_state(tensors, content["optimizer"]))
-            self.report = TrainingReport(**content["report"])
-            random_tensors = _under("random.", tensors)
-            set_random_state(random_tensors, content["random"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            load_whole(self.model, self._empty_copy, parameters)
+        except RuntimeError as error:
             raise CheckpointError(f"cannot resume from {path}: {error}") from error
-
-    def _step(self) -> tuple[int, Tensor, int]:
-        """Do one step and return its number, loss and number of tokens."""
-        inputs, targets = self.batches.next_batch()
-        tokens = int((targets != self.ignore_index).sum())
-        step = self.report.step + 1
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(
-            self.model, inputs.to(self._device), targets.to(self._device), self.ignore_index
-        )
-        if self._device.type == "cpu":
-            _check_finite(step, loss)
-        loss.backward()
-        if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-        self.optimizer.step()
-        self.report.step = step
-        self.report.tokens += tokens
-        return step, loss.detach(), tokens
-
-    def _read(self, pending: list[tuple[int, Tensor, int]], started: float) -> None:
-        running = RunningLoss()
-        for step, loss, tokens in pending:
-            _check_finite(step, loss)
-            running.add(loss, tokens)
-        self.report.steps.append(self.report.step)
-        self.report.losses.append(running.mean())
-        self.report.rates.append(running.tokens / (time.perf_counter() - started))
-
-    def _due(self, *intervals: int) -> bool:
-        intervals = intervals or (self.eval_every, self.save_every)
-        return any(every and self.report.step % every == 0 for every in intervals)
-
-    def _bar(self) -> tqdm:
-        return tqdm(
-            total=self.max_steps,
-            initial=self.report.step,
-            desc=self.description,
-            unit="step",
-            disable=not self.progress,
-            # Not a terminal: a line every five seconds instead of one that redraws itself.
-            mininterval=0.1 if sys.stderr.isatty() else 5.0,
-            dynamic_ncols=True,
-        )
-
-    def _show(self, bar: tqdm) -> None:
-        recent = statistics.fmean(self.report.losses[-20:])
-        text = f"loss {recent:.3f}, {self.report.rates[-1]:,.0f} tokens/s"
-        if self.report.evaluations:
-            text += f", held-out {self.report.evaluations[-1][1]:.3f}"
-        bar.set_postfix_str(text, refresh=False)
-        bar.update(self.report.step - bar.n)
-
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Let the first Ctrl-C end the loop between two steps."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        previous = signal.getsignal(signal.SIGINT) or signal.SIG_DFL
-
-        def stop(number: int, frame: Any) -> None:
-            self._interrupted = True
-            signal.signal(signal.SIGINT, previous)
-
-        signal.signal(signal.SIGINT, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
-
-
-def _check_finite(step: int, loss: Tensor) -> None:
-    if not torch.isfinite(loss):
-        raise TrainingDiverged(
-            f"the loss at step {step} is {loss.item()}; a lower learning rate or clip_norm may help"
-        )
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)}
-
-
-def _optimizer_state(tensors: dict[str, Tensor], content: dict[str, Any]) -> dict[str, Any]:
-    """Put an optimiser's state dict together again from its flat parts."""
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in _under("optimizer.", tensors).items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    for key, scalars in content["scalars"].items():
-        state.setdefault(int(key), {}).update(scalars)
-    return {"state": state, "param_groups": content["groups"]}
+        return tensors, content

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 import lmfast.ops.add_rms_norm
-import lmfast.ops.rope  # noqa: F401  (both define the operators twinned below)
+import lmfast.ops.geglu
+import lmfast.ops.rope
+import lmfast.ops.swiglu  # noqa: F401  (these define the operators twinned below)
 from lmfast._dispatch import register
 from lmfast.ops._attention_reference import Options
+from lmfast.ops._glu import launchers
 from lmfast.ops._library import needs_grad, with_unit_last_stride
 from lmfast.ops.attention import kernel_options, sink_gradient
 from lmfast.triton._launch import DEVICES, twin, unsupported
@@ -31,6 +34,18 @@ _rope = twin("rope", "rope")
 _rope_inplace = twin("rope_", "rope")
 _attention = twin("attention", "attention")
 _attention_grads = twin("attention_backward", "attention_backward")
+
+
+_glu_launchers = {
+    name: launchers(twin(name, "swiglu"), twin(f"{name}_backward", "swiglu"))
+    for name in ("swiglu", "geglu")
+}
+
+
+def _glu_unsupported(gate: Tensor, up: Tensor | None, *options: Any) -> str | None:
+    if gate.dim() > 4:
+        return f"{gate.dim() - 1} leading dimensions; the kernel takes up to 3"
+    return unsupported(gate, up)
 
 
 def _norm_forward(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -165,3 +180,5 @@ register("rope", "triton", DEVICES, _rope_forward, _rope_rotate, _rope_unsupport
 register(
     "attention", "triton", DEVICES, _attention_forward, _attention_backward, _attention_unsupported
 )
+for _name, _pair in _glu_launchers.items():
+    register(_name, "triton", DEVICES, *_pair, _glu_unsupported)

@@ -2,16 +2,18 @@
 // (linear_cross_entropy_amx_block.h). The pass over tokens leaves losses, dhidden and each token's
 // logsumexp; the pass over classes makes the logits again and leaves dweight and dbias.
 //
-// Floor: four products of N x E x V; at 4.7 TFLOP/s, what the tiles do on two cores, 26 ms for
-// 3712 x 128 x 32011, plus 2 N V exponentials, 20 ms of which about half is hidden. Keeping the
-// exponentials instead of making them again would move half a gigabyte.
+// Floor: four products of N x E x V: 17 ms on two cores at 16 cycles a tdp for 3712 x 128 x 32011.
+// Exponentials and tile loads share the products' ports and come on top
+// (linear_cross_entropy_amx_single.h): 43 ms in all with one part, 57 before that header's layout.
+// Keeping the exponentials instead of making them again would move half a gigabyte.
 //
 // Each lane of the accumulator is owned by one group, each group by one thread: no sums are shared,
 // nothing depends on the number of threads. Targets are left out of the sums and have their
 // gradient added in fp32 at the end (linear_cross_entropy.cpp says why).
 #include "linear_cross_entropy_amx.h"
 
-#include "linear_cross_entropy_amx_pack.h"
+#include "linear_cross_entropy_amx_gradients.h"
+#include "linear_cross_entropy_amx_single.h"
 #include "linear_cross_entropy_token.h"
 
 namespace lmfast::LMFAST_ISA {
@@ -19,8 +21,6 @@ namespace lmfast::LMFAST_ISA {
 #if defined(LMFAST_AMX)
 
 namespace {
-
-LMFAST_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // A worker's scratch.
 struct Desk {
@@ -96,42 +96,15 @@ void stream_classes(const LceAmxArgs& a, const Desk& desk, int64_t first_slot, i
         holes.lane[holes.count++] = static_cast<int32_t>(lane);
       }
       const Group group = desk.group(first_slot + i);
-      chunk_probs<kParts, kMode>(a, chunk, group, holes, desk.logits, desk.probs);
-      if (kMode == Mode::kSum && a.want_product) {
-        chunk_product<kParts>(a, chunk, desk.probs, group.acc, v > 0);
-      }
-    }
-  }
-}
-
-template <class H>
-void store_dhidden(const LceAmxArgs& a, int64_t group, const float* acc, const float* coefficient) {
-  const LceProblem& p = a.p;
-  for (int64_t j = 0; j < 4; ++j) {
-    const int64_t first = group * kLceLanes + 16 * j;
-    const int64_t count = smaller(kTileRows, p.tokens - first);
-    if (count <= 0) return;
-    const VecF factor = VecF::load(coefficient + 16 * j);
-    const VecF target = VecF::load(a.target_gradient + first, lanes_of(count));
-    for (int64_t e = 0; e < p.width; e += 16) {
-      __m512i t[16];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < 16; ++i) {
-        const VecF row = e + i < p.width
-                             ? VecF::load(a.target_rows + (e + i) * a.padded_tokens + first)
-                             : VecF::zero();
-        const VecF sum = VecF::load(acc + (e + i) * kLceLanes + 16 * j);
-        t[i] = _mm512_castps_si512(fmadd(sum, factor, row * target).v);
-      }
-      transpose_words(t);
-      const int n = lanes_of(p.width - e);
-      for (int64_t i = 0; i < count; ++i) {
-        VecF grad = {_mm512_castsi512_ps(t[i])};
-        if (p.mean_weight != nullptr) {
-          grad = fmadd(VecF::set1(-p.scale[first + i] * p.smoothing),
-                       VecF::load(p.mean_weight + e, n), grad);
+      if constexpr (kParts == 1 && kMode == Mode::kSum) {
+        const bool rows_add = a.p.bias != nullptr || chunk.count > classes;
+        single_probs_of_tokens(a, chunk, group, holes, rows_add, desk.logits, desk.probs);
+        if (a.want_product) single_product(a, chunk, desk.probs, group.acc, v > 0);
+      } else {
+        chunk_probs<kParts, kMode>(a, chunk, group, holes, desk.logits, desk.probs);
+        if (kMode == Mode::kSum && a.want_product) {
+          chunk_product<kParts>(a, chunk, desk.probs, group.acc, v > 0);
         }
-        grad.store(static_cast<H*>(p.dhidden) + p.row[first + i] * p.width + e, n);
       }
     }
   }
@@ -210,65 +183,23 @@ void tokens_of_worker(const LceAmxArgs& a, int64_t worker) {
 template <int kParts>
 void pack_class_group(const LceAmxArgs& a, const Desk& desk, int64_t i, int64_t group) {
   for (int tile = 0; tile < 4; ++tile) {
-    const int64_t first = group * kLceLanes + 16 * tile;
-    load_weight_rows(a, smaller(first, a.p.classes), a.p.classes - first, desk.rows);
+    const int64_t first = smaller(group * kLceLanes + 16 * tile, a.p.classes);
+    const int64_t rows = smaller(a.p.classes - first, kTileRows), stride = a.p.weight_row_stride;
+    if (kParts == 1 && rows_of_bf16(a)) {
+      const bf16* w = static_cast<const bf16*>(a.p.weight) + first * stride;
+      for (int64_t e = 0; e < a.depth; e += kTileDepth) {
+        char* to = desk.lanes(i) + (e / kTileDepth * 4 + tile) * kTileBytes;
+        pack_transposed(w + e, stride, static_cast<int>(rows), static_cast<int>(a.p.width - e), to);
+      }
+      continue;
+    }
+    load_weight_rows(a, first, rows, desk.rows);
     pack_lanes<kParts>(a, desk.rows, tile, desk.lanes(i));
   }
   for (int64_t lane = 0; lane < kLceLanes; ++lane) {
     const int64_t v = group * kLceLanes + lane;
     const float bias = a.p.bias != nullptr && v < a.p.classes ? a.p.bias[v] : 0.0f;
-    desk.add(i)[lane] = bias * exponent_unit<kParts>();
-  }
-}
-
-// What the targets among a group's classes add, before the accumulator is multiplied by `shared`.
-template <class H>
-void add_targets(const LceAmxArgs& a, int64_t group, float shared, float* acc) {
-  for (int64_t i = a.group_begin[group]; i < a.group_begin[group + 1]; ++i) {
-    const int64_t token = a.by_group[i], lane = a.p.target[token] - group * kLceLanes;
-    const float grad = a.target_gradient[token] / shared;
-    const H* h = static_cast<const H*>(a.p.hidden) + a.p.row[token] * a.p.hidden_stride;
-    for (int64_t e = 0; e < a.p.width; e += 16) {
-      const int n = lanes_of(a.p.width - e);
-      float values[16];
-      VecF::load(h + e, n).store(values);
-      for (int j = 0; j < n; ++j) acc[(e + j) * kLceLanes + lane] += grad * values[j];
-    }
-    if (a.dbias != nullptr) acc[(a.out_tiles - 2) * kTileRows * kLceLanes + lane] += grad;
-  }
-}
-
-template <class W>
-void store_dweight(const LceAmxArgs& a, int64_t group, float shared, const float* acc) {
-  const int64_t width = a.p.width;
-  const VecF factor = VecF::set1(shared);
-  for (int64_t j = 0; j < 4; ++j) {
-    const int64_t first = group * kLceLanes + 16 * j;
-    const int64_t count = smaller(kTileRows, a.p.classes - first);
-    if (count <= 0) return;
-    W* out = static_cast<W*>(a.dweight) + first * a.dweight_row_stride;
-    if (a.dweight_column_stride != 1) {
-      for (int64_t e = 0; e < width; ++e) {
-        const VecF uniform = VecF::set1(a.uniform != nullptr ? a.uniform[e] : 0.0f);
-        fmadd(VecF::load(acc + e * kLceLanes + 16 * j), factor, uniform)
-            .store(out + e * a.dweight_column_stride, lanes_of(count));
-      }
-      continue;
-    }
-    for (int64_t e = 0; e < width; e += 16) {
-      __m512i t[16];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < 16; ++i) {
-        t[i] = _mm512_loadu_si512(acc + (e + i) * kLceLanes + 16 * j);
-      }
-      transpose_words(t);
-      const int n = lanes_of(width - e);
-      const VecF uniform = a.uniform != nullptr ? VecF::load(a.uniform + e, n) : VecF::zero();
-      for (int64_t i = 0; i < count; ++i) {
-        fmadd({_mm512_castsi512_ps(t[i])}, factor, uniform)
-            .store(out + i * a.dweight_row_stride + e, n);
-      }
-    }
+    desk.add(i)[lane] = bias * class_unit<kParts>();
   }
 }
 
@@ -314,38 +245,17 @@ void classes_of_worker(const LceAmxArgs& a, int64_t worker) {
               static_cast<int32_t>(a.p.target[a.by_group[t]] - (g + i) * kLceLanes);
         }
         const Group group = desk.group(i);
-        chunk_probs<kParts, Mode::kPlain>(a, chunk, group, holes, desk.logits, desk.probs);
-        chunk_product<kParts>(a, chunk, desk.probs, group.acc, n > 0);
+        if constexpr (kParts == 1) {
+          const bool lanes_add = a.p.bias != nullptr;
+          single_probs_of_classes(a, chunk, group, holes, lanes_add, desk.logits, desk.probs);
+          single_product(a, chunk, desk.probs, group.acc, n > 0);
+        } else {
+          chunk_probs<kParts, Mode::kPlain>(a, chunk, group, holes, desk.logits, desk.probs);
+          chunk_product<kParts>(a, chunk, desk.probs, group.acc, n > 0);
+        }
       }
     }
     for (int64_t i = 0; i < count; ++i) finish_class_group(a, g + i, desk.group(i).acc);
-  }
-}
-
-template <class W>
-void gather_target_rows(const LceAmxArgs& a, int64_t begin, int64_t end) {
-  const int64_t past = smaller(end, a.p.width), row = a.p.weight_row_stride;
-  float* out = const_cast<float*>(a.target_rows);
-  for (int64_t n = 0; n < a.padded_tokens; ++n) {
-    for (int64_t e = begin; n >= a.p.tokens && e < past; ++e) out[e * a.padded_tokens + n] = 0.0f;
-  }
-  if (a.p.weight_column_stride == 1) {
-    for (int64_t n = 0; n < a.p.tokens; ++n) {
-      const W* w = static_cast<const W*>(a.p.weight) + a.p.target[n] * row;
-      for (int64_t e = begin; e < past; e += 16) {
-        const int count = lanes_of(past - e);
-        float values[16];
-        VecF::load(w + e, count).store(values);
-        for (int i = 0; i < count; ++i) out[(e + i) * a.padded_tokens + n] = values[i];
-      }
-    }
-    return;
-  }
-  for (int64_t e = begin; e < past; ++e) {
-    const W* w = static_cast<const W*>(a.p.weight) + e * a.p.weight_column_stride;
-    for (int64_t n = 0; n < a.p.tokens; ++n) {
-      VecF::load(w + a.p.target[n], 1).store(out + e * a.padded_tokens + n, 1);
-    }
   }
 }
 

@@ -9,7 +9,7 @@
 // Exponentials of one block of S are interleaved with the products of the next. With kParts = 3
 // every factor is the exact sum of three bf16 numbers, and the six products of the larger parts are
 // added: a smaller error than fp32 multiply-adds in one chain, and 400 ms of one core against 630
-// with multiply-adds (3712 x 128 x 32011, forward and backward; one part: 112 ms).
+// with multiply-adds (3712 x 128 x 32011, forward and backward; one part: 92 ms).
 #pragma once
 
 #include "../amx.h"
@@ -21,6 +21,8 @@
 namespace lmfast::LMFAST_ISA {
 namespace {
 
+LMFAST_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kGone = -1e30f;  // a logit without weight
 
@@ -28,6 +30,19 @@ constexpr float kGone = -1e30f;  // a logit without weight
 template <int kParts>
 constexpr float exponent_unit() {
   return kParts == 1 ? kLog2e : 1.0f;
+}
+
+// The same for the pass over classes, and what rows add besides: with one part its exponentials are
+// tabulated in 1/128 octave and start at the bias of bf16's exponent
+// (linear_cross_entropy_amx_single.h).
+constexpr float kTableUnit = 128 * kLog2e;
+template <int kParts>
+constexpr float class_unit() {
+  return kParts == 1 ? kTableUnit : 1.0f;
+}
+template <int kParts>
+constexpr float class_offset() {
+  return kParts == 1 ? 127.0f * 128.0f : 0.0f;
 }
 
 // A packed chunk: rows as A tiles in place, their transpose as A tiles, and what is added.

@@ -115,15 +115,35 @@ void transpose_rows(const LceAmxArgs& a, int64_t count, const char* rows, char* 
   }
 }
 
+// Whether weight needs no conversion, so that packing it need not go by way of floats.
+inline bool rows_of_bf16(const LceAmxArgs& a) {
+  return a.p.weight_dtype == DType::kBF16 && a.p.weight_column_stride == 1;
+}
+inline void copy_weight_rows(const LceAmxArgs& a, int64_t first, int64_t count, char* to) {
+  const bf16* w = static_cast<const bf16*>(a.p.weight) + first * a.p.weight_row_stride;
+  for (int64_t r = 0; r < kTileRows; ++r, w += a.p.weight_row_stride, to += a.row_bytes) {
+    for (int64_t e = 0; e < a.depth; e += kTileDepth) {
+      const __m512i pairs =
+          r < count ? load_pairs(w + e, static_cast<int>(a.p.width - e)) : _mm512_setzero_si512();
+      _mm512_storeu_si512(to + 2 * e, pairs);
+    }
+  }
+}
+
 // `count` classes from `first` as a chunk: what the pass over tokens streams.
 template <int kParts>
 StreamChunk pack_classes(const LceAmxArgs& a, int64_t first, int64_t count, float* scratch,
                          char* to) {
   const LceAmxLayout at = lce_amx_layout(a);
   const int64_t padded = (count + 31) / 32 * 32;
+  const bool as_it_is = kParts == 1 && rows_of_bf16(a);
   for (int64_t r = 0; r < padded; r += kTileRows) {
-    load_weight_rows(a, first + r, count - r, scratch);
-    split_rows<kParts>(a, scratch, nullptr, to + r * a.row_bytes);
+    if (as_it_is) {
+      copy_weight_rows(a, first + r, count - r, to + r * a.row_bytes);
+    } else {
+      load_weight_rows(a, first + r, count - r, scratch);
+      split_rows<kParts>(a, scratch, nullptr, to + r * a.row_bytes);
+    }
   }
   if (a.want_product) transpose_rows<kParts>(a, padded, to, to + at.columns);
   float* add = reinterpret_cast<float*>(to + at.add);
@@ -164,7 +184,8 @@ void pack_tokens(const LceAmxArgs& a, int64_t first, int64_t count, float* scrat
   }
   float* add = reinterpret_cast<float*>(to + at.add);
   for (int64_t r = 0; r < padded; ++r) {
-    add[r] = r < count ? -a.center[first + r] * exponent_unit<kParts>() : kGone;
+    add[r] =
+        r < count ? class_offset<kParts>() - a.center[first + r] * class_unit<kParts>() : kGone;
   }
 }
 

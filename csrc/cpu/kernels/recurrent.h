@@ -10,23 +10,27 @@
 
 namespace lmfast {
 
-// kGru is torch's form (reset gate after the product). Gate order in every (N, G*H) operand is
-// torch's: i, f, g, o and r, z, n.
-enum class Cell : int { kTanh = 0, kRelu = 1, kLstm = 2, kGru = 3 };
+// kGru is torch's form (reset gate after the product), kGruTextbook resets before it. Gate order in
+// every (N, G*H) operand is torch's: i, f, g, o and r, z, n.
+enum class Cell : int { kTanh = 0, kRelu = 1, kLstm = 2, kGru = 3, kGruTextbook = 4 };
 
 constexpr int64_t gates_of(Cell cell) {
-  return cell == Cell::kLstm ? 4 : cell == Cell::kGru ? 3 : 1;
+  return cell == Cell::kLstm ? 4 : cell == Cell::kGru || cell == Cell::kGruTextbook ? 3 : 1;
 }
-// Vectors of H per row that the forward keeps for the backward, besides y: LSTM the activated
-// gates; GRU those and the hidden part of n.
+// Vectors of H per row that the forward keeps for the backward, besides y: the activated gates, and
+// for GRU the hidden part of n.
 constexpr int64_t kept_gates_of(Cell cell) {
-  return cell == Cell::kLstm || cell == Cell::kGru ? 4 : 0;
+  return cell == Cell::kLstm || cell == Cell::kGru ? 4 : cell == Cell::kGruTextbook ? 3 : 0;
 }
+// A second (N, H) the backward needs: LSTM the cell states, textbook GRU r h', the operand of n.
+constexpr bool keeps_cells(Cell cell) { return cell == Cell::kLstm || cell == Cell::kGruTextbook; }
 // Vectors of H per row of the gradients of the gates. GRU: (n before the reset, r, z, n after it),
 // so that both products read one contiguous piece.
-constexpr int64_t gate_gradients_of(Cell cell) { return kept_gates_of(cell) != 0 ? 4 : 1; }
+constexpr int64_t gate_gradients_of(Cell cell) { return cell == Cell::kGru ? 4 : gates_of(cell); }
+// Rounds of a time step, each of which needs all units of the one before it.
+constexpr int64_t rounds_of(Cell cell) { return cell == Cell::kGruTextbook ? 2 : 1; }
 
-// One step at a time, its units divided into chunks of panels that any thread may run. Lives in
+// One round at a time, its units divided into chunks of panels that any thread may run. Lives in
 // zeroed memory of the binding; only recurrent_rounds.h touches it.
 struct RecurrentProgress {
   static constexpr int kMaxChunks = 16;
@@ -35,8 +39,8 @@ struct RecurrentProgress {
   };
   int64_t chunks, participants;  // set by the binding
   Counter arrived;               // threads that came
-  Counter done;                  // chunks finished, over all steps
-  Counter next[kMaxChunks];      // the step each chunk takes next
+  Counter done;                  // chunks finished, over all rounds
+  Counter next[kMaxChunks];      // the round each chunk takes next
 };
 
 struct RecurrentShape {
@@ -56,7 +60,8 @@ struct RecurrentFwdArgs {
   float* c;                  // (B, H): LSTM, initial cell state in, final out
   float* y;                  // (N, H)
   float* gates;              // (N, kept_gates_of * H); null: no backward will follow
-  float* cells;              // (N, H): LSTM; null: no backward will follow
+  float* cells;              // (N, H): see keeps_cells; null: no backward will follow
+  float* between;            // (B, 2, H): textbook GRU, r h' and z between its two rounds
   RecurrentProgress* progress;
 };
 

@@ -6,6 +6,8 @@
 // and inputs) is left to one matrix product each over all steps; autograd through a loop adds T
 // full-size weight gradients instead, which is where PyTorch's small batches lose most.
 //
+// The textbook's GRU takes two rounds: n and z from dh, then r from the gradient of r h'.
+//
 // Floor as in recurrent_fwd.cpp: the product with W_hh. tanh(c) is computed again rather than kept.
 #include "recurrent_cells.h"
 #include "recurrent_math.h"
@@ -24,7 +26,7 @@ struct BwdRows {
 
 // Gradients of the gates from dh, the gradient of the state after the step, for one vector of
 // units; also what reaches the state before the step past the product.
-template <Cell kCell>
+template <Cell kCell, int kRound>
 LMFAST_INLINE void cell_backward(const RecurrentBwdArgs& a, VecF dh, int64_t row, int64_t sequence,
                                  const float* h, const float* c, int64_t unit, int lanes) {
   const int64_t hidden = a.shape.hidden;
@@ -49,6 +51,21 @@ LMFAST_INLINE void cell_backward(const RecurrentBwdArgs& a, VecF dh, int64_t row
     (dc * load_or_zero(c, unit, lanes) * f * (one - f)).store(out + hidden, lanes);
     (dc * i * (one - g * g)).store(out + 2 * hidden, lanes);
     (dh * tanh_c * o * (one - o)).store(out + 3 * hidden, lanes);
+  } else if constexpr (kCell == Cell::kGruTextbook) {
+    const float* gates = a.gates + row * 3 * hidden + unit;
+    float* carry = a.carry + sequence * hidden + unit;
+    const VecF before = load_or_zero(h, unit, lanes), carried = VecF::load(carry, lanes);
+    if constexpr (kRound == 0) {
+      const VecF z = VecF::load(gates + hidden, lanes), n = VecF::load(gates + 2 * hidden, lanes);
+      dh = dh + carried;
+      (dh * (one - z)).store(carry, lanes);
+      (dh * (n - before) * z * (one - z)).store(out + hidden, lanes);
+      (dh * z * (one - n * n)).store(out + 2 * hidden, lanes);
+    } else {  // dh is the gradient of r h'
+      const VecF r = VecF::load(gates, lanes);
+      fmadd(dh, r, carried).store(carry, lanes);
+      (dh * before * r * (one - r)).store(out, lanes);
+    }
   } else {
     const float* gates = a.gates + row * 4 * hidden + unit;
     const VecF r = VecF::load(gates, lanes), z = VecF::load(gates + hidden, lanes);
@@ -66,15 +83,21 @@ LMFAST_INLINE void cell_backward(const RecurrentBwdArgs& a, VecF dh, int64_t row
   }
 }
 
-template <Cell kCell, int kRows, bool kSmall>
+// The gates' gradients that a round multiplies: how many vectors of H.
+template <Cell kCell, int kRound>
+constexpr int64_t kFactors = rounds_of(kCell) == 1 ? gates_of(kCell) : 2 - kRound;
+
+template <Cell kCell, int kRound, int kRows, bool kSmall>
 __attribute__((noinline)) void bwd_tile(const RecurrentBwdArgs& a, const float* panel, int64_t unit,
                                         const BwdRows& at) {
   constexpr int W = VecF::kWidth;
+  constexpr int64_t kWidth = gate_gradients_of(kCell);
   const int64_t hidden = a.shape.hidden;
+  const float* factor = kRound == 0 ? at.later : a.dgates + (at.row * kWidth + kWidth - 1) * hidden;
   VecF sum[kRows][kBwdVecs];
-  if (at.later != nullptr) {
-    multiply<kRows, kBwdVecs, TileParts<kRows, kSmall>::value>(
-        sum, at.later, gate_gradients_of(kCell) * hidden, panel, gates_of(kCell) * hidden);
+  if (factor != nullptr) {
+    multiply<kRows, kBwdVecs, TileParts<kRows, kSmall>::value>(sum, factor, kWidth * hidden, panel,
+                                                               kFactors<kCell, kRound> * hidden);
   } else {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -95,27 +118,30 @@ __attribute__((noinline)) void bwd_tile(const RecurrentBwdArgs& a, const float* 
       const int64_t first = unit + v * W;
       const int lanes = lanes_at(first, hidden);
       if (lanes == 0) break;
-      const VecF dh = sum[r][v] + load_or_zero(a.dy, (at.row + r) * hidden + first, lanes);
-      cell_backward<kCell>(a, dh, at.row + r, at.sequence + r, h, c, first, lanes);
+      VecF dh = sum[r][v];
+      if (kRound == 0) dh = dh + load_or_zero(a.dy, (at.row + r) * hidden + first, lanes);
+      cell_backward<kCell, kRound>(a, dh, at.row + r, at.sequence + r, h, c, first, lanes);
     }
   }
 }
 
 // The tile of `rows` rows, 1 to kRows.
-template <Cell kCell, bool kSmall, int kRows>
+template <Cell kCell, int kRound, bool kSmall, int kRows>
 LMFAST_INLINE void bwd_tile_of(int rows, const RecurrentBwdArgs& a, const float* panel,
                                int64_t unit, const BwdRows& at) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return bwd_tile_of<kCell, kSmall, kRows - 1>(rows, a, panel, unit, at);
+    if (rows < kRows) {
+      return bwd_tile_of<kCell, kRound, kSmall, kRows - 1>(rows, a, panel, unit, at);
+    }
   }
-  bwd_tile<kCell, kRows, kSmall>(a, panel, unit, at);
+  bwd_tile<kCell, kRound, kRows, kSmall>(a, panel, unit, at);
 }
 
-// One step, counted from the end of the forward's order, for the sequences [begin, end) and the
-// panels [first, last).
-template <Cell kCell, bool kSmall>
-void bwd_step(const RecurrentBwdArgs& a, int64_t step, int64_t begin, int64_t end, int64_t first,
-              int64_t last) {
+// One round of a step, counted from the end of the forward's order, for the sequences [begin, end)
+// and the panels [first, last).
+template <Cell kCell, int kRound, bool kSmall>
+void bwd_round(const RecurrentBwdArgs& a, int64_t step, int64_t begin, int64_t end, int64_t first,
+               int64_t last) {
   const RecurrentShape& s = a.shape;
   const int64_t t = s.reverse ? step : s.steps - 1 - step;
   const int64_t after = s.reverse ? t - 1 : t + 1;
@@ -128,7 +154,7 @@ void bwd_step(const RecurrentBwdArgs& a, int64_t step, int64_t begin, int64_t en
   const int64_t depth = gates_of(kCell) * s.hidden;
   constexpr int kMost = kSmall ? kSmallBatch : kBwdRows;
   for (int64_t p = first; p < last; ++p) {
-    const float* panel = a.packed + p * depth * kBwdVecs * VecF::kWidth;
+    const float* panel = a.packed + (p * depth + 2 * kRound * s.hidden) * kBwdVecs * VecF::kWidth;
     const int64_t unit = p * kBwdVecs * VecF::kWidth;
     const auto run = [&](int64_t b, int rows) {
       BwdRows at{s.offsets[t] + b, b, nullptr, nullptr, nullptr};
@@ -140,12 +166,24 @@ void bwd_step(const RecurrentBwdArgs& a, int64_t step, int64_t begin, int64_t en
         if (a.h0 != nullptr) at.h = a.h0 + b * s.hidden;
         if (a.c0 != nullptr) at.c = a.c0 + b * s.hidden;
       }
-      bwd_tile_of<kCell, kSmall, kMost>(rows, a, panel, unit, at);
+      bwd_tile_of<kCell, kRound, kSmall, kMost>(rows, a, panel, unit, at);
     };
     const int64_t cut = most(begin, least(going, begun)), next = most(begin, most(going, begun));
     for_each_tile<kMost>(begin, least(past, cut), run);
     for_each_tile<kMost>(cut, least(past, next), run);
     for_each_tile<kMost>(next, past, run);
+  }
+}
+
+template <Cell kCell, bool kSmall>
+void bwd_step(const RecurrentBwdArgs& a, int64_t round, int64_t begin, int64_t end, int64_t first,
+              int64_t last) {
+  if constexpr (rounds_of(kCell) == 1) {
+    bwd_round<kCell, 0, kSmall>(a, round, begin, end, first, last);
+  } else if (round % 2 == 0) {
+    bwd_round<kCell, 0, kSmall>(a, round / 2, begin, end, first, last);
+  } else {
+    bwd_round<kCell, 1, kSmall>(a, round / 2, begin, end, first, last);
   }
 }
 
@@ -166,6 +204,8 @@ BwdStep bwd_step_of(const RecurrentShape& s) {
       return bwd_step_for<Cell::kLstm>(s.batch);
     case Cell::kGru:
       return bwd_step_for<Cell::kGru>(s.batch);
+    case Cell::kGruTextbook:
+      return bwd_step_for<Cell::kGruTextbook>(s.batch);
   }
   return nullptr;
 }
@@ -180,14 +220,16 @@ int64_t bwd_panels(const RecurrentShape& s) {
 void recurrent_bwd_rows(const RecurrentBwdArgs& a, int64_t begin, int64_t end) {
   const BwdStep run = bwd_step_of(a.shape);
   const int64_t panels = bwd_panels(a.shape);
-  for (int64_t step = 0; step < a.shape.steps; ++step) run(a, step, begin, end, 0, panels);
+  const int64_t rounds = a.shape.steps * rounds_of(a.shape.cell);
+  for (int64_t round = 0; round < rounds; ++round) run(a, round, begin, end, 0, panels);
 }
 
 void recurrent_bwd_together(const RecurrentBwdArgs& a, int64_t, int64_t) {
   const BwdStep run = bwd_step_of(a.shape);
   const int64_t panels = bwd_panels(a.shape), chunks = a.progress->chunks;
-  run_rounds(*a.progress, a.shape.steps, [&](int64_t step, int64_t chunk) {
-    run(a, step, 0, a.shape.batch, chunk * panels / chunks, (chunk + 1) * panels / chunks);
+  const int64_t rounds = a.shape.steps * rounds_of(a.shape.cell);
+  run_rounds(*a.progress, rounds, [&](int64_t round, int64_t chunk) {
+    run(a, round, 0, a.shape.batch, chunk * panels / chunks, (chunk + 1) * panels / chunks);
   });
 }
 

@@ -12,11 +12,16 @@ constexpr int kWideVecs = 4;
 constexpr int kWideVecs = 2;
 #endif
 
-// Forward: one vector of units with all its gates, or several vectors where there is one gate.
-template <Cell kCell>
+// Forward: one vector of units with all its gates, or several vectors where there are few gates.
+// kRound of a cell with two: r and z, then n.
+template <Cell kCell, int kRound = 0>
 struct FwdTile {
-  static constexpr int kGates = static_cast<int>(gates_of(kCell));
-  static constexpr int kUnits = kGates == 1 ? kWideVecs : 1;  // vectors of units
+  static constexpr bool kTwice = rounds_of(kCell) == 2;
+  static constexpr int kGates = kTwice ? 2 - kRound : static_cast<int>(gates_of(kCell));
+  static constexpr int kUnits =  // vectors of units
+      kTwice        ? kWideVecs / 2
+      : kGates == 1 ? kWideVecs
+                    : 1;
   static constexpr int kVecs = kGates * kUnits;
   static constexpr int kRows = TileRows<kVecs>::value;
 };

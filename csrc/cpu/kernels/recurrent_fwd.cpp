@@ -3,13 +3,15 @@
 //   Elman  h = tanh(p + U h')  or relu
 //   LSTM   i, f, o = sigmoid, g = tanh of (p + U h');  c = f c' + i g;  h = o tanh(c)
 //   GRU    r, z = sigmoid(p + U h');  n = tanh(p_n + r (U_n h' + b_n));  h = n + z (h' - n)
+//          textbook: n = tanh(p_n + U_n (r h'));  h = h' + z (n - h')
 //
 // p, the products of the inputs with all biases, is one matrix product over all steps and not made
 // here. Floor of what is left: arithmetic for many rows, reading the weights out of L2 for few
 // (Elman, H = 512, one row: 1 MB a step on two cores, 5 us). So weights are packed once and each
 // core keeps its own part: few weights (below L2) are used by all cores and the rows divided,
 // without any barrier; many are divided by units of the state, with one barrier per step.
-// The state lives in y: step t reads the rows that step t - 1 wrote.
+// The state lives in y: step t reads the rows that step t - 1 wrote. The textbook's GRU needs all
+// of r before the product of n, so its steps are two rounds.
 #include "recurrent_cells.h"
 #include "recurrent_math.h"
 #include "recurrent_rounds.h"
@@ -23,7 +25,7 @@ struct FwdRows {
   const float* h;
 };
 
-template <Cell kCell>
+template <Cell kCell, int kRound>
 LMFAST_INLINE void cell_forward(const RecurrentFwdArgs& a, const VecF* sum, int64_t row,
                                 int64_t sequence, const float* h, int64_t unit, int lanes) {
   const int64_t hidden = a.shape.hidden;
@@ -47,6 +49,23 @@ LMFAST_INLINE void cell_forward(const RecurrentFwdArgs& a, const VecF* sum, int6
       o.store(gates + 3 * hidden, lanes);
       c.store(a.cells + row * hidden + unit, lanes);
     }
+  } else if constexpr (kCell == Cell::kGruTextbook && kRound == 0) {
+    const VecF r = gate_sigmoid(sum[0]), z = gate_sigmoid(sum[1]);
+    const VecF reset = r * load_or_zero(h, unit, lanes);
+    float* between = a.between + sequence * 2 * hidden + unit;
+    reset.store(between, lanes);
+    z.store(between + hidden, lanes);
+    if (a.gates != nullptr) {
+      float* gates = a.gates + row * 3 * hidden + unit;
+      r.store(gates, lanes);
+      z.store(gates + hidden, lanes);
+      reset.store(a.cells + row * hidden + unit, lanes);
+    }
+  } else if constexpr (kCell == Cell::kGruTextbook) {
+    const VecF n = gate_tanh(sum[0]), before = load_or_zero(h, unit, lanes);
+    const VecF z = VecF::load(a.between + (sequence * 2 + 1) * hidden + unit, lanes);
+    fmadd(z, n - before, before).store(y, lanes);
+    if (a.gates != nullptr) n.store(a.gates + (row * 3 + 2) * hidden + unit, lanes);
   } else {
     const VecF r = gate_sigmoid(sum[0]), z = gate_sigmoid(sum[1]);
     const VecF input = VecF::load(a.projected + (row * 3 + 2) * hidden + unit, lanes);
@@ -62,15 +81,17 @@ LMFAST_INLINE void cell_forward(const RecurrentFwdArgs& a, const VecF* sum, int6
   }
 }
 
-template <Cell kCell, int kRows, bool kSmall>
+template <Cell kCell, int kRound, int kRows, bool kSmall>
 __attribute__((noinline)) void fwd_tile(const RecurrentFwdArgs& a, const float* panel, int64_t unit,
                                         const FwdRows& at) {
-  using S = FwdTile<kCell>;
+  using S = FwdTile<kCell, kRound>;
   constexpr int W = VecF::kWidth;
   const int64_t hidden = a.shape.hidden;
   VecF sum[kRows][S::kVecs];
   if (at.h != nullptr) {
-    multiply<kRows, S::kVecs, TileParts<kRows, kSmall>::value>(sum, at.h, hidden, panel, hidden);
+    const float* factor = kRound == 0 ? at.h : a.between + at.sequence * 2 * hidden;
+    multiply<kRows, S::kVecs, TileParts<kRows, kSmall>::value>(
+        sum, factor, kRound == 0 ? hidden : 2 * hidden, panel, hidden);
   } else {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -90,31 +111,34 @@ __attribute__((noinline)) void fwd_tile(const RecurrentFwdArgs& a, const float* 
       // Added last: the partial sums of the product are smaller, and so are their roundings.
 #pragma GCC unroll 4
       for (int g = 0; g < S::kGates; ++g) {
-        const float* added = kCell == Cell::kGru && g == 2
-                                 ? a.hidden_bias
-                                 : a.projected + ((at.row + r) * S::kGates + g) * hidden;
+        const float* added =
+            kCell == Cell::kGru && g == 2
+                ? a.hidden_bias
+                : a.projected + ((at.row + r) * gates_of(kCell) + 2 * kRound + g) * hidden;
         gates[g] = gates[g] + load_or_zero(added, first, lanes);
       }
-      cell_forward<kCell>(a, gates, at.row + r, at.sequence + r, h, first, lanes);
+      cell_forward<kCell, kRound>(a, gates, at.row + r, at.sequence + r, h, first, lanes);
     }
   }
 }
 
 // The tile of `rows` rows, 1 to kRows.
-template <Cell kCell, bool kSmall, int kRows>
+template <Cell kCell, int kRound, bool kSmall, int kRows>
 LMFAST_INLINE void fwd_tile_of(int rows, const RecurrentFwdArgs& a, const float* panel,
                                int64_t unit, const FwdRows& at) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return fwd_tile_of<kCell, kSmall, kRows - 1>(rows, a, panel, unit, at);
+    if (rows < kRows) {
+      return fwd_tile_of<kCell, kRound, kSmall, kRows - 1>(rows, a, panel, unit, at);
+    }
   }
-  fwd_tile<kCell, kRows, kSmall>(a, panel, unit, at);
+  fwd_tile<kCell, kRound, kRows, kSmall>(a, panel, unit, at);
 }
 
-// One step for the sequences [begin, end) and the panels [first, last).
-template <Cell kCell, bool kSmall>
-void fwd_step(const RecurrentFwdArgs& a, int64_t step, int64_t begin, int64_t end, int64_t first,
-              int64_t last) {
-  using S = FwdTile<kCell>;
+// One round of a step for the sequences [begin, end) and the panels [first, last).
+template <Cell kCell, int kRound, bool kSmall>
+void fwd_round(const RecurrentFwdArgs& a, int64_t step, int64_t begin, int64_t end, int64_t first,
+               int64_t last) {
+  using S = FwdTile<kCell, kRound>;
   const RecurrentShape& s = a.shape;
   const int64_t t = s.reverse ? s.steps - 1 - step : step;
   const int64_t before = s.reverse ? t + 1 : t - 1;
@@ -124,16 +148,31 @@ void fwd_step(const RecurrentFwdArgs& a, int64_t step, int64_t begin, int64_t en
   const float* h = going > 0 ? a.y + s.offsets[before] * s.hidden : nullptr;
   constexpr int kMost = kSmall ? kSmallBatch : S::kRows;
   for (int64_t p = first; p < last; ++p) {
-    const float* panel = a.packed + p * s.hidden * S::kVecs * VecF::kWidth;
+    // All gates of a panel's units lie together: r and z of the textbook's GRU before n.
+    const float* panel =
+        a.packed + (p * gates_of(kCell) + 2 * kRound) * s.hidden * S::kUnits * VecF::kWidth;
     const int64_t unit = p * S::kUnits * VecF::kWidth;
     const auto run = [&](const float* state) {
       return [&, state](int64_t b, int rows) {
         const float* from = state == nullptr ? nullptr : state + b * s.hidden;
-        fwd_tile_of<kCell, kSmall, kMost>(rows, a, panel, unit, {s.offsets[t] + b, b, from});
+        fwd_tile_of<kCell, kRound, kSmall, kMost>(rows, a, panel, unit,
+                                                  {s.offsets[t] + b, b, from});
       };
     };
     for_each_tile<kMost>(begin, least(past, going), run(h));
     for_each_tile<kMost>(most(begin, going), past, run(a.h0));
+  }
+}
+
+template <Cell kCell, bool kSmall>
+void fwd_step(const RecurrentFwdArgs& a, int64_t round, int64_t begin, int64_t end, int64_t first,
+              int64_t last) {
+  if constexpr (rounds_of(kCell) == 1) {
+    fwd_round<kCell, 0, kSmall>(a, round, begin, end, first, last);
+  } else if (round % 2 == 0) {
+    fwd_round<kCell, 0, kSmall>(a, round / 2, begin, end, first, last);
+  } else {
+    fwd_round<kCell, 1, kSmall>(a, round / 2, begin, end, first, last);
   }
 }
 
@@ -161,6 +200,9 @@ FwdStep fwd_step_of(const RecurrentShape& s, int64_t* panels) {
     case Cell::kGru:
       step = fwd_step_for<Cell::kGru>(s.batch, &lanes);
       break;
+    case Cell::kGruTextbook:
+      step = fwd_step_for<Cell::kGruTextbook>(s.batch, &lanes);
+      break;
   }
   *panels = (s.hidden + lanes - 1) / lanes;
   return step;
@@ -171,15 +213,17 @@ FwdStep fwd_step_of(const RecurrentShape& s, int64_t* panels) {
 void recurrent_fwd_rows(const RecurrentFwdArgs& a, int64_t begin, int64_t end) {
   int64_t panels;
   const FwdStep run = fwd_step_of(a.shape, &panels);
-  for (int64_t step = 0; step < a.shape.steps; ++step) run(a, step, begin, end, 0, panels);
+  const int64_t rounds = a.shape.steps * rounds_of(a.shape.cell);
+  for (int64_t round = 0; round < rounds; ++round) run(a, round, begin, end, 0, panels);
 }
 
 void recurrent_fwd_together(const RecurrentFwdArgs& a, int64_t, int64_t) {
   int64_t panels;
   const FwdStep run = fwd_step_of(a.shape, &panels);
   const int64_t chunks = a.progress->chunks;
-  run_rounds(*a.progress, a.shape.steps, [&](int64_t step, int64_t chunk) {
-    run(a, step, 0, a.shape.batch, chunk * panels / chunks, (chunk + 1) * panels / chunks);
+  const int64_t rounds = a.shape.steps * rounds_of(a.shape.cell);
+  run_rounds(*a.progress, rounds, [&](int64_t round, int64_t chunk) {
+    run(a, round, 0, a.shape.batch, chunk * panels / chunks, (chunk + 1) * panels / chunks);
   });
 }
 

@@ -3,41 +3,45 @@
 // Forward: panel, k, unit vector, gate, lane. All gates of a unit meet in one register tile, which
 // applies them before anything is stored. Backward: panel, k over the gates' gradients, lane.
 // Copied once per call and read once per step.
+#include "../simd_transpose.h"
 #include "recurrent_cells.h"
 #include "recurrent_tile.h"
 
 namespace lmfast::LMFAST_ISA {
 namespace {
 
-template <Cell kCell>
-void pack_fwd(const RecurrentPackArgs& a, int64_t begin, int64_t end) {
-  using S = FwdTile<kCell>;
-  constexpr int W = VecF::kWidth, kBlock = 16;
-  const int64_t step = S::kVecs * W;
-  for (int64_t p = begin; p < end; ++p) {
-    float* panel = a.packed + p * a.hidden * step;
-    for (int v = 0; v < S::kVecs; ++v) {
-      const int64_t unit = (p * S::kUnits + v / S::kGates) * W;
-      const int64_t row = (v % S::kGates) * a.hidden + unit;
-      const int lanes = lanes_at(unit, a.hidden);
-      for (int64_t k0 = 0; k0 < a.hidden; k0 += kBlock) {
-        const int64_t k1 = least(k0 + kBlock, a.hidden);
-        for (int lane = 0; lane < W; ++lane) {
-          const float* in = a.w + (row + lane) * a.row_stride;
-          float* out = panel + v * W + lane;
-          for (int64_t k = k0; k < k1; ++k) {
-            out[k * step] = lane < lanes ? in[k * a.column_stride] : 0.0f;
-          }
-        }
+// out[k * step + lane] = W_hh[row + lane][k]; transposed in registers where rows lie together: by
+// single numbers it took longer than ten steps of the loop that it is for.
+void pack_lanes(const RecurrentPackArgs& a, int64_t row, int lanes, float* out, int64_t step) {
+  constexpr int W = VecF::kWidth;
+  const float* in = a.w + row * a.row_stride;
+  if (a.column_stride == 1) {
+    rows_to_lanes(in, a.row_stride, lanes, static_cast<int>(a.hidden), out, step, W);
+  } else if (a.row_stride == 1) {
+    for (int64_t k = 0; k < a.hidden; ++k) {
+      VecF::load(in + k * a.column_stride, lanes).store(out + k * step);
+    }
+  } else {
+    for (int64_t k = 0; k < a.hidden; ++k) {
+      for (int lane = 0; lane < W; ++lane) {
+        out[k * step + lane] = lane < lanes ? in[lane * a.row_stride + k * a.column_stride] : 0.0f;
       }
     }
   }
 }
 
-// The weight row that meets column k of the gates' gradients.
-LMFAST_INLINE int64_t weight_row(Cell cell, int64_t k, int64_t hidden) {
-  if (cell != Cell::kGru) return k;
-  return k < hidden ? 2 * hidden + k : k - hidden;  // (n, r, z) there, (r, z, n) in the weights
+template <Cell kCell, int kRound = 0>
+void pack_fwd(const RecurrentPackArgs& a, int64_t begin, int64_t end) {
+  using S = FwdTile<kCell, kRound>;
+  constexpr int W = VecF::kWidth;
+  for (int64_t p = begin; p < end; ++p) {
+    float* panel = a.packed + (p * gates_of(kCell) + 2 * kRound) * S::kUnits * W * a.hidden;
+    for (int v = 0; v < S::kVecs; ++v) {
+      const int64_t unit = (p * S::kUnits + v / S::kGates) * W;
+      const int64_t row = (2 * kRound + v % S::kGates) * a.hidden + unit;
+      pack_lanes(a, row, lanes_at(unit, a.hidden), panel + v * W, S::kVecs * W);
+    }
+  }
 }
 
 }  // namespace
@@ -55,6 +59,9 @@ void recurrent_panels(const RecurrentPanelsArgs& a, int64_t, int64_t) {
     case Cell::kGru:
       a.out->fwd = FwdTile<Cell::kGru>::kUnits * VecF::kWidth;
       break;
+    case Cell::kGruTextbook:
+      a.out->fwd = FwdTile<Cell::kGruTextbook>::kUnits * VecF::kWidth;
+      break;
   }
 }
 
@@ -67,6 +74,9 @@ void recurrent_pack_fwd(const RecurrentPackArgs& a, int64_t begin, int64_t end) 
       return pack_fwd<Cell::kLstm>(a, begin, end);
     case Cell::kGru:
       return pack_fwd<Cell::kGru>(a, begin, end);
+    case Cell::kGruTextbook:
+      pack_fwd<Cell::kGruTextbook, 0>(a, begin, end);
+      return pack_fwd<Cell::kGruTextbook, 1>(a, begin, end);
   }
 }
 

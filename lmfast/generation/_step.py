@@ -1,0 +1,108 @@
+"""One step of a cache: which tokens come, and where they go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmfast.generation._storage import Storage, on_device
+
+Padding = Literal["right", "left"]
+
+
+@dataclass(slots=True)
+class NewTokens:
+    """Where the tokens of one step belong, on the host: B rows, T tokens each, padding among them.
+
+    Attributes:
+        starts: (B,) lengths before the step; ends: after it.
+        reach: (B,) what the queries may look at: `ends`, or up to the padding behind them.
+        positions: (B, T) position of each token, padding included.
+        kept: indices b * T + t of the tokens that are stored; None = all.
+    """
+
+    starts: np.ndarray
+    ends: np.ndarray
+    reach: np.ndarray
+    positions: np.ndarray
+    kept: np.ndarray | None
+
+
+@dataclass(slots=True)
+class Placement:
+    """Where the tokens of one step lie in a group of layers, as the operators take it.
+
+    Attributes:
+        slots: (N,) int64, row * columns + column of every token that is stored.
+        lengths: (B,) int64, keys per row, the new ones included, counted from column 0.
+        longest: the largest of them.
+        first: (B,) position of the token in column 0; None: 0.
+        table: (B, columns / 64) int32, the row that holds each block of columns; None: row b.
+        storage: of each layer of the group.
+    """
+
+    slots: Tensor
+    lengths: Tensor
+    longest: int
+    first: np.ndarray | None
+    table: Tensor | None
+    storage: dict[int, Storage]
+
+
+@dataclass(slots=True)
+class Step:
+    """What all layers of one step have in common.
+
+    Attributes:
+        shape: of k and v.
+        tokens: which of the B * T tokens are stored; None = all.
+        positions: for the rotation: of the first token of all rows, or (B,) of each, or (B, T).
+    """
+
+    shape: torch.Size
+    new: NewTokens
+    tokens: Tensor | None
+    positions: int | Tensor
+
+
+def new_tokens(
+    lengths: np.ndarray, steps: int, counts: Sequence[int] | None, padding: Padding
+) -> NewTokens:
+    """Where T tokens per row belong, of which `counts` are real and the others padding.
+
+    Raises:
+        ValueError: the counts or the side of the padding make no sense.
+    """
+    if counts is None:
+        ends = lengths + steps
+        return NewTokens(lengths, ends, ends, lengths[:, None] + np.arange(steps), None)
+    if padding not in ("right", "left"):
+        raise ValueError(f'padding must be "right" or "left", got {padding!r}')
+    real = np.asarray(counts, dtype=np.int64)
+    if real.shape != lengths.shape or (real < 0).any() or (real > steps).any():
+        raise ValueError(
+            f"counts must be {len(lengths)} numbers from 0 to T = {steps}, got {list(counts)}"
+        )
+    ends = lengths + real
+    # Queries of right padding look at what lies behind the row's end, and nobody looks at them;
+    # those of left padding stand before its new tokens.
+    reach = lengths + steps if padding == "right" else ends
+    positions = (reach - steps)[:, None] + np.arange(steps)
+    kept = (positions >= lengths[:, None]) & (positions < ends[:, None])
+    return NewTokens(lengths, ends, reach, positions, np.flatnonzero(kept))
+
+
+def make_step(shape: torch.Size, new: NewTokens, longest: int, device: torch.device) -> Step:
+    """The step of new tokens; `longest` is the longest row before it."""
+    positions: int | Tensor = longest
+    if new.kept is not None and (new.positions < 0).any():  # in front of the first token
+        positions = on_device(new.positions.clip(0), device)
+    elif (new.positions[:, :1] != longest).any():
+        positions = on_device(new.positions[:, 0].copy(), device)
+    tokens = None if new.kept is None else on_device(new.kept, device)
+    return Step(shape, new, tokens, positions)

@@ -1,0 +1,194 @@
+"""Training in several processes: who they are, what each takes, and how results come together.
+
+Every process reads the same batches and works on its own rows of each. So a run does not depend
+on how many processes it has, a checkpoint of four is resumed by one, and all know how many tokens
+a step learns from without asking each other. That all read everything costs next to nothing: on
+two CPU cores a stream gives 5.6 M tokens/s, of which the reference decoder learns 35,000 a second.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train one model together.
+
+    Attributes:
+        rank: number of this process, from 0.
+        count: how many there are.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @staticmethod
+    def current() -> Processes:
+        """Return those of PyTorch's default process group; without one, this process alone."""
+        if dist.is_available() and dist.is_initialized():
+            return Processes(dist.get_rank(), dist.get_world_size())
+        return Processes()
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and shows progress."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.count > 1:
+            dist.barrier()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add up a tensor over all processes, in place, and return it."""
+        if self.count > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all processes, in their order; picklable ones, to the first only."""
+        if self.count == 1:
+            return [value]
+        values = [None] * self.count if self.first else None
+        dist.gather_object(value, values)
+        return values or []
+
+    def any(self, condition: bool) -> bool:
+        """Return whether a condition holds in any process."""
+        if self.count == 1:
+            return condition
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        return self.sum(torch.tensor(float(condition), device=device)).item() > 0
+
+    def in_first(self, action: Callable[[], None]) -> None:
+        """Do something in the first process; what goes wrong with its files is raised in all."""
+        problem: OSError | None = None
+        if self.first:
+            try:
+                action()
+            except OSError as error:
+                problem = error
+        if self.count > 1:
+            box = [problem]
+            dist.broadcast_object_list(box)
+            problem = box[0]
+        if problem is not None:
+            raise problem
+
+    def rows(self, batch: Tensor, parts: int) -> list[Tensor]:
+        """Return this process's rows of a batch, in so many parts; some may be empty.
+
+        Example:
+            >>> Processes(rank=1, count=2).rows(torch.arange(5), 1)
+            [tensor([3, 4])]
+        """
+        own = slice(self.rank * parts, (self.rank + 1) * parts)
+        return list(batch.tensor_split(self.count * parts)[own])
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[str]:
+    """Join the processes that torchrun started, and give the name of this process's device.
+
+    Outside torchrun there is nothing to join. CPUs talk by gloo, GPUs by NCCL.
+
+    Args:
+        device: a device, or "auto" for a GPU where there is one; "cuda" means for each process
+            the GPU of its local rank.
+
+    Raises:
+        ValueError: the processes cannot have such devices.
+
+    Example:
+        >>> with process_group("cpu") as device:
+        ...     print(device)
+        cpu
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device
+        return
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"the device of several processes must be cpu or cuda, got {device}")
+    if device == "cuda":
+        local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= count:
+            raise ValueError(f"process {local} of this machine has no GPU: there are {count}")
+        torch.cuda.set_device(local)
+        device = f"cuda:{local}"
+    dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    try:
+        yield device
+        # One that leaves early makes the others abort: half of the runs did without this.
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def distribute(module: nn.Module, model: nn.Module, device: torch.device, *, shard: bool) -> Any:
+    """Make one module train in all processes of the default group.
+
+    Args:
+        module: what is called to train; it contains the model.
+        model: whose `layers`, if it has such, are gathered one at a time.
+        shard: FSDP2: parameters, gradients and optimiser states are divided among the processes.
+            Otherwise DDP: each has them all.
+
+    Returns:
+        The module to call: wrapped by DDP, or the same one sharded.
+    """
+    if not shard:
+        ids = [device.index] if device.type == "cuda" else None
+        # A buffer is a table computed alike everywhere; nothing to send.
+        return DistributedDataParallel(
+            module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    layers = getattr(model, "layers", None)
+    for layer in layers if isinstance(layers, nn.ModuleList) else ():
+        fully_shard(layer, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    return module
+
+
+@contextmanager
+def gradients_stay(module: nn.Module) -> Iterator[None]:
+    """Keep the gradients of backward passes in here from being exchanged: more are to come."""
+    if isinstance(module, DistributedDataParallel):
+        with module.no_sync():
+            yield
+    elif isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            module.set_requires_gradient_sync(True)
+    else:
+        yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor in one piece; all processes must ask for a sharded one."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return a whole tensor divided as a parameter is; a scalar stays whole."""
+    if not isinstance(parameter, DTensor) or value.dim() == 0:
+        return value
+    local = value.to(parameter.device)
+    return distribute_tensor(local, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -1,0 +1,71 @@
+"""Settings of a `Trainer` that cannot be, told before anything is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmfast.training.batches import Batches
+from lmfast.training.processes import Processes
+
+
+def check_numbers(
+    counts: dict[str, int | None], intervals: dict[str, int], clip_norm: float | None
+) -> None:
+    """Raise ValueError for a count below 1 (None will do), a negative interval, or a norm of 0."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    for name, interval in intervals.items():
+        if interval < 0:
+            raise ValueError(f"{name} must be 0 (never) or more, got {interval}")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm must be above 0 or None, got {clip_norm}")
+
+
+def check_saving(
+    save_every: int, patience: int | None, output_dir: Any, evaluation: Any, eval_every: int
+) -> None:
+    """Raise ValueError where something is to be saved and cannot be."""
+    if save_every and output_dir is None:
+        raise ValueError("save_every needs an output_dir to save to")
+    if patience is None:
+        return
+    if evaluation is None or not eval_every:
+        raise ValueError("patience needs evaluation batches and eval_every")
+    if output_dir is None:
+        raise ValueError("patience needs an output_dir to keep the best checkpoint in")
+
+
+def check_model(model: nn.Module, recompute: bool, autocast: Any) -> None:
+    """Raise ValueError for a way of training that the model does not have."""
+    if recompute and not isinstance(getattr(model, "layers", None), nn.ModuleList):
+        raise ValueError(
+            f"recompute needs a model with its blocks in `layers`, as the decoder has; "
+            f"{type(model).__name__} has none"
+        )
+    if autocast not in (None, torch.bfloat16):
+        raise ValueError(f"autocast must be torch.bfloat16 or None, got {autocast}")
+
+
+def check_batches(model: nn.Module, batches: Batches | None, own_loss: bool) -> None:
+    """Raise ValueError for batches that carry a state the model does not have."""
+    if batches is not None and batches.carries_state:
+        start = model.new_state(1) if hasattr(model, "advance") else None  # type: ignore[operator]
+        if not own_loss or not isinstance(start, Tensor):
+            raise ValueError(
+                f"{type(batches).__name__} carry a state from batch to batch: that needs a "
+                f"recurrent model of lmfast and its own loss, got {type(model).__name__}"
+            )
+
+
+def check_processes(processes: Processes, shard: bool, optimizer: Any) -> None:
+    """Raise ValueError where parameters cannot be divided."""
+    if shard and processes.count == 1:
+        raise ValueError("shard needs several processes: start them with torchrun")
+    if shard and optimizer is not None:
+        raise ValueError(
+            "shard needs the default optimizer: one made before holds undivided parameters"
+        )
