@@ -5,25 +5,10 @@
 #include <stdexcept>
 
 #include "encode_loop.h"
+#include "hash.h"
 #include "split.h"
 
 namespace lmfast::bpe {
-namespace {
-
-// Folds eight bytes at a time into the halves of a product.
-uint64_t hash_bytes(const uint8_t* bytes, size_t size) {
-  uint64_t hash = 0x9E3779B97F4A7C15ull ^ size;
-  for (size_t i = 0; i < size; i += 8) {
-    uint64_t block = 0;
-    std::memcpy(&block, bytes + i, std::min<size_t>(8, size - i));
-    hash = (hash ^ block) * 0xD6E8FEB86659FD93ull;
-    hash ^= hash >> 32;
-  }
-  return hash * 0xBF58476D1CE4E5B9ull >> 16;
-}
-
-}  // namespace
-
 WordCounter::WordCounter(Pattern pattern, const Kernels& kernels)
     : pattern_(pattern), kernels_(kernels), short_(1u << 10), long_(1u << 8) {}
 
