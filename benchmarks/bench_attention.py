@@ -1,4 +1,4 @@
-"""attention against SDPA, compiled flex_attention and the textbook formula; decoding on a cache.
+"""attention against SDPA, compiled flex_attention and the textbook formula; caches; memory.
 
 Floor: arithmetic, 4 T S D operations per head forward, 10 backward, half of them when causal; for
 decoding, the bytes of the cache.
@@ -7,6 +7,8 @@ decoding, the bytes of the cache.
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -87,31 +89,107 @@ def bench_attention_with_gradients(
     )
 
 
-@DTYPES
+def share_of_read(k: Tensor, v: Tensor) -> Callable[[], None]:
+    """Reads the same bytes: the ceiling of decoding."""
+    halves = [t.view(torch.float32) for t in (k, v)]
+    return lambda: [t.sum() for t in halves]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize(
     "shape",
-    [(1, 16, 16, 8192, 64), (1, 32, 8, 8192, 128), (8, 12, 4, 1024, 64), (1, 8, 8, 128, 64)],
+    [
+        (1, 16, 16, 8192, 64),
+        (1, 16, 16, 512, 64),
+        (1, 32, 8, 8192, 128),
+        (8, 12, 4, 1024, 64),
+        (1, 8, 8, 128, 64),
+    ],
     ids=lambda s: "x".join(map(str, s)),
 )
 def bench_decode_attention(
     compare: Callable[..., None], shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     b, h, hkv, keys, d = shape
-    q = torch.randn(b, h, 1, d).to(dtype)
-    cache_k, cache_v = (torch.randn(b, hkv, keys + 256, d).to(dtype) for _ in "kv")
-    k, v = cache_k[:, :, :keys], cache_v[:, :, :keys]
+    int8 = dtype == torch.int8
+    q = torch.randn(b, h, 1, d).to(torch.float32 if int8 else dtype)
+    # Bytes of 1 and 63 are small normal numbers as int8 and, for the plain read, as floats.
+    k, v = (
+        torch.randint(1, 64, (b, hkv, keys, d), dtype=dtype)
+        if int8
+        else torch.randn(b, hkv, keys, d).to(dtype)
+        for _ in "kv"
+    )
+    scales = [torch.full((b, hkv, keys), 0.01) if int8 else None for _ in "kv"]
     lengths = torch.full((b,), keys)
-    new = torch.randn(b, hkv, 1, d).to(dtype)
+    peers: dict[str, Callable[[], object]] = {"read": share_of_read(k, v)}
+    if not int8:
+        new = torch.randn(b, hkv, 1, d).to(dtype)
 
-    def attend(k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=h != hkv)
+        def attend(k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=h != hkv)
 
+        peers["sdpa"] = lambda: attend(k, v)
+        peers["cat + sdpa"] = lambda: attend(torch.cat((k, new), 2), torch.cat((v, new), 2))
     compare(
         f"decode attention {shape} {dtype}",
-        lambda: ops.attention(q, cache_k, cache_v, lengths=lengths),
-        {
-            "sdpa": lambda: attend(k, v),
-            "cat + sdpa": lambda: attend(torch.cat((k, new), 2), torch.cat((v, new), 2)),
-        },
+        lambda: ops.cached_attention(
+            q, k, v, lengths, key_scales=scales[0], value_scales=scales[1]
+        ),
+        peers,
         moved=k.nbytes + v.nbytes,
     )
+
+
+@DTYPES
+@pytest.mark.parametrize("new", [16, 256], ids=lambda n: f"{n} new")
+def bench_prefill_on_a_cache(compare: Callable[..., None], new: int, dtype: torch.dtype) -> None:
+    h, hkv, keys, d = 32, 8, 4096, 64
+    q = torch.randn(1, h, new, d).to(dtype)
+    k, v = (torch.randn(1, hkv, keys, d).to(dtype) for _ in "kv")
+    mask = torch.ones(new, keys, dtype=torch.bool).tril(keys - new)
+    lengths = torch.tensor([keys])
+    compare(
+        f"{new} tokens on a cache of {keys} {dtype}",
+        lambda: ops.cached_attention(q, k, v, lengths),
+        {"sdpa": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)},
+    )
+
+
+@DTYPES
+def bench_triangular_mask(compare: Callable[..., None], dtype: torch.dtype) -> None:
+    q, k, v = inputs(SHAPES[0], dtype)
+    mask = torch.ones(1024, 1024, dtype=torch.bool).tril()
+    compare(
+        f"triangular mask {dtype}",
+        lambda: ops.attention(q, k, v, causal=False, mask=mask),
+        {
+            "causal": lambda: ops.attention(q, k, v),
+            "sdpa": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
+        },
+        rounds=9,
+    )
+
+
+MEMORY = """
+import resource, sys, torch, lmfast
+t = int(sys.argv[1])
+q, k, v = (torch.randn(1, 1, t, 64, requires_grad=True) for _ in range(3))
+lmfast.ops.attention(*(x[:, :, :64] for x in (q, k, v))).sum().backward()  # what loading takes
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+lmfast.ops.attention(q, k, v).sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def bench_memory_at_16k(benchmark: pytest.FixtureRequest) -> None:
+    """Forward and backward of one head of 16 k tokens: no (T, S) matrix, which would be 1 GB."""
+    length = 16384
+
+    def measure() -> int:
+        command = [sys.executable, "-c", MEMORY, str(length)]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    grown = benchmark.pedantic(measure, rounds=1)
+    benchmark.extra_info["peak_bytes"] = grown
+    assert grown < length * length * 4 / 8

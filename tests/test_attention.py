@@ -76,9 +76,9 @@ def test_as_exact_as_torch_over_many_blocks(d: int, dtype: torch.dtype, cpu_isa:
         out.backward(grad)
     for name, f, p, e in zip(("dq", "dk", "dv"), found, peer, exact):
         assert f.grad is not None
-        # PyTorch's gradient of a mask-free call is its best; recomputing P from the log-sum-exp
-        # costs up to |log-sum-exp| (about 8) units in the last place of fp32.
-        allowed = 1.5 * relative_error(p.grad, e.grad) + 8 * torch.finfo(torch.float32).eps
+        # Over many blocks chance evens out: as exact as PyTorch, without the exception that
+        # samples of a few numbers need.
+        allowed = 1.5 * relative_error(p.grad, e.grad) + torch.finfo(torch.float32).eps
         assert relative_error(f.grad, e.grad) <= allowed, name
 
 

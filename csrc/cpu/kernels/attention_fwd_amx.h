@@ -54,6 +54,8 @@ LMFAST_INLINE void attend_block(const AttentionArgs& a, QueryBlock& q, const Uni
   const int64_t first = u.first_key + (q.first - u.first_key) / 32 * 32;
   float past[2] = {0.0f, 0.0f};  // the end of the keys that each half of the lanes sees
   for (int i = 0; i < q.rows; ++i) past[i / 32] = q.hi[i] > past[i / 32] ? q.hi[i] : past[i / 32];
+  bool started[kLanes / VecF::kWidth] =
+      {};  // every lane has seen a key and has its reference value
   for (int64_t key = first; key < q.last; key += kOutputKeys) {
     int groups[2], added[2] = {0, 0};
     for (int pair = 0; pair < 2; ++pair) {
@@ -86,19 +88,27 @@ LMFAST_INLINE void attend_block(const AttentionArgs& a, QueryBlock& q, const Uni
       for (int i = 0; i < q.vecs; ++i) {
         const int pair = i / 2, lane = i * VecF::kWidth;
         if (steps[pair] == 0) continue;
-        const VecF top = largest(u.s + lane, 32 * steps[pair], unit);
-        if (__builtin_expect(exceeds(q, lane, top), 0)) {
+        const auto exponentials = [&] {
+          const VecF m = VecF::zero() - VecF::load(q.m + lane);
+          VecF l = VecF::zero();
+          for (int t = 0; t < steps[pair]; ++t) {
+            l = l + exponential_tile(u.s + t * 32 * kLanes + lane, unit, m,
+                                     u.p + ((g + t) * kLaneTiles + i) * kTileBytes);
+          }
+          return l;
+        };
+        // Whether the reference value still serves shows in the sum: looking for the largest score
+        // first, as attention_fwd.cpp does, reads every score once more.
+        VecF l = VecF::zero();
+        if (started[i]) l = exponentials();
+        if (__builtin_expect(!started[i] || any_above(l, 16384.0f), 0)) {
           // What is still to be added to the output belongs to the old reference value.
           add_output(pair, g);
-          raise_maximum(q, lane, top, u.out, a.head_dim);
+          raise_maximum(q, lane, largest(u.s + lane, 32 * steps[pair], unit), u.out, a.head_dim);
+          started[i] = !any_above(VecF::set1(0.5f * kLowest), VecF::load(q.m + lane));
+          l = exponentials();
         }
-        const VecF m = VecF::zero() - VecF::load(q.m + lane);
-        VecF l = VecF::load(q.l + lane);
-        for (int t = 0; t < steps[pair]; ++t) {
-          l = l + exponential_tile(u.s + t * 32 * kLanes + lane, unit, m,
-                                   u.p + ((g + t) * kLaneTiles + i) * kTileBytes);
-        }
-        l.store(q.l + lane);
+        (VecF::load(q.l + lane) + l).store(q.l + lane);
       }
     }
     add_output(0, groups[0]);

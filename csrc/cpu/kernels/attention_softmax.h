@@ -2,8 +2,9 @@
 // rows as lanes: no sum or maximum crosses lanes.
 //
 // The maximum is online but lazy: the reference value m of a lane moves only when a chunk exceeds
-// it by more than 2^8, so that usually the first chunk sets it and the output is never rescaled;
-// e^(s - m) stays below 2^8 by construction, at any size of the scores. (Idea: Flash-Attention 4.)
+// it by more than 2^8 (or, on AMX, its sum 2^14), so that usually the first chunk sets it and the
+// output is never rescaled; e^(s - m) stays bounded by construction, at any size of the scores.
+// (Idea: Flash-Attention 4.)
 #pragma once
 
 #include "../simd_transpose.h"
@@ -120,10 +121,15 @@ LMFAST_INLINE VecF largest(const float* s, int n, VecF unit) {
   return max(x0, x1) * unit;
 }
 
+// Whether some lane of x is above its limit.
+LMFAST_INLINE bool any_above(VecF x, VecF limit) {
+  return hmax(select_less(limit, x, VecF::set1(1.0f), VecF::zero())) > 0.0f;
+}
+LMFAST_INLINE bool any_above(VecF x, float limit) { return any_above(x, VecF::set1(limit)); }
+
 // Whether a lane of vector i needs a larger reference value before e^(top - m) is taken.
 LMFAST_INLINE bool exceeds(const QueryBlock& q, int i, VecF top) {
-  const VecF limit = VecF::load(q.m + i) + VecF::set1(8.0f);
-  return hmax(select_less(limit, top, VecF::set1(1.0f), VecF::zero())) > 0.0f;
+  return any_above(top, VecF::load(q.m + i) + VecF::set1(8.0f));
 }
 
 // Moves the reference values of lane vector i up to `top`, and rescales its sums and output.
