@@ -14,6 +14,7 @@ from lmfast.ops.cross_entropy import cross_entropy
 from lmfast.ops.elman_rnn import elman_rnn
 from lmfast.ops.geglu import geglu
 from lmfast.ops.gru import gru
+from lmfast.ops.linear import linear
 from lmfast.ops.linear_cross_entropy import linear_cross_entropy
 from lmfast.ops.lstm import lstm
 from lmfast.ops.rms_norm import rms_norm
@@ -32,6 +33,7 @@ __all__ = [
     "elman_rnn",
     "geglu",
     "gru",
+    "linear",
     "linear_cross_entropy",
     "lstm",
     "rms_norm",
