@@ -124,6 +124,26 @@ class LanguageModel(nn.Module):
         return self.logit_softcap * torch.tanh(logits / self.logit_softcap)
 
 
+class _KeepRowFixed(torch.autograd.Function):
+    """Identity whose gradient is zero in one row: the padding row of a shared matrix."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, row: int) -> Tensor:
+        ctx.row = row
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].index_fill(0, torch.tensor(ctx.row, device=grads[0].device), 0), None
+
+
+def keep_row_fixed(weight: Tensor, row: int | None) -> Tensor:
+    """The matrix an output layer shares with an embedding: nothing flows back to row `row`."""
+    if row is None or not torch.is_grad_enabled():
+        return weight
+    return _KeepRowFixed.apply(weight, row)
+
+
 def check_sizes(vocab_size: int, emb_dim: int, pad_idx: int | None) -> None:
     """Raise ValueError for sizes no model can have."""
     if vocab_size < 1 or emb_dim < 1:

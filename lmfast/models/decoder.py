@@ -8,27 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lmfast.generation.cache import KVCache
-from lmfast.models.base import LanguageModel, check_sizes
+from lmfast.generation.cache import KVCache, LayerCache
+from lmfast.models.base import LanguageModel, check_sizes, keep_row_fixed
 from lmfast.nn.block import BlockOptions, DecoderBlock
 from lmfast.nn.embedding import Embedding
 from lmfast.nn.norm import RMSNorm
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-class _KeepRowFixed(torch.autograd.Function):
-    """Identity whose gradient is zero in one row: the padding row of a shared matrix."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, row: int) -> Tensor:
-        ctx.row = row
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].index_fill(0, torch.tensor(ctx.row, device=grads[0].device), 0), None
 
 
 class DecoderLanguageModel(LanguageModel):
@@ -157,10 +144,7 @@ class DecoderLanguageModel(LanguageModel):
         if self.output is not None:
             return self.output.t(), self.output_bias
         self.embedding.clear_padding()
-        weight = self.embedding.weight
-        if self.pad_idx is not None and torch.is_grad_enabled():
-            weight = _KeepRowFixed.apply(weight, self.pad_idx)
-        return weight, self.output_bias
+        return keep_row_fixed(self.embedding.weight, self.pad_idx), self.output_bias
 
     def hidden(self, ids: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
         """Return the features (B, T, E) before the output matrix.
@@ -195,6 +179,7 @@ class DecoderLanguageModel(LanguageModel):
             self.num_kv_heads,
             self.head_dim,
             max_length=capacity,
+            window=self.options["windows"],
             dtype=self.embedding.weight.dtype,
             device=self.embedding.weight.device,
         )
@@ -203,14 +188,17 @@ class DecoderLanguageModel(LanguageModel):
         self, ids: Tensor, state: KVCache, lengths: Tensor | None = None
     ) -> tuple[Tensor, KVCache]:
         """Append the tokens to the cache and return their features (B, T, E) and the cache."""
-        wanted = None if lengths is None else state.lengths + lengths
-        x = self._run(ids, None, state, None)
-        if wanted is not None:  # what was appended behind a row's end is forgotten again
-            state.truncate(wanted)
-        return x, state
+        counts = None if lengths is None else lengths.tolist()  # padding is not stored
+        return self._run(
+            ids, None, [state.layer(i, counts) for i in range(len(self.layers))]
+        ), state
 
     def _run(
-        self, ids: Tensor, mask: Tensor | None, cache: KVCache | None, positions: Tensor | None
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        caches: Sequence[LayerCache] | None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Return the features (B, T, E) before the output matrix."""
         x = self.embedding(ids)
@@ -220,6 +208,6 @@ class DecoderLanguageModel(LanguageModel):
         # From block to block go the last update and what it is to be added to: the norm that
         # follows adds them in its own pass.
         for index, layer in enumerate(self.layers):
-            x = layer(x, mask, None if cache is None else cache.layer(index), positions, True)
+            x = layer(x, mask, None if caches is None else caches[index], positions, True)
         update, x = x
         return x + update if self.norm is None else self.norm.add(update, x)[0]

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from lmfast.models.base import LanguageModel, check_sizes
+from lmfast.models.base import LanguageModel, check_sizes, keep_row_fixed
 from lmfast.nn.elman import ElmanRNN
 from lmfast.nn.embedding import Embedding
+from lmfast.nn.stack import make_stack
 
 
 class RecurrentLanguageModel(LanguageModel):
-    """An Elman network between an embedding and an output layer.
+    """A recurrent network between an embedding and an output layer.
 
-        h = ElmanRNN(embedding[ids]);   logits = h fc.weight^T + fc.bias
+        h = network(embedding[ids]);   logits = h fc.weight^T + fc.bias
 
     Args:
         vocab_size: V.
         emb_dim: width E of embedding and states.
         num_layers: number L of recurrent layers.
         pad_idx: id whose embedding is zero and never learnt, or None.
+        cell: "elman", "rnn", "lstm", "gru", "gru_textbook", "min_gru" or "min_lstm".
+        tie_weights: use the embedding as output matrix; the padding row then takes no part in
+            learning and its logit is its bias.
+        dropout: between layers, of the cells that torch.nn has too.
 
-    State-dict names: `embedding.weight`, `rnn.rnn_units.{l}.Uh|Wh|b`, `fc.weight` (V, E) and
-    `fc.bias`.
+    State-dict names: `embedding.weight`, `rnn.rnn_units.{l}.Uh|Wh|b` (elman), `rnn.layers.*`
+    (others), `fc.bias`, and `fc.weight` (V, E) unless tied.
 
     Raises:
-        ValueError: a size is not positive or `pad_idx` is no id.
+        ValueError: a size is not positive, `pad_idx` is no id, an unknown cell.
 
-    Backends: `lmfast.ops.linear_cross_entropy` for the loss, PyTorch for the recurrence.
+    Backends: those of the recurrent layers, and of `lmfast.ops.linear_cross_entropy` for the loss.
 
     Source: Mikolov et al. 2010, "Recurrent neural network based language model".
 
     Example:
         >>> import torch
-        >>> model = RecurrentLanguageModel(50, 16, 2, 0)
+        >>> model = RecurrentLanguageModel(50, 16, 2, 0, cell="gru")
         >>> logits, state = model.step(torch.tensor([[7]]), model.new_state(1))
         >>> logits.shape, state.shape
         (torch.Size([1, 50]), torch.Size([2, 1, 16]))
@@ -41,39 +48,64 @@ class RecurrentLanguageModel(LanguageModel):
 
     kind = "recurrent"
 
-    def __init__(self, vocab_size: int, emb_dim: int, num_layers: int, pad_idx: int | None) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        emb_dim: int,
+        num_layers: int,
+        pad_idx: int | None,
+        *,
+        cell: str = "elman",
+        tie_weights: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         check_sizes(vocab_size, emb_dim, pad_idx)
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
         self.vocab_size = vocab_size
         self.emb_dim = emb_dim
         self.pad_idx = pad_idx
-        self.options = {
+        self.options: dict[str, Any] = {
             "vocab_size": vocab_size,
             "emb_dim": emb_dim,
             "num_layers": num_layers,
             "pad_idx": pad_idx,
+            "cell": cell,
+            "tie_weights": tie_weights,
+            "dropout": dropout,
         }
         self.embedding = Embedding(vocab_size, emb_dim, padding_idx=pad_idx)
-        self.rnn = ElmanRNN(emb_dim, num_layers)
+        self.rnn = make_stack(cell, emb_dim, num_layers, dropout)
         self.fc = nn.Linear(emb_dim, vocab_size)
-        # The embedding keeps its normal(0, 1): with the 0.02 of the decoder, whose norms rescale
-        # it, the states barely depend on the input and 100 steps stay at the unigram loss
-        # (6.77 on 2 MB of text, 6.05 with 1).
-        nn.init.xavier_uniform_(self.fc.weight)
+        self.tie_weights = tie_weights
+        if tie_weights:
+            self.fc.register_parameter("weight", None)
+            # Logits of unit variance: the states are of order one in each of E directions.
+            nn.init.normal_(self.embedding.weight, std=emb_dim**-0.5)
+        else:
+            # The embedding keeps its normal(0, 1): with the 0.02 of the decoder, whose norms
+            # rescale it, the states barely depend on the input and 100 steps stay at the unigram
+            # loss (6.77 on 2 MB of text, 6.05 with 1).
+            nn.init.xavier_uniform_(self.fc.weight)
         nn.init.zeros_(self.fc.bias)
         self.embedding.clear_padding()
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Return the output layer's weight (V, E) and bias (V)."""
-        return self.fc.weight, self.fc.bias
+        if not self.tie_weights:
+            return self.fc.weight, self.fc.bias
+        self.embedding.clear_padding()
+        return keep_row_fixed(self.embedding.weight, self.pad_idx), self.fc.bias
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Return the top layer's states (B, T, E)."""
         return self.rnn(self.embedding(ids))
 
     def new_state(self, batch: int, capacity: int | None = None) -> Tensor:
-        """Return zero states (L, B, E); they have one size whatever the length."""
-        return self.fc.weight.new_zeros(self.rnn.num_layers, batch, self.emb_dim)
+        """Return zero states (L, B, E), 2 L for an LSTM; of one size whatever the length."""
+        rows = self.rnn.num_layers if isinstance(self.rnn, ElmanRNN) else self.rnn.state_rows
+        return self.fc.bias.new_zeros(rows, batch, self.emb_dim)
 
     def advance(
         self, ids: Tensor, state: Tensor, lengths: Tensor | None = None
@@ -83,7 +115,13 @@ class RecurrentLanguageModel(LanguageModel):
 
     @torch.no_grad()
     def reset_parameters_legacy(self) -> None:
-        """Initialise as older textbook code does: Xavier embedding, recurrent biases in [0, 1)."""
+        """Initialise as older textbook code does: Xavier embedding, recurrent biases in [0, 1).
+
+        Raises:
+            ValueError: the cell is not "elman".
+        """
+        if not isinstance(self.rnn, ElmanRNN):
+            raise ValueError(f"cell must be 'elman', got {self.options['cell']!r}")
         nn.init.xavier_uniform_(self.embedding.weight)
         for unit in self.rnn.units():
             nn.init.uniform_(unit.b)

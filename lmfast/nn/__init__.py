@@ -5,8 +5,10 @@ from lmfast.nn.block import DecoderBlock
 from lmfast.nn.cells import GRUCell, LSTMCell, RNNCell
 from lmfast.nn.elman import ElmanRNN, ElmanUnit
 from lmfast.nn.embedding import Embedding
+from lmfast.nn.min_rnn import MinGRU, MinLSTM
 from lmfast.nn.mlp import MLP, GeGLU, SwiGLU
 from lmfast.nn.norm import RMSNorm
+from lmfast.nn.onnx_export import export_onnx
 from lmfast.nn.rnn import GRU, LSTM, RNN
 from lmfast.nn.rotary import RotaryEmbedding
 from lmfast.nn.source_attention import BahdanauAttention, LuongAttention, length_mask
@@ -34,6 +36,8 @@ __all__ = [
     "GeGLU",
     "LSTMCell",
     "LuongAttention",
+    "MinGRU",
+    "MinLSTM",
     "MultiHeadAttention",
     "RMSNorm",
     "RNNCell",
@@ -42,6 +46,7 @@ __all__ = [
     "TextbookGRU",
     "elman_from_torch",
     "elman_to_torch",
+    "export_onnx",
     "gru_from_textbook",
     "gru_to_textbook",
     "length_mask",

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from lmfast import ops
 
 
-class TextbookGRU(nn.GRU):
+class TextbookGRU(nn.RNNBase):
     """A stack of GRU layers whose reset gate acts on the state, not on the product.
 
     ``r, z = s(W_ih x + b_ih + W_hh h + b_hh)``, ``n = tanh(W_in x + b_in + W_hn (r h) + b_hn)``,
@@ -39,6 +39,12 @@ class TextbookGRU(nn.GRU):
         >>> y.shape, h.shape
         (torch.Size([5, 2, 8]), torch.Size([2, 2, 4]))
     """
+
+    # Not an nn.GRU, which computes something else and which torch.compile refuses to look into.
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("proj_size", 0):
+            raise ValueError("proj_size must be 0: only an LSTM has projections")
+        super().__init__("GRU", *args, **kwargs)
 
     def forward(self, input: Any, hx: Tensor | None = None) -> Any:
         lengths, packed = None, None

@@ -16,6 +16,7 @@ from lmfast.ops.geglu import geglu
 from lmfast.ops.gru import gru
 from lmfast.ops.linear import linear
 from lmfast.ops.linear_cross_entropy import linear_cross_entropy
+from lmfast.ops.linear_recurrence import linear_recurrence
 from lmfast.ops.lstm import lstm
 from lmfast.ops.rms_norm import rms_norm
 from lmfast.ops.rope import rope
@@ -35,6 +36,7 @@ __all__ = [
     "gru",
     "linear",
     "linear_cross_entropy",
+    "linear_recurrence",
     "lstm",
     "rms_norm",
     "rope",

@@ -4,7 +4,7 @@ from lmfast.training.batches import Batches, ContiguousBatches, PackedBatches, P
 from lmfast.training.checkpoint import CheckpointError, latest_checkpoint, load_model, save_model
 from lmfast.training.logs import CsvLog, Log, TensorBoardLog
 from lmfast.training.metrics import Evaluation, RunningLoss, evaluate, perplexity
-from lmfast.training.plots import plot_losses
+from lmfast.training.plots import plot_attention, plot_losses
 from lmfast.training.processes import Processes, process_group
 from lmfast.training.report import TrainingReport
 from lmfast.training.schedule import Schedule
@@ -60,6 +60,7 @@ __all__ = [
     "load_model",
     "open_texts",
     "perplexity",
+    "plot_attention",
     "plot_losses",
     "process_group",
     "read_text",

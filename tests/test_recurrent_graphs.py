@@ -1,0 +1,86 @@
+"""Recurrent and attention modules in one graph: torch.compile with gradients, torch.export."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+
+import lmfast.nn
+from lmfast.models import RecurrentLanguageModel
+from lmfast.nn import BahdanauAttention, LuongAttention, MinGRU, MinLSTM
+
+X, STATE = (3, 6, 5), (3, 7)
+
+
+MODULES: dict[str, tuple[Any, list[tuple[int, ...]]]] = {
+    "RNN": (lambda: lmfast.nn.RNN(5, 7, 2, batch_first=True), [X]),
+    "LSTM": (lambda: lmfast.nn.LSTM(5, 7, 2, batch_first=True, bidirectional=True), [X]),
+    "GRU": (lambda: lmfast.nn.GRU(5, 7, batch_first=True), [X]),
+    "TextbookGRU": (lambda: lmfast.nn.TextbookGRU(5, 7, batch_first=True), [X]),
+    "ElmanRNN": (lambda: lmfast.nn.ElmanRNN(5, 2), [X]),
+    "RNNCell": (lambda: lmfast.nn.RNNCell(5, 7), [(3, 5), STATE]),
+    "GRUCell": (lambda: lmfast.nn.GRUCell(5, 7), [(3, 5), STATE]),
+    "textbook GRUCell": (lambda: lmfast.nn.GRUCell(5, 7, reset_after=False), [(3, 5), STATE]),
+    "LSTMCell": (lambda: lmfast.nn.LSTMCell(5, 7), [(3, 5)]),
+    "MinGRU": (lambda: MinGRU(5, 7), [X, STATE]),
+    "MinLSTM": (lambda: MinLSTM(5, 7), [X, STATE]),
+    "BahdanauAttention": (lambda: BahdanauAttention(7, 5, 8), [STATE, X]),
+    "LuongAttention": (lambda: LuongAttention(7, 5, "general"), [(3, 4, 7), X]),
+}
+# torch.compile stops at every instance of torch.nn's own classes unless told otherwise.
+ALLOWED = torch._dynamo.config.patch(allow_rnn=True)
+EVERY_MODULE = pytest.mark.parametrize("name", list(MODULES))
+
+
+def flat(value: Any) -> list[Tensor]:
+    return [t for v in value for t in flat(v)] if isinstance(value, (tuple, list)) else [value]
+
+
+def gradients(function: Any, module: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    outputs = flat(function(*leaves))
+    loss = sum((t * torch.linspace(-1, 1, t.numel()).view_as(t)).sum() for t in outputs)
+    return [*outputs, *torch.autograd.grad(loss, [*leaves, *module.parameters()])]
+
+
+@ALLOWED
+@EVERY_MODULE
+def test_compiles_in_one_graph(name: str, needs_cpu_kernels: None) -> None:
+    torch._dynamo.reset()
+    make, shapes = MODULES[name]
+    module, inputs = make(), [torch.randn(s) for s in shapes]
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    found, expected = (gradients(f, module, inputs) for f in (compiled, module))
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-6)
+
+
+# torch.nn's classes keep their weights in a list beside the parameters.
+@pytest.mark.filterwarnings("ignore:The tensor attributes self._flat_weights")
+@EVERY_MODULE
+@torch.no_grad()
+def test_exports(name: str, needs_cpu_kernels: None) -> None:
+    make, shapes = MODULES[name]
+    module, inputs = make().eval(), tuple(torch.randn(s) for s in shapes)
+    program = torch.export.export(module, inputs)
+    for f, e in zip(flat(program.module()(*inputs)), flat(module(*inputs)), strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-6)
+
+
+@ALLOWED
+@pytest.mark.parametrize("cell", ["elman", "lstm", "min_gru"])
+def test_a_models_loss_compiles_in_one_graph(cell: str, needs_cpu_kernels: None) -> None:
+    torch._dynamo.reset()
+    model = RecurrentLanguageModel(11, 6, 2, 0, cell=cell)
+    ids = torch.randint(1, 11, (3, 8))
+    compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
+    results = []
+    for loss in (compiled, model.loss):
+        value = loss(ids[:, :-1], ids[:, 1:])
+        results.append([value, *torch.autograd.grad(value, list(model.parameters()))])
+    for f, e in zip(*results, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-6)
