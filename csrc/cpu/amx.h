@@ -158,6 +158,45 @@ LMFAST_INLINE void pack_columns(const T* src, int64_t stride, int rows, int colu
   }
 }
 
+// A float is the exact sum of three bf16 numbers, its bits in three pieces; a product of floats in
+// fp32's accuracy is the sum of the six products of their larger parts. The three left out are
+// below 2^-24 of the largest.
+LMFAST_INLINE __m512 truncated(__m512 x) {
+  return _mm512_castsi512_ps(
+      _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+// 32 floats in bf16 parts: rounded if there is one, otherwise split exactly by truncation.
+template <int kParts>
+LMFAST_INLINE void split_floats(__m512 low, __m512 high, __m512i* parts) {
+  if constexpr (kParts == 1) {
+    parts[0] = to_pairs(low, high);
+  } else {
+    const __m512i odd_words =
+        _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
+                         25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+#pragma GCC unroll 3
+    for (int i = 0; i < kParts; ++i) {
+      parts[i] =
+          _mm512_permutex2var_epi16(_mm512_castps_si512(low), odd_words, _mm512_castps_si512(high));
+      low = _mm512_sub_ps(low, truncated(low));
+      high = _mm512_sub_ps(high, truncated(high));
+    }
+  }
+}
+// Which parts of A and B are multiplied. The small pairs come first, for all of the depth, and the
+// leading parts last: the sum then rounds as often as one of plain fp32 products. Among the small
+// ones the order changes one operand at a time: 16 tile loads for 24 products of 2 x 2 tiles.
+template <int kParts>
+struct Pairs {
+  static constexpr int kSmall = 0;
+  static constexpr int a[] = {0}, b[] = {0};
+};
+template <>
+struct Pairs<3> {
+  static constexpr int kSmall = 5;
+  static constexpr int a[] = {0, 0, 1, 1, 2, 0}, b[] = {2, 1, 1, 0, 0, 0};
+};
+
 }  // namespace
 }  // namespace lmfast::LMFAST_ISA
 

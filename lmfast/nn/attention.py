@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmfast import ops
 from lmfast.nn.attend import attend, is_causal_mask
 from lmfast.nn.norm import RMSNorm
 from lmfast.nn.packed import PackedParameters
@@ -186,7 +186,7 @@ class MultiHeadAttention(PackedParameters):
         """
         batch, steps, _ = x.shape
         heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv = F.linear(x, self.W_QKV.t(), self.B_QKV)
+        qkv = ops.linear(x, self.W_QKV.t(), self.B_QKV)
         qkv = qkv.view(batch, steps, heads + 2 * kv_heads, self.head_dim)
         q, k, v = qkv.transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)  # (B, H, T, D)
         if self.q_norm is not None and self.k_norm is not None:
@@ -211,7 +211,7 @@ class MultiHeadAttention(PackedParameters):
                 k, v = (t.to(q.dtype) for t in cache.contents(q.dtype))
                 out = attend(q, k, v, mask=mask, **options)
         joined = out.transpose(1, 2).reshape(batch, steps, heads * self.head_dim)
-        return F.linear(joined, self.W_O.t(), self.B_O)
+        return ops.linear(joined, self.W_O.t(), self.B_O)
 
     def extra_repr(self) -> str:
         return (

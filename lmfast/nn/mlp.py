@@ -10,8 +10,7 @@ from lmfast import ops
 from lmfast.nn.packed import PackedParameters
 
 _ACTIVATIONS = {
-    # relu_ overwrites the product just made: no second (B, T, hidden) tensor is allocated.
-    "relu": torch.relu_,
+    "relu": lambda x: x,  # part of the product
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
@@ -41,7 +40,7 @@ class MLP(nn.Module):
     Raises:
         ValueError: a width is not positive or there is no such activation.
 
-    Backends: PyTorch; the bias is added inside the matrix product.
+    Backends: those of `lmfast.ops.linear`; bias and ReLU are part of the matrix product.
 
     Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.3, arXiv:1706.03762.
 
@@ -85,8 +84,9 @@ class MLP(nn.Module):
                 nn.init.zeros_(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.linear(x, self.W_1.t(), self.B_1)  # (B, T, hidden)
-        return F.linear(_ACTIVATIONS[self.activation](hidden), self.W_2.t(), self.B_2)
+        relu = self.activation == "relu"
+        hidden = ops.linear(x, self.W_1.t(), self.B_1, relu=relu)  # (B, T, hidden)
+        return ops.linear(_ACTIVATIONS[self.activation](hidden), self.W_2.t(), self.B_2)
 
     def extra_repr(self) -> str:
         return (
@@ -113,7 +113,8 @@ class SwiGLU(PackedParameters):
     Raises:
         ValueError: a width is not positive.
 
-    Backends: those of `lmfast.ops.swiglu`, which reads both halves of the one product in place.
+    Backends: those of `lmfast.ops.linear` and `lmfast.ops.swiglu`, which reads both halves of the
+    one product in place.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer", arXiv:2002.05202.
 
@@ -155,8 +156,8 @@ class SwiGLU(PackedParameters):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = F.linear(x, self.W_GU.t(), self.B_GU)  # (B, T, 2 hidden)
-        return F.linear(self._gated(packed), self.W_D.t(), self.B_D)
+        packed = ops.linear(x, self.W_GU.t(), self.B_GU)  # (B, T, 2 hidden)
+        return ops.linear(self._gated(packed), self.W_D.t(), self.B_D)
 
     def _gated(self, packed: Tensor) -> Tensor:
         return ops.swiglu(packed)
@@ -177,7 +178,7 @@ class GeGLU(SwiGLU):
     Raises:
         ValueError: a width is not positive.
 
-    Backends: those of `lmfast.ops.geglu`.
+    Backends: those of `lmfast.ops.linear` and `lmfast.ops.geglu`.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer", arXiv:2002.05202.
 

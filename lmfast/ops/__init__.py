@@ -14,6 +14,7 @@ from lmfast.ops.cross_entropy import cross_entropy
 from lmfast.ops.elman_rnn import elman_rnn
 from lmfast.ops.geglu import geglu
 from lmfast.ops.gru import gru
+from lmfast.ops.linear import linear
 from lmfast.ops.linear_cross_entropy import linear_cross_entropy
 from lmfast.ops.linear_recurrence import linear_recurrence
 from lmfast.ops.lstm import lstm
@@ -33,6 +34,7 @@ __all__ = [
     "elman_rnn",
     "geglu",
     "gru",
+    "linear",
     "linear_cross_entropy",
     "linear_recurrence",
     "lstm",

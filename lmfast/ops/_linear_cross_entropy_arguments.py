@@ -45,7 +45,7 @@ def check_target_range(targets: Tensor, classes: int, ignore_index: int) -> None
         )
 
 
-def _bf16_products_allowed() -> bool:
+def bf16_products_allowed() -> bool:
     # A compiled graph keeps the answer; torch traces it again when the setting goes to or from
     # "highest", which it guards on.
     return torch.get_float32_matmul_precision() == "medium"
@@ -53,7 +53,7 @@ def _bf16_products_allowed() -> bool:
 
 # What torch.compiler.assume_constant_result sets; that function would import all of the compiler
 # with this module, which takes longer than torch itself.
-_bf16_products_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+bf16_products_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_linear_cross_entropy(
@@ -111,7 +111,7 @@ def check_linear_cross_entropy(
             else:
                 hidden, weight = hidden.to(lower), weight.to(lower)
         elif device == "cpu":
-            bf16 = _bf16_products_allowed()
+            bf16 = bf16_products_allowed()
     return (
         hidden,
         weight,

@@ -68,22 +68,8 @@ struct Holes {
 
 enum class Mode { kSum, kPlain, kMax };
 
-// Which parts of A and B are multiplied. The small pairs come first, for all of the depth, and the
-// leading parts last: the sum then rounds as often as one of plain fp32 products. kSwap says that A
-// and B have changed roles, so that both passes make the same logits to the last bit: with logits
-// of 300, dweight is 4 times less exact otherwise. Among the small ones the order changes one
-// operand at a time: 16 tile loads for 24 products. The three pairs left out are below 2^-24 of the
-// largest.
-template <int kParts>
-struct Pairs {
-  static constexpr int kSmall = 0;
-  static constexpr int a[] = {0}, b[] = {0};
-};
-template <>
-struct Pairs<3> {
-  static constexpr int kSmall = 5;
-  static constexpr int a[] = {0, 0, 1, 1, 2, 0}, b[] = {2, 1, 1, 0, 0, 0};
-};
+// kSwap below says that A and B have changed roles, so that both passes make the same logits to the
+// last bit: with logits of 300, dweight is 4 times less exact otherwise.
 
 LMFAST_INLINE void zero_products() {
   tile_zero<0>();
@@ -167,10 +153,6 @@ LMFAST_INLINE void dot_pairs(const Operands& o, int64_t steps, const Between& be
 LMFAST_INLINE __m512i high_halves(__m512 even, __m512 odd) {
   const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
   return _mm512_mask_blend_epi16(0xaaaaaaaau, low, _mm512_castps_si512(odd));
-}
-LMFAST_INLINE __m512 truncated(__m512 x) {
-  return _mm512_castsi512_ps(
-      _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
 
 // Two rows of a block of S -> a VNNI row of P in each of two tiles per part.

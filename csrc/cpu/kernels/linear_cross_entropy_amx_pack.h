@@ -62,25 +62,6 @@ inline void load_weight_rows(const LceAmxArgs& a, int64_t first, int64_t count, 
   return load_weight<f16>(a, first, count, out);
 }
 
-// 32 floats in bf16 parts: rounded if there is one, otherwise split exactly by truncation.
-template <int kParts>
-LMFAST_INLINE void split_floats(__m512 low, __m512 high, __m512i* parts) {
-  if constexpr (kParts == 1) {
-    parts[0] = to_pairs(low, high);
-  } else {
-    const __m512i odd_words =
-        _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
-                         25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-#pragma GCC unroll 3
-    for (int i = 0; i < kParts; ++i) {
-      parts[i] =
-          _mm512_permutex2var_epi16(_mm512_castps_si512(low), odd_words, _mm512_castps_si512(high));
-      low = _mm512_sub_ps(low, truncated(low));
-      high = _mm512_sub_ps(high, truncated(high));
-    }
-  }
-}
-
 // 16 rows of floats, times factors if there are any, as packed rows.
 template <int kParts>
 void split_rows(const LceAmxArgs& a, const float* from, const float* factors, char* to) {
