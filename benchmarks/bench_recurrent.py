@@ -20,7 +20,7 @@ MODES = pytest.mark.parametrize("mode", ["RNN", "LSTM", "GRU"])
 # (B, T, H, layers)
 SHAPES = pytest.mark.parametrize(
     "shape",
-    [(128, 30, 128, 2), (64, 35, 512, 2), (1, 256, 512, 1), (1, 256, 128, 1)],
+    [(128, 30, 128, 2), (64, 35, 512, 2), (32, 128, 1024, 1), (1, 256, 512, 1), (1, 256, 128, 1)],
     ids=lambda s: "x".join(map(str, s)),
 )
 
@@ -76,6 +76,42 @@ def bench_layer_with_gradients(
     )
 
 
+@pytest.mark.parametrize(
+    "shape", [(128, 30, 128, 2), (64, 35, 512, 2), (32, 128, 1024, 1)], ids=["128", "512", "1024"]
+)
+@MODES
+def bench_bf16_with_gradients(
+    compare: Callable[..., None], mode: str, shape: tuple[int, int, int, int]
+) -> None:
+    """bf16 layers, and fp32 ones at matmul precision "medium", against torch.nn in fp32."""
+    if lmfast._extension.cpu_isa() != "amx":
+        pytest.skip("no AMX here")
+    batch, steps, hidden, count = shape
+    x = torch.randn(batch, steps, hidden, requires_grad=True)
+    narrow = x.detach().bfloat16().requires_grad_()
+    ours, theirs = layers(mode, hidden, count)
+    ours_narrow, theirs_narrow = (m.bfloat16() for m in layers(mode, hidden, count))
+
+    def medium() -> None:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")
+        try:
+            train(ours, x)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    compare(
+        f"{mode} fwd+bwd bf16 {batch}x{steps}x{hidden} layers {count}",
+        lambda: train(ours_narrow, narrow),
+        {
+            "torch.nn": lambda: train(theirs, x),
+            "torch.nn bf16": lambda: train(theirs_narrow, narrow),
+            "ours, medium": medium,
+        },
+        rounds=7,
+    )
+
+
 @SHAPES
 @MODES
 def bench_layer(compare: Callable[..., None], mode: str, shape: tuple[int, int, int, int]) -> None:
@@ -91,14 +127,15 @@ def bench_layer(compare: Callable[..., None], mode: str, shape: tuple[int, int, 
         )
 
 
+@pytest.mark.parametrize("count", [1, 2], ids=["1 layer", "2 layers"])
 @MODES
-def bench_one_step_of_a_stream(compare: Callable[..., None], mode: str) -> None:
+def bench_one_step_of_a_stream(compare: Callable[..., None], mode: str, count: int) -> None:
     x = torch.randn(1, 1, 128)
-    ours, theirs = layers(mode, 128, 1)
+    ours, theirs = layers(mode, 128, count)
     with torch.no_grad():
         state = theirs(x)[1]
         compare(
-            f"{mode} one step, H 128",
+            f"{mode} one step, H 128 layers {count}",
             lambda: ours(x, state),
             {"torch.nn": lambda: theirs(x, state)},
             rounds=201,

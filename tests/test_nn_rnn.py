@@ -177,3 +177,33 @@ def test_sorted_packs_keep_their_order(mode: str) -> None:
     assert torch.equal(found.batch_sizes, expected.batch_sizes)
     assert found.sorted_indices is None
     torch.testing.assert_close(found.data, expected.data, **CLOSE)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@EVERY_MODE
+def test_torchs_own_module_inputs(mode: str, training: bool) -> None:
+    """The calls, right and wrong, that PyTorch's test-suite makes of its recurrent modules."""
+    pytest.importorskip("expecttest", reason="torch.testing._internal needs it")
+    from torch.testing._internal import common_modules
+
+    kind = "LSTM" if mode == "LSTM" else "RNN_GRU"
+    options = {"device": "cpu", "dtype": torch.float32, "requires_grad": True}
+    options |= {"module_info": None, "training": training, "is_rnn": mode == "RNN"}
+    calls = getattr(common_modules, f"module_inputs_torch_nn_{kind}")
+    for sample in calls(**options):
+        made, called = sample.constructor_input, sample.forward_input
+        theirs, ours = pair(mode, *made.args, **made.kwargs)
+        theirs.train(training), ours.train(training)
+        found, expected = (tensors(m(*called.args, **called.kwargs)) for m in (ours, theirs))
+        for f, e in zip(found, expected, strict=True):
+            assert f.shape == e.shape
+            torch.testing.assert_close(f, e, **CLOSE)
+    if mode == "LSTM":
+        return
+    for wrong in common_modules.module_error_inputs_torch_nn_RNN_GRU(**options):
+        made, called = (
+            wrong.module_error_input.constructor_input,
+            wrong.module_error_input.forward_input,
+        )
+        with pytest.raises(wrong.error_type, match=wrong.error_regex):
+            getattr(lmfast.nn, mode)(*made.args, **made.kwargs)(*called.args, **called.kwargs)
