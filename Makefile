@@ -45,7 +45,7 @@ lint: install $(VENV)/.lint
 	$(BIN)/mypy
 
 bench: install
-	$(PIP) install -c constraints.txt tokenizers tiktoken transformers
+	$(PIP) install -c constraints.txt tokenizers tiktoken gigatoken transformers
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
 
 clean:

@@ -1,16 +1,17 @@
 """The tokenizer against gigatoken, tiktoken and Hugging Face tokenizers, in one process.
 
-Texts: WikiText-2 and Shakespeare (3.5 MB), eight times that, and the standard library's source,
-with GPT-2's vocabulary. One thread for all. Cold: a tokenizer that has encoded nothing yet, made
-outside the measured time. Peak memory is that of a process of its own.
+Texts: WikiText-2 and Shakespeare (3.5 MB), eight times that, and 16 MB of Python source, with
+GPT-2's vocabulary. One thread for all. Cold: a tokenizer that has encoded nothing yet, made outside
+the measured time. Peak memory is that of a process of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-import resource
+import random
 import subprocess
 import sys
 import sysconfig
@@ -40,8 +41,42 @@ def text_of(name: str) -> str:
         return "".join((DATA / f).read_text(encoding="utf-8") for f in FILES)
     if name == "english x8":
         return text_of("english") * 8
-    source = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    return "".join(path.read_text(encoding="utf-8", errors="replace") for path in source)
+    folders = [Path(sysconfig.get_paths()["stdlib"]), *sorted(Path("/usr/lib").glob("python3*"))]
+    parts, size = [], 0
+    for path in sorted({path for folder in folders for path in folder.rglob("*.py")}):
+        parts.append(path.read_text(encoding="utf-8", errors="replace"))
+        size += len(parts[-1])
+        if size > 16_000_000:
+            break
+    return "".join(parts)
+
+
+def distinct_words(alphabet: str, least: int, most: int) -> str:
+    draw, words = random.Random(0), dict[str, None]()
+    while len(words) < 200_000:
+        words["".join(draw.choices(alphabet, k=draw.randint(least, most)))] = None
+    return " ".join(words)
+
+
+def letters(alphabet: str, count: int = 1_000_000) -> str:
+    return "".join(random.Random(1).choices(alphabet, k=count))
+
+
+LATIN = "abcdefghijklmnopqrstuvwxyz"
+CYRILLIC = "абвгдежзиклмнопрстуфхцчшыьэюя"
+# What a cache of words or a merge by pieces finds hard.
+HARD: dict[str, Callable[[], str]] = {
+    "one letter, 1 MB": lambda: "a" * 1_000_000,
+    "spaces, 1 MB": lambda: " " * 1_000_000,
+    "random letters, 1 MB": lambda: letters(LATIN),
+    "random digits, 1 MB": lambda: letters("0123456789"),
+    "ideographs without spaces, 1 MB": lambda: "".join(map(chr, range(0x4E00, 0x9E00))) * 16,
+    "one word of 10 MB": lambda: letters("etaoinshrdlu", 10_000_000),
+    "200,000 Cyrillic words": lambda: distinct_words(CYRILLIC, 8, 20),
+    "200,000 short Cyrillic words": lambda: distinct_words(CYRILLIC, 4, 7),
+    "200,000 Latin words": lambda: distinct_words(LATIN, 5, 14),
+    "200,000 long Latin words": lambda: distinct_words(LATIN, 16, 40),
+}
 
 
 @functools.lru_cache(maxsize=1)
@@ -49,26 +84,36 @@ def ours() -> BPETokenizer:
     return BPETokenizer.from_gpt2(DATA / "gpt2.encoder.json", DATA / "gpt2.vocab.bpe")
 
 
+def _tokenizers(folder: str | Path) -> Any:
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+
+
+def _gigatoken(folder: str | Path) -> Any:
+    import gigatoken
+
+    return gigatoken.Tokenizer(str(Path(folder) / "tokenizer.json"))
+
+
+def _tiktoken() -> Any:
+    import tiktoken
+
+    ranks = {t: i for i, t in enumerate(ours().model.tokens) if t is not None}
+    return tiktoken.Encoding(
+        "gpt2", pat_str=PUBLISHED["gpt2"], mergeable_ranks=ranks, special_tokens={}
+    )
+
+
 def peers(folder: Path) -> dict[str, Any]:
     """Those that are installed, with the same vocabulary."""
     found: dict[str, Any] = {}
-    try:
-        found["tokenizers"] = ours().to_huggingface()
-        found["tokenizers"].save(str(folder / "tokenizer.json"))
-        import gigatoken
-
-        found["gigatoken"] = gigatoken.Tokenizer(str(folder / "tokenizer.json"))
-    except ImportError:
-        pass
-    try:
-        import tiktoken
-
-        ranks = {t: i for i, t in enumerate(ours().model.tokens) if t is not None}
-        found["tiktoken"] = tiktoken.Encoding(
-            "gpt2", pat_str=PUBLISHED["gpt2"], mergeable_ranks=ranks, special_tokens={}
-        )
-    except ImportError:
-        pass
+    with contextlib.suppress(ImportError):
+        ours().to_huggingface().save(str(folder / "tokenizer.json"))
+        found["tokenizers"] = _tokenizers(folder)
+        found["gigatoken"] = _gigatoken(folder)
+    with contextlib.suppress(ImportError):
+        found["tiktoken"] = _tiktoken()
     return found
 
 
@@ -108,23 +153,28 @@ def bench_encode_to_list(compare: Any, installed: dict[str, Any]) -> None:
         tiktoken=lambda t: t.encode_ordinary(text),
         tokenizers=lambda t: t.encode(text).ids,
     )
-    compare("encode to list", lambda: ours().encode(text), others, moved=len(text.encode()))
+    compare(
+        "encode to list",
+        lambda: ours().encode(text),
+        others,
+        moved=len(text.encode()),
+        rounds=5,
+    )
 
 
-def bench_encode_cold(compare: Any, installed: dict[str, Any], folder: Path) -> None:
+def compare_first_passes(
+    compare: Any, found: dict[str, Any], folder: Path, name: str, text: str, rounds: int
+) -> None:
     """A new tokenizer for every round, made before."""
-    text, rounds = text_of("english"), 8
-    fresh = [BPETokenizer(ours().model) for _ in range(2 * rounds)]
+    fresh = [BPETokenizer(ours().model) for _ in range(rounds + 2)]
     for tokenizer in fresh:
         tokenizer.encode("")
     others = {}
-    if "gigatoken" in installed:
-        import gigatoken
-
-        cold = [gigatoken.Tokenizer(str(folder / "tokenizer.json")) for _ in range(2 * rounds)]
+    if "gigatoken" in found:
+        cold = [_gigatoken(folder) for _ in range(rounds + 2)]
         others["gigatoken"] = lambda: cold.pop().encode(text)
     compare(
-        "encode cold",
+        name,
         lambda: fresh.pop().encode_numpy(text),
         others,
         moved=len(text.encode()),
@@ -132,15 +182,44 @@ def bench_encode_cold(compare: Any, installed: dict[str, Any], folder: Path) -> 
     )
 
 
+@pytest.mark.parametrize("name", ["english", "code"])
+def bench_encode_cold(compare: Any, installed: dict[str, Any], folder: Path, name: str) -> None:
+    text = text_of(name)
+    compare_first_passes(compare, installed, folder, f"encode cold, {name}", text, 9)
+
+
+@pytest.mark.parametrize("name", HARD)
+def bench_hard_texts_cold(compare: Any, installed: dict[str, Any], folder: Path, name: str) -> None:
+    rounds = 1 if "10 MB" in name else 5
+    compare_first_passes(compare, installed, folder, f"{name}, cold", HARD[name](), rounds)
+
+
+@pytest.mark.parametrize("name", HARD)
+def bench_hard_texts_warm(compare: Any, installed: dict[str, Any], name: str) -> None:
+    text = HARD[name]()
+    others = calls(installed, gigatoken=lambda g: g.encode(text))
+    compare(f"{name}, warm", lambda: ours().encode_numpy(text), others, rounds=11)
+
+
 def bench_encode_a_short_document(compare: Any, installed: dict[str, Any]) -> None:
+    """A thousand times, so that what ran before is out of the caches."""
     text = text_of("english")[1000:1696]
-    others = calls(
-        installed,
-        gigatoken=lambda g: g.encode(text).tolist(),
-        tiktoken=lambda t: t.encode_ordinary(text),
-        tokenizers=lambda t: t.encode(text).ids,
-    )
-    compare("encode 696 characters to list", lambda: ours().encode(text), others)
+
+    def thousand(encode: Callable[[str], Any]) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(1000):
+                encode(text)
+
+        return run
+
+    others = {}
+    if "gigatoken" in installed:
+        others["gigatoken"] = thousand(lambda t: installed["gigatoken"].encode(t).tolist())
+    if "tiktoken" in installed:
+        others["tiktoken"] = thousand(installed["tiktoken"].encode_ordinary)
+    if "tokenizers" in installed:
+        others["tokenizers"] = thousand(lambda t: installed["tokenizers"].encode(t).ids)
+    compare("encode 696 characters to list, 1,000 times", thousand(ours().encode), others)
 
 
 def bench_encode_a_batch_of_lines(compare: Any, installed: dict[str, Any]) -> None:
@@ -178,16 +257,19 @@ def bench_count(compare: Any, installed: dict[str, Any]) -> None:
         installed,
         gigatoken=lambda g: len(g.encode(text)),
         tiktoken=lambda t: len(t.encode_ordinary(text)),
+        tokenizers=lambda t: len(t.encode(text)),
     )
-    compare("count", lambda: ours().count(text), others, moved=len(text.encode()))
+    compare("count", lambda: ours().count(text), others, moved=len(text.encode()), rounds=5)
 
 
-@pytest.mark.parametrize(
-    "piece", ["a" * 1_000_000, "".join(map(chr, range(0x4E00, 0x9E00))) * 10], ids=["one", "cjk"]
-)
-def bench_one_long_piece(compare: Any, installed: dict[str, Any], piece: str) -> None:
-    others = calls(installed, gigatoken=lambda g: g.encode(piece))
-    compare(f"one piece of {len(piece)}", lambda: ours().encode_numpy(piece), others)
+def train_tokenizers(lines: list[str], size: int) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, show_progress=False, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(lines, trainer)
 
 
 @pytest.mark.parametrize("corpus", ["english", "code"])
@@ -195,22 +277,10 @@ def bench_one_long_piece(compare: Any, installed: dict[str, Any], piece: str) ->
 def bench_train(compare: Any, size: int, corpus: str) -> None:
     lines = text_of(corpus).splitlines(keepends=True)
     others = {}
-    try:
-        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    except ImportError:
-        pass
-    else:
+    with contextlib.suppress(ImportError):
+        import tokenizers  # noqa: F401
 
-        def theirs() -> None:
-            tokenizer = Tokenizer(models.BPE())
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            alphabet = pre_tokenizers.ByteLevel.alphabet()
-            trainer = trainers.BpeTrainer(
-                vocab_size=size, show_progress=False, initial_alphabet=alphabet
-            )
-            tokenizer.train_from_iterator(lines, trainer)
-
-        others["tokenizers"] = theirs
+        others["tokenizers"] = lambda: train_tokenizers(lines, size)
     compare(
         f"train V={size}, {corpus}",
         lambda: BPETokenizer.train(lines, size, tie_break="ids", threads=1),
@@ -235,27 +305,55 @@ def bench_train_characters(compare: Any) -> None:
 
 
 @pytest.mark.parametrize("what", ["encode", "train"])
-def bench_peak_memory(what: str, capsys: pytest.CaptureFixture[str], benchmark: Any) -> None:
-    """Megabytes that encoding or training adds to a process that has the text."""
+@pytest.mark.parametrize("who", ["lmfast", "gigatoken", "tiktoken", "tokenizers"])
+def bench_peak_memory(
+    what: str, who: str, folder: Path, installed: dict[str, Any], benchmark: Any, capsys: Any
+) -> None:
+    """Megabytes that making a tokenizer and encoding, or training, adds to a process that has the
+    text."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("only Linux tells the peak of a part of a process's life")
+    if who != "lmfast" and (who not in installed or (what == "train" and who != "tokenizers")):
+        pytest.skip(f"{who} is absent or does not train")
     code = (
         "import json, sys; sys.path[:0] = json.loads(sys.argv[1]);"
-        "import bench_bpe; print(bench_bpe.memory_of(sys.argv[2]))"
+        "import bench_bpe; print(bench_bpe.memory_of(*sys.argv[2:]))"
     )
     path = json.dumps([str(Path(__file__).parent), *sys.path])
     result = subprocess.run(
-        [sys.executable, "-c", code, path, what], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, path, what, who, str(folder)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
+    megabytes = float(result.stdout)
     with capsys.disabled():
-        print(f"\npeak memory, {what}: {float(result.stdout):.0f} MB")
+        print(f"\npeak memory, {what}, {who}: {megabytes:.0f} MB")
+    benchmark.extra_info["peak_MB"] = megabytes
     benchmark.pedantic(lambda: None)
 
 
-def memory_of(what: str) -> float:
+def memory_of(what: str, who: str, folder: str) -> float:
     """Megabytes added to this process by one encoding or one training."""
-    text, tokenizer = text_of("english"), ours()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if what == "encode":
-        tokenizer.encode_numpy(text)
-    else:
-        BPETokenizer.train([text], 32_000)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    text = text_of("english")
+    make: dict[tuple[str, str], Callable[[], Any]] = {
+        ("encode", "lmfast"): lambda: ours().encode_numpy(text),
+        ("encode", "gigatoken"): lambda: _gigatoken(folder).encode(text),
+        ("encode", "tiktoken"): lambda: _tiktoken().encode_ordinary(text),
+        ("encode", "tokenizers"): lambda: _tokenizers(folder).encode(text).ids,
+        ("train", "lmfast"): lambda: BPETokenizer.train([text], 32_000),
+        ("train", "tokenizers"): lambda: train_tokenizers([text], 32_000),
+    }
+    # The libraries themselves are loaded before.
+    if who != "lmfast":
+        __import__(who)
+    # Not ru_maxrss, which a process inherits from its parent.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_kilobytes("VmHWM")
+    make[what, who]()
+    return (_status_kilobytes("VmHWM") - before) / 1024
+
+
+def _status_kilobytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))

@@ -208,14 +208,6 @@ def test_saves_the_output_and_one_number_per_row() -> None:
     assert sorted(t.numel() for t in extra) == [2 * 64, out.numel()]
 
 
-def test_tri_mask_equals_causal(cpu_isa: str) -> None:
-    q, k, v = qkv(1, 2, 1, 100, 100, 16)
-    tri = torch.ones(100, 100, dtype=torch.bool).tril()
-    causal = ops.attention(q, k, v, backend="cpu")
-    masked = ops.attention(q, k, v, mask=tri, causal=False, backend="cpu")
-    torch.testing.assert_close(masked, causal, atol=1e-6, rtol=0)
-
-
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_all_options_crossed(data: st.DataObject) -> None:

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from lmfast import ops
+from lmfast import _extension, ops
 from lmfast.testing import relative_error
 
 
@@ -106,3 +108,110 @@ def test_errors_name_the_argument(
         arguments |= {n: torch.zeros(1, 2, 4, 8, dtype=torch.int8) for n in ("keys", "values")}
     with pytest.raises(error, match=message):
         ops.cached_attention(**arguments)
+
+
+@pytest.mark.usefixtures("needs_cpu_kernels")
+def test_nothing_behind_the_lengths_is_read(cpu_isa: str) -> None:
+    for t in (1, 20):
+        for stored in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
+            q = torch.randn(2, 4, t, 40)
+            keys, values = (torch.randn(3, 2, 200, 40) * 20 for _ in "kv")
+            keys, values = keys.to(stored), values.to(stored)
+            table = torch.tensor([[2, 0, 0, -1], [1, 7, 7, 7]], dtype=torch.int32)
+            lengths = torch.tensor([150, 60])
+            options: dict[str, Any] = {"table": table}
+            if stored == torch.int8:
+                options |= {n: torch.rand(3, 2, 200) / 50 for n in ("key_scales", "value_scales")}
+            expected = ops.cached_attention(q, keys, values, lengths, **options, backend="cpu")
+            unused = torch.ones(3, 200, dtype=torch.bool)
+            for b, n in enumerate(lengths.tolist()):
+                for j in range(n):
+                    unused[table[b, j // 64], j] = False
+            unused = unused[:, None].expand(3, 2, 200)
+            if stored == torch.int8:
+                options["key_scales"][unused] = math.nan
+                options["value_scales"][unused] = math.inf
+            else:
+                keys[unused], values[unused] = math.nan, math.inf
+            found = ops.cached_attention(q, keys, values, lengths, **options, backend="cpu")
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("needs_cpu_kernels")
+def test_threads_and_splits_change_nothing(cpu_isa: str) -> None:
+    threads = torch.get_num_threads()
+    keys, values = storage(2, 1, 2200, 32)
+    lengths = torch.tensor([2200, 1500])
+    try:
+        for heads, t in ((4, 1), (4, 16)):
+            q = torch.randn(2, heads, t, 32)
+            found = []
+            for n in (1, 2, 3):
+                torch.set_num_threads(n)
+                found.append(ops.cached_attention(q, keys, values, lengths, backend="cpu"))
+            assert torch.equal(found[0], found[1])
+            assert torch.equal(found[0], found[2])
+            assert relative_error(found[0], row_by_row(q, keys, values, lengths)) < 1e-6
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("needs_cpu_kernels")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lengths": torch.tensor([100])}, "lengths must lie between 0 and the 70"),
+        ({"lengths": torch.tensor([-1])}, "lengths must lie between 0 and the 70"),
+        ({"table": torch.tensor([[0, 3]], dtype=torch.int32)}, "one of the 1 rows of storage"),
+    ],
+)
+def test_contents_that_do_not_fit_are_named(change: dict[str, Any], message: str) -> None:
+    keys, values = storage(1, 1, 70, 8)
+    arguments: dict[str, Any] = {"lengths": torch.tensor([70])} | change
+    with pytest.raises(RuntimeError, match=message):
+        ops.cached_attention(torch.zeros(1, 1, 1, 8), keys, values, **arguments)
+
+
+@pytest.mark.usefixtures("needs_cpu_kernels")
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_all_options_crossed(data: st.DataObject) -> None:
+    draw = data.draw
+    kv_heads, group, b = (draw(st.integers(1, n)) for n in (2, 5, 3))
+    t, capacity, d = draw(st.integers(0, 20)), draw(st.integers(1, 300)), draw(st.integers(1, 70))
+    dtype = draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
+    stored = draw(st.sampled_from((dtype, torch.float32, torch.bfloat16, torch.int8)))
+    lengths = torch.tensor([draw(st.integers(0, capacity)) for _ in range(b)])
+    options: dict[str, Any] = {}
+    rows, h = b, kv_heads * group
+    if draw(st.booleans()):
+        rows = draw(st.integers(1, 4))
+        blocks = -(-capacity // 64)
+        options["table"] = torch.randint(rows, (b, blocks), dtype=torch.int32)
+    if stored == torch.int8:
+        options |= {
+            n: torch.rand(rows, kv_heads, capacity) / 60 for n in ("key_scales", "value_scales")
+        }
+    if draw(st.booleans()):
+        options["window"] = draw(st.integers(1, 100))
+    if draw(st.booleans()):
+        options["softcap"] = draw(st.floats(0.5, 20))
+    if draw(st.booleans()):
+        options["sinks"] = torch.randn(h)
+    if draw(st.booleans()):
+        options["alibi"] = torch.rand(h)
+    wide = 60 if stored == torch.int8 else 1
+    q = torch.randn(b, h, t, d).to(dtype)
+    keys, values = ((torch.randn(rows, kv_heads, capacity, d) * wide).to(stored) for _ in "kv")
+    _extension.set_cpu_isa(draw(st.sampled_from(_extension.available_cpu_isas())))
+    try:
+        found = ops.cached_attention(q, keys, values, lengths, **options, backend="cpu")
+    finally:
+        _extension.set_cpu_isa(_extension.available_cpu_isas()[-1])
+    plain = ops.cached_attention(q, keys, values, lengths, **options, backend="torch")
+    # As for attention: a few units of what is multiplied.
+    tolerance = {"atol": 4e-6, "rtol": 2e-5}
+    if dtype != torch.float32:
+        eps = torch.finfo(dtype).eps
+        tolerance = {"atol": 8 * eps, "rtol": 4 * eps}
+    torch.testing.assert_close(found, plain, **tolerance)

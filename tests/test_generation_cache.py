@@ -1,9 +1,13 @@
-"""Key/value cache: contents, growth, per-row lengths, row operations, errors."""
+"""Key/value cache: contents, growth, lengths, rows, sharing, windows, memory, errors."""
+
+import copy
 
 import pytest
 import torch
 
+from lmfast import ops
 from lmfast.generation import KVCache
+from lmfast.generation._window import ROLLBACK, columns_for
 
 
 def numbered(batch, heads, steps, dim, start=0):
@@ -90,6 +94,14 @@ def test_errors_name_what_is_wrong():
         cache.append(0, one, torch.zeros(1, 1, 2, 2))
     with pytest.raises(ValueError, match="the cache is full: 4 tokens, max_length is 3"):
         cache.append(0, torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2))
+    with pytest.raises(ValueError, match="rows must be at least the batch 2, got 1"):
+        KVCache(1, 2, 1, 2, rows=1)
+    with pytest.raises(TypeError, match=r"dtype must be one of .*, got torch\.int64"):
+        KVCache(1, 1, 1, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="window must be at least 1 or None, got 0"):
+        KVCache(1, 1, 1, 2, window=0)
+    with pytest.raises(ValueError, match="window must have 2 entries, got 1"):
+        KVCache(2, 1, 1, 2, window=[4])
     with pytest.raises(ValueError, match="keeps no gradients"):
         cache.append(0, one.clone().requires_grad_(), one)
     with pytest.raises(ValueError, match="row 0 has 0 tokens, not 2"):
@@ -102,3 +114,202 @@ def test_errors_name_what_is_wrong():
         cache.reorder([1])
     with pytest.raises(ValueError, match="copies must be at least 1"):
         cache.fork(0)
+    with pytest.raises(ValueError, match="length must be from 0 to the source's 0, got 1"):
+        KVCache(1, 2, 1, 2).share_prefix(0, [1], 1)
+    with pytest.raises(ValueError, match="row 0 cannot be source and target"):
+        KVCache(1, 2, 1, 2).share_prefix(0, [0, 1], 0)
+    with pytest.raises(ValueError, match=r"counts must be 1 numbers from 0 to T = 1, got \[2\]"):
+        cache.append(0, one, one, counts=[2])
+    with pytest.raises(ValueError, match='padding must be "right" or "left"'):
+        cache.append(0, one, one, counts=[1], padding="middle")
+
+
+def test_a_step_in_progress():
+    cache = KVCache(2, 1, 1, 2, window=[3, None])
+    one, two = torch.ones(1, 1, 1, 2), torch.ones(1, 1, 2, 2)
+    cache.append(0, one, one)
+    assert cache.lengths.tolist() == [0]
+    with pytest.raises(ValueError, match="k must have the 1 tokens of this step's first layer"):
+        cache.append(1, two, two)
+    with pytest.raises(ValueError, match="layer 1 is the next to append, got layer 0"):
+        cache.append(0, one, one)
+    with pytest.raises(ValueError, match="layer 1 has not appended the tokens of this step"):
+        cache.attend(1, one)
+    with pytest.raises(ValueError, match="layer 0 keeps the last 3 tokens, which is less than"):
+        cache.attend(0, one, window=4)
+    assert torch.equal(cache.attend(0, one), one)
+    cache.truncate(0)
+    for layer in range(2):
+        cache.append(layer, two, two)
+    assert cache.lengths.tolist() == [2]
+
+
+def test_reordering_copies_blocks_and_not_the_cache():
+    cache = KVCache(2, 4, 2, 8, max_length=1000)
+    k = torch.randn(4, 2, 901, 8)
+    for layer in range(2):
+        cache.append(layer, k, k)
+    before = cache.memory()
+    assert before.used == 2 * 2 * 4 * 2 * 901 * 8 * 4
+    assert before.allocated == 2 * 2 * 4 * 2 * 1000 * 8 * 4
+    places = [t.data_ptr() for s in cache._groups[0].pool.storage.values() for t in s.tensors()]
+    cache.reorder([2, 2, 2, 0])
+    # One row's 901 tokens are there three times, and counted once.
+    assert cache.memory() == (before.allocated, before.used // 2)
+    one = torch.zeros(4, 2, 1, 8)
+    for layer in range(2):
+        cache.append(layer, one, one)
+    # Two of the three took copies of the last block, 5 tokens, and all got one token more.
+    per_token = 2 * 2 * 2 * 8 * 4
+    assert cache.memory().used == before.used // 2 + (2 * 5 + 4) * per_token
+    assert cache.memory().allocated == before.allocated
+    for s in cache._groups[0].pool.storage.values():
+        for t in s.tensors():
+            assert t.data_ptr() == places.pop(0)
+
+
+def test_a_fork_takes_rows_only_when_it_goes_on():
+    one = torch.zeros(1, 1, 1, 2)
+    cache = KVCache(1, 1, 1, 2, max_length=256)
+    cache.append(0, one.expand(1, 1, 100, 2), one.expand(1, 1, 100, 2))
+    allocated = cache.memory().allocated
+    beams = cache.fork(3)
+    assert beams.memory().allocated == allocated
+    beams.append(0, one.expand(3, 1, 1, 2), one.expand(3, 1, 1, 2))
+    assert beams.memory().allocated == 4 * allocated
+    # The block of the first 64 tokens is shared, the second exists three times.
+    assert beams.memory().used == (64 + 3 * 37) * 2 * 2 * 4
+    reserved = KVCache(1, 1, 1, 2, max_length=256, rows=4)
+    reserved.append(0, one, one)
+    beams = reserved.fork(3)
+    beams.append(0, one.expand(3, 1, 1, 2), one.expand(3, 1, 1, 2))
+    assert beams.memory().allocated == reserved.memory().allocated == 4 * allocated
+
+
+def test_rows_that_stopped_sharing_lie_in_their_places_again():
+    cache = KVCache(1, 2, 1, 2)
+    k = numbered(2, 1, 70, 2)
+    cache.append(0, k, k)
+    beams = cache.fork()
+    keys, _ = cache.append(0, k[:, :, :1], k[:, :, :1])
+    assert keys.data_ptr() != cache._groups[0].pool.storage[0].keys.data_ptr()
+    del beams
+    cache.truncate(70)
+    keys, _ = cache.append(0, k[:, :, :1], k[:, :, :1])
+    assert keys.data_ptr() == cache._groups[0].pool.storage[0].keys.data_ptr()
+    assert torch.equal(keys[:, :, :70], k)
+
+
+def test_copies_share_nothing():
+    cache = KVCache(1, 1, 1, 2)
+    k = numbered(1, 1, 3, 2)
+    cache.append(0, k, k)
+    twin = cache.fork()
+    alone = copy.deepcopy(twin)
+    assert len(alone._groups[0].pool.users) == 1
+    alone.append(0, k, k)
+    twin.append(0, -k, -k)
+    assert torch.equal(alone.contents(0)[0], torch.cat((k, k), 2))
+    assert torch.equal(twin.contents(0)[0], torch.cat((k, -k), 2))
+
+
+def test_int8_takes_a_quarter_and_a_scale():
+    cache = KVCache(1, 2, 3, 16, dtype=torch.int8, max_length=10)
+    k = torch.randn(2, 3, 4, 16)
+    keys, values = cache.append(0, k, 2 * k)
+    assert keys.dtype == torch.float32
+    step = k.abs().amax(-1, keepdim=True) / 127
+    assert ((keys - k).abs() <= step * 0.501).all()
+    assert ((values - 2 * k).abs() <= 2 * step * 0.501).all()
+    assert cache.memory() == (2 * 2 * 3 * 10 * (16 + 4), 2 * 2 * 3 * 4 * (16 + 4))
+    assert cache.contents(0, torch.float16)[0].dtype == torch.float16
+
+
+def test_a_window_bounds_the_memory():
+    window = 20
+    cache = KVCache(1, 2, 1, 4, window=window)
+    allocated = cache.memory().allocated
+    assert allocated == 2 * 2 * columns_for(window) * 4 * 4
+    k = numbered(2, 1, 1000, 4)
+    for step in range(400):
+        keys, _ = cache.append(0, k[:, :, step : step + 1], k[:, :, step : step + 1])
+        first = cache.first(0).tolist()
+        assert first[0] == first[1] <= max(0, step + 1 - window)
+        assert torch.equal(keys, k[:, :, first[0] : step + 1])
+    assert cache.memory().allocated == allocated
+    cache.truncate(400 - ROLLBACK)
+    with pytest.raises(ValueError, match="row 0 cannot go back to 3 tokens: with a window of 20"):
+        cache.truncate([3, 384])
+    # A chunk longer than the storage is kept as long as its layer needs it.
+    keys, _ = cache.append(0, k[:, :, 384:], k[:, :, 384:])
+    assert torch.equal(keys[:, :, -616 - window :], k[:, :, 384 - window :])
+    cache.append(0, k[:, :, :1], k[:, :, :1])
+    assert cache.memory().allocated == allocated
+    keys, _ = cache.contents(0)
+    assert torch.equal(keys[:, :, -window:-1], k[:, :, 1 - window :])
+    cache.reset()
+    assert cache.append(0, k[:, :, :2], k[:, :, :2])[0].shape[2] == 2
+
+
+def test_an_interrupted_long_step_of_a_window_must_be_reset():
+    cache = KVCache(2, 1, 1, 2, window=4)
+    k = numbered(1, 1, 300, 2)
+    for layer in range(2):
+        cache.append(layer, k[:, :, :5], k[:, :, :5])
+    cache.append(0, k, k)
+    with pytest.raises(ValueError, match="only a reset brings the cache back"):
+        cache.truncate(5)
+    cache.reset()
+    for layer in range(2):
+        keys, _ = cache.append(layer, k[:, :, :5], k[:, :, :5])
+        assert torch.equal(keys, k[:, :, :5])
+
+
+def test_a_window_that_always_fits_is_kept_whole_and_shared():
+    cache = KVCache(1, 2, 1, 4, window=20, max_length=100)
+    k = torch.randn(2, 1, 50, 4)
+    cache.append(0, k, k)
+    q = torch.randn(2, 1, 1, 4)
+    seen = torch.softmax(q @ k[:, :, 30:].mT / 2, -1) @ k[:, :, 30:]
+    torch.testing.assert_close(cache.attend(0, q), seen)
+    cache.reorder([0, 0])
+    assert cache.memory().used == 2 * 50 * 4 * 4
+
+
+def test_an_empty_batch():
+    cache = KVCache(1, 0, 1, 4)
+    none = torch.zeros(0, 1, 3, 4)
+    keys, _ = cache.append(0, none, none)
+    assert keys.shape[0] == 0
+    assert cache.attend(0, none).shape == none.shape
+    cache.reorder([])
+    assert list(cache.add_rows(2)) == [0, 1]
+    keys, _ = cache.append(0, torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 4))
+    assert keys.sum() == 24
+
+
+@pytest.mark.gpu
+def test_the_same_on_a_gpu_and_no_step_waits_for_it():
+    cos, sin = ops.rope_tables(300, 8)
+    caches = [KVCache(2, 3, 2, 8, window=[None, 20], device=d) for d in ("cpu", "cuda")]
+    results = []
+    for cache in caches:
+        device = cache.device
+        tables, found = (cos.to(device), sin.to(device)), []
+        generator = torch.Generator().manual_seed(0)
+        for step, (steps, counts) in enumerate([(9, [9, 1, 4]), (1, None), (1, None), (200, None)]):
+            new = torch.randn(2, 3, 8, steps, 8, generator=generator).to(device)
+            for layer in range(2):
+                q, k, v = new[layer].split([4, 2, 2], dim=1)
+                if step > 0:
+                    torch.cuda.set_sync_debug_mode("error")
+                try:
+                    q = cache.rope_append(layer, q, k, v, *tables, counts=counts)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+                out = cache.attend(layer, q).cpu()
+                found += [out[b, :, : None if counts is None else counts[b]] for b in range(3)]
+            cache.reorder([1, 1, 0])
+        results.append(found)
+    for on_cpu, on_gpu in zip(*results, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-4, atol=1e-5)

@@ -21,7 +21,7 @@ from lmfast.generation import KVCache
 from lmfast.ops.rope_append import quantised
 
 HEADS, KV_HEADS, DIM = 2, 1, 4
-STEPS = st.sampled_from([1, 1, 2, 5, 63, 64, 65, 130])
+STEPS = st.sampled_from([1, 2, 3, 5, 63, 64, 65, 130])
 Row = Tensor  # (layers, 2, Hkv, n, D): what a row holds, as it is stored
 
 
@@ -49,14 +49,28 @@ class Machine(RuleBasedStateMachine):
         self.caches: list[tuple[KVCache, list[Row]]] = []
         self.generator = torch.Generator().manual_seed(0)
 
-    @initialize(rows=st.integers(1, 3), reserve=st.booleans(), bounded=st.booleans())
-    def make(self, rows: int, reserve: bool, bounded: bool) -> None:
+    @initialize(
+        rows=st.integers(1, 3),
+        prompt=st.sampled_from([0, 60, 63, 64, 126]),
+        beams=st.integers(1, 3),
+        reserve=st.booleans(),
+        bounded=st.booleans(),
+    )
+    def make(self, rows: int, prompt: int, beams: int, reserve: bool, bounded: bool) -> None:
         cache = KVCache(
-            len(self.windows), rows, KV_HEADS, DIM,
-            dtype=self.dtype, window=list(self.windows),
-            rows=2 * rows if reserve else None, max_length=2000 if bounded else None,
-        )  # fmt: skip
-        self.caches.append((cache, [self.empty()] * rows))
+            len(self.windows),
+            rows,
+            KV_HEADS,
+            DIM,
+            dtype=self.dtype,
+            window=list(self.windows),
+            rows=2 * rows if reserve else None,
+            max_length=4000 if bounded else None,
+        )
+        twin = [self.empty()] * rows
+        self.add(cache, twin, prompt, None, None)
+        cache.reorder([b for b in range(rows) for _ in range(beams)])
+        self.caches.append((cache, [row for row in twin for _ in range(beams)]))
 
     def empty(self) -> Row:
         return torch.zeros(len(self.windows), 2, KV_HEADS, 0, DIM)
@@ -134,6 +148,23 @@ class Machine(RuleBasedStateMachine):
         chosen = data.draw(st.lists(index, min_size=1, max_size=5), label="rows")
         cache.reorder(chosen)
         rows[:] = [rows[i] for i in chosen]
+
+    @rule(data=st.data())
+    def search_with_beams(self, data: st.DataObject) -> None:
+        cache, rows = self.caches[self.pick(data)]
+        for _ in range(3):
+            chosen = [data.draw(st.integers(0, len(rows) - 1)) for _ in rows]
+            cache.reorder(chosen)
+            rows[:] = [rows[i] for i in chosen]
+            self.add(cache, rows, 1, None, None)
+
+    @rule(data=st.data())
+    def try_two_ways(self, data: st.DataObject) -> None:
+        cache, rows = self.caches[self.pick(data)]
+        for steps in (1, 2):
+            other, twin = cache.fork(), list(rows)
+            self.add(other, twin, steps, None, None)
+            self.add(cache, rows, steps, None, None)
 
     @precondition(lambda self: len(self.caches) < 4)
     @rule(data=st.data(), copies=st.integers(1, 3))

@@ -262,7 +262,8 @@ def test_autocast_trains_and_generates_close_to_fp32():
             logits, _ = model.step(ids, model.new_state(3))
     # bf16 has 8 bits: 4e-3 per product, on values of order 1.
     torch.testing.assert_close(loss.float(), expected, atol=2e-2, rtol=0)
-    torch.testing.assert_close(logits.float(), model(ids)[:, -1], atol=2e-2, rtol=0)
+    # Cached attention is computed in bf16 as well, from keys and values in the cache's fp32.
+    torch.testing.assert_close(logits.float(), model(ids)[:, -1], atol=3e-2, rtol=0)
     gradient = torch.autograd.grad(loss, model.output)[0]
     assert gradient.dtype == torch.float32
     assert (gradient - expected_gradient).norm() < 2e-2 * expected_gradient.norm()

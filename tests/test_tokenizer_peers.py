@@ -7,11 +7,12 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_support import ENGINES, ODD_TEXTS, corpus, gpt2, needs_engine
+from tokenizer_support import ENGINES, ODD_TEXTS, corpus, every_category, gpt2, needs_engine
 
 from lmfast.tokenizer import BPETokenizer
 from lmfast.tokenizer.backend import engine
 from lmfast.tokenizer.patterns import PUBLISHED, SCANNERS, splitter
+from lmfast.tokenizer.unicode_classes import class_table
 
 # All planes, with what the patterns treat specially drawn more often.
 ANY_TEXT = st.text(
@@ -43,7 +44,9 @@ def all_planes(count: int, seed: int = 0) -> str:
 @pytest.mark.parametrize("pattern", SCANNERS[1:])
 def test_scanners_equal_the_expressions(pattern):
     module = engine("cpu")
-    texts = [*ODD_TEXTS, all_planes(3000), "".join(ODD_TEXTS) * 3]
+    texts = [*ODD_TEXTS, all_planes(3000), every_category(), "".join(ODD_TEXTS) * 3]
+    # As a str of one, two and four bytes a character: long runs of ASCII and none.
+    texts += ["x y " * 90 + odd + "z " * 200 + odd * 3 for odd in "é漢😀"]
     for text in texts:
         expected = [piece.encode() for piece in splitter(pattern)(text)]
         for level in ("scalar", *module.levels()):
@@ -67,9 +70,46 @@ def test_levels_agree_on_any_bytes(pattern):
 def test_expressions_equal_onig(pattern):
     tokenizers = pytest.importorskip("tokenizers")
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(PUBLISHED[pattern]), "isolated")
-    for text in [*ODD_TEXTS, all_planes(3000, seed=2)]:
+    for text in [*ODD_TEXTS, all_planes(3000, seed=2), every_category()]:
         expected = [piece for piece, _ in split.pre_tokenize_str(text)]
         assert list(splitter(pattern)(text)) == expected
+
+
+def _as_regex_has_it(text: str) -> str:
+    """Without the characters whose class another version of Unicode changed."""
+    regex = pytest.importorskip("regex")
+    names = (r"\p{L}", r"\p{N}", r"\s", r"[\p{Lu}\p{Lt}]", r"\p{Ll}", r"\p{M}")
+    classes = ((1, 2, 3), (5,), (6, 7), (1,), (2,), (4,))  # the same in unicode_classes
+    same = [
+        c
+        for c in text
+        if all(
+            bool(regex.match(name, c)) == (class_table()[ord(c)] in numbers)
+            for name, numbers in zip(names, classes)
+        )
+    ]
+    return "".join(same)
+
+
+@pytest.mark.parametrize("pattern", PUBLISHED)
+def test_expressions_equal_regex(pattern):
+    regex = pytest.importorskip("regex")
+    for text in [*ODD_TEXTS, all_planes(3000, seed=5), every_category(60)]:
+        text = _as_regex_has_it(text)
+        assert list(splitter(pattern)(text)) == regex.findall(PUBLISHED[pattern], text)
+
+
+@needs_engine
+@pytest.mark.parametrize("pattern", PUBLISHED)
+@EXAMPLES
+@given(text=ANY_TEXT)
+def test_scanners_equal_regex_on_any_text(pattern, text):
+    regex = pytest.importorskip("regex")
+    text = _as_regex_has_it(text)
+    expected = [piece.encode() for piece in regex.findall(PUBLISHED[pattern], text)]
+    module = engine("cpu")
+    for level in module.levels():
+        assert module.pieces(text, SCANNERS.index(pattern), level) == expected
 
 
 # tiktoken ------------------------------------------------------------------------------------
@@ -123,7 +163,7 @@ def test_trained_vocabularies_equal_tiktoken(pattern):
     text = corpus()[:300_000] + "".join(ODD_TEXTS) * 3
     ours = BPETokenizer.train([text], 3000, pattern=pattern)
     theirs = to_tiktoken(ours, pattern)
-    for sample in [*ODD_TEXTS, all_planes(2000, seed=4), text]:
+    for sample in [*ODD_TEXTS, all_planes(2000, seed=4), every_category(), text]:
         assert ours.encode(sample) == theirs.encode(sample)
 
 
@@ -207,7 +247,7 @@ def hf_gpt2():
 def test_to_huggingface_encodes_the_same():
     pytest.importorskip("tokenizers")
     theirs = hf_gpt2()
-    for text in [*ODD_TEXTS, all_planes(2000, seed=6), corpus()[:50_000]]:
+    for text in [*ODD_TEXTS, all_planes(2000, seed=6), every_category(), corpus()[:50_000]]:
         assert theirs.encode(text, add_special_tokens=False).ids == gpt2().encode(text)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 from tokenizer_support import ODD_TEXTS, gpt2
 
 from lmfast.tokenizer import BPETokenizer
 
 pytest.importorskip("transformers")
+from transformers import AddedToken
+
 from lmfast.integrations.transformers_tokenizer import LMFastTokenizer
 
 TEXTS = ["Hello there, world!", "a", "It isn't 漢字"]
@@ -39,6 +43,31 @@ def test_padding_and_truncation():
     assert cut == [gpt2().encode(text)[:2] for text in TEXTS]
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_offsets(side):
+    tokenizer = make(pad_token="<|endoftext|>", padding_side=side)
+    tokenizer.add_tokens(["<new>"])
+    texts = [*TEXTS, "a<new>b<|endoftext|> 漢", ""]
+    batch = tokenizer(texts, padding=True, return_tensors="pt", return_offsets_mapping=True)
+    plain = tokenizer(texts, padding=True, return_tensors="pt")
+    assert batch["input_ids"].tolist() == plain["input_ids"].tolist()
+    assert batch["attention_mask"].tolist() == plain["attention_mask"].tolist()
+    assert batch["offset_mapping"].shape == (*batch["input_ids"].shape, 2)
+    for text, spans, mask in zip(texts, batch["offset_mapping"], batch["attention_mask"]):
+        at = 0
+        for (start, end), real in zip(spans.tolist(), mask.tolist()):
+            assert (start <= at <= end) if real else (start, end) == (0, 0)
+            at = end if real else at
+        assert at == len(text)
+    cut = tokenizer("one two three", max_length=2, truncation=True, return_offsets_mapping=True)
+    assert cut["offset_mapping"] == [(0, 3), (3, 7)]
+    pair = tokenizer("one", " two", return_offsets_mapping=True)
+    assert pair["offset_mapping"] == [(0, 3), (0, 4)]
+    tokenizer.add_tokens([AddedToken("<s>", lstrip=True)])
+    with pytest.raises(ValueError, match="strip"):
+        tokenizer("a <s>", return_offsets_mapping=True)
+
+
 def test_chat_template():
     template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
@@ -56,6 +85,11 @@ def test_chat_template():
     )
     assert ids == bpe.encode(text)
     assert ids.count(0) == 2
+    batch = [messages, [{"role": "user", "content": "hello hello"}]]
+    tokenizer.pad_token = "<|im_end|>"
+    out = tokenizer.apply_chat_template(batch, padding=True, return_tensors="pt", return_dict=True)
+    lengths = [len(bpe.encode(tokenizer.apply_chat_template(m, tokenize=False))) for m in batch]
+    assert out["attention_mask"].sum(1).tolist() == lengths
 
 
 @pytest.mark.parametrize("mode", ["byte", "char"])
@@ -67,6 +101,7 @@ def test_files(tmp_path, mode):
     tokenizer.save_pretrained(tmp_path)
     loaded = LMFastTokenizer.from_pretrained(tmp_path)
     assert loaded.bpe == bpe
+    assert pickle.loads(pickle.dumps(loaded)).bpe == bpe
     for text in ("lower low", "lowest <extra> low<eos>"):
         assert loaded(text)["input_ids"] == bpe.encode(text)
         assert loaded.decode(loaded(text)["input_ids"]) == bpe.decode(bpe.encode(text))

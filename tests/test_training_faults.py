@@ -97,18 +97,20 @@ def test_runs_killed_at_random_moments_end_as_one_that_was_not(tmp_path):
     assert main(["train", *options, "--out", str(whole)]) == 0
     command = [sys.executable, "-m", "lmfast", "train", "--out", str(killed)]
     started, kills = options, 0
-    for wait in (9, 23):  # until so many steps are saved, then as soon as that is seen
+    for wait in (0, 9, 23):  # until so many steps are saved, then as soon as that is seen
         process = subprocess.Popen([*command, *started], stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
             names = [p.name for p in (killed / "checkpoints").glob("step-*")]
-            if any(int(name[5:]) >= wait for name in names):
+            if (killed / "run.json").exists() and (
+                not wait or any(int(name[5:]) >= wait for name in names)
+            ):
                 break
             time.sleep(0.001)
         process.kill()
         kills += process.wait() == -signal.SIGKILL
         started = ["--resume", "--quiet"]
-    assert kills == 2
+    assert kills == 3
     assert main(["train", "--out", str(killed), "--resume", "--quiet"]) == 0
     a, b = load_model(whole).state_dict(), load_model(killed).state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)

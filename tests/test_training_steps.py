@@ -1,9 +1,7 @@
-"""What a step is made of: schedules, accumulation, clipping, precision, carried states, memory;
-early stopping and logs."""
+"""What a step is made of: schedules, accumulation, clipping, precision, carried states, memory."""
 
 import csv
 import itertools
-import math
 
 import pytest
 import torch
@@ -16,7 +14,6 @@ from lmfast.training import (
     CsvLog,
     PaddedBatches,
     Schedule,
-    TensorBoardLog,
     Trainer,
     TrainingDiverged,
 )
@@ -255,96 +252,9 @@ def test_recomputed_blocks_give_the_same_gradients_in_less_memory():
     assert all("forward" not in vars(layer) for layer in recomputed.layers)  # as it was before
 
 
-def evaluations(trainer, losses):
-    """Let evaluations find these losses, one after the other."""
-    values = iter(losses)
-    original = trainer.report.add_evaluation
-
-    def add(loss, perplexity):
-        value = next(values)
-        original(value, math.exp(value))
-
-    trainer.report.add_evaluation = add
-
-
-def test_early_stopping_keeps_the_best_checkpoint(tmp_path):
-    trainer = Trainer(
-        decoder(),
-        ragged(),
-        max_steps=99,
-        evaluation=ragged(),
-        eval_every=2,
-        patience=3,
-        save_every=1,
-        output_dir=tmp_path,
-        progress=False,
-    )
-    evaluations(trainer, [2.0, 1.5, 1.7, 1.5, 1.6])
-    snapshots = {}
-    step = trainer.optimizer.step
-
-    def remember(*args):
-        step(*args)
-        snapshots[trainer.report.step + 1] = [p.clone() for p in trainer.model.parameters()]
-
-    trainer.optimizer.step = remember
-    report = trainer.fit()
-    assert (report.step, report.stopped_early, report.best) == (10, True, (4, 1.5))
-    names = [p.name for p in sorted((tmp_path / "checkpoints").iterdir())]
-    assert names == ["step-00000004", "step-00000009", "step-00000010"]
-    assert trainer.load_best() == 4
-    assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), snapshots[4]))
-    again = Trainer(
-        decoder(),
-        ragged(),
-        max_steps=99,
-        evaluation=ragged(),
-        eval_every=2,
-        patience=3,
-        output_dir=tmp_path,
-        progress=False,
-    )
-    again.resume()
-    assert again.fit().step == 10  # it has had its patience
-
-
-def test_csv_log_of_a_resumed_run_is_that_of_one_run(tmp_path):
-    def rows(path):
-        return [
-            {k: v for k, v in row.items() if k != "tokens_per_second"}
-            for row in csv.DictReader(path.open())
-        ]
-
-    options = {"evaluation": ragged(), "eval_every": 3, "clip_norm": 1.0}
-    _, report = train(decoder(), ragged(), 9, logs=[CsvLog(tmp_path / "whole.csv")], **options)
-    log = CsvLog(tmp_path / "log.csv")
-    run = {"output_dir": tmp_path, "save_every": 4, **options}
-    train(decoder(), ragged(), 6, logs=[log], **run)
-    with (tmp_path / "log.csv").open("a") as file:
-        file.write("7,1")  # cut short
-    trainer = Trainer(
-        decoder(), ragged(), max_steps=9, logs=[log], progress=False, learning_rate=1e-2, **run
-    )
-    trainer.resume()
-    trainer.fit()
-    assert rows(tmp_path / "log.csv") == rows(tmp_path / "whole.csv")
-    written = rows(tmp_path / "log.csv")
-    assert [float(row["loss"]) for row in written] == pytest.approx(report.losses, rel=1e-7)
-    assert [row["step"] for row in written if row["held_out_loss"]] == ["3", "6", "9"]
-    assert float(written[0]["learning_rate"]) == 1e-2
-
-
-def test_tensorboard_log(tmp_path):
-    pytest.importorskip("tensorboard", reason="needs the tensorboard package")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    _, report = train(decoder(), ragged(), 4, logs=[TensorBoardLog(tmp_path)])
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4]
-    assert [e.value for e in events.Scalars("loss")] == pytest.approx(report.losses, rel=1e-6)
-
-
-def test_divergence_names_the_step_and_the_batch():
+@pytest.mark.parametrize("every", [1, 10])
+def test_divergence_names_the_step_and_the_batch(every):
+    """every = 10: losses are read late, as on a GPU."""
     model, batches = decoder(), ragged()
     calls = []
 
@@ -353,9 +263,12 @@ def test_divergence_names_the_step_and_the_batch():
         value = model.loss(x, y, ignore_index=ignore_index)
         return value * float("inf") if len(calls) == 4 else value
 
+    run = Trainer(model, batches, max_steps=25, loss=loss, progress=False)
+    run._stepper.settles_at_once = every == 1
     with pytest.raises(TrainingDiverged, match="the loss at step 4 is inf, for batch 4 of epoch 1"):
-        train(model, batches, 9, loss=loss)
+        run.fit()
     assert calls[3].startswith("batch 4 of epoch 1, examples ")
+    assert len(calls) == (4 if every == 1 else 10)
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ BAD = [
     [
         (1, "the line is not JSON: Expecting value"),
         (2, "there is no field 'body'"),
-        (3, "field 'body' holds a int, not text"),
+        (3, "field 'body' holds a value of type int, not text"),
         (4, "there is no field 'body'"),
         (5, "the line is not UTF-8 text: byte 0xff"),
     ],

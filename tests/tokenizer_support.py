@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+import random
+import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -71,3 +74,15 @@ ODD_TEXTS = [
     " " * 100 + "x" + "\n" * 70 + " " * 65 + "y" + "\t" * 64,
     "a" * 4090 + " bcd " + "'re" * 5 + "e" * 5000 + "\n\n  end",
 ]
+
+
+def every_category(each: int = 12) -> str:
+    """Characters of every general category but surrogates, each between characters of other
+    kinds."""
+    draw = random.Random(8)
+    points: dict[str, list[int]] = {}
+    for code in range(sys.maxunicode + 1):
+        points.setdefault(unicodedata.category(chr(code)), []).append(code)
+    del points["Cs"]
+    codes = [c for some in points.values() for c in draw.sample(some, min(each, len(some)))]
+    return "".join(draw.choice(" a1\n!'A") + chr(c) * draw.randint(1, 2) for c in codes)

@@ -28,17 +28,18 @@ const Kernels& named_kernels(const std::string& level) {
   return *found;
 }
 
-// The pieces of a text, by the scanner of a level or, for the level
-// "scalar", by next_piece alone.
+// The pieces of a text, by the kernels of a level or, for the level "scalar", by next_piece alone.
 py::list pieces(const py::object& text, int pattern, const std::string& level) {
-  PythonText view(text.ptr(), "text");
+  const bool scalar = level == "scalar";
+  const Kernels& own = named_kernels(scalar ? "default" : level);
+  PythonText view(text.ptr(), "text", own);
   view.prepare();
   const Pattern by = static_cast<Pattern>(pattern);
   py::list found;
   const auto append = [&](const uint8_t* piece, size_t size) {
     found.append(py::bytes(reinterpret_cast<const char*>(piece), size));
   };
-  if (level == "scalar") {
+  if (scalar) {
     for (size_t pos = 0; pos < view.size();) {
       const Piece piece = next_piece(by, view.data(), pos, view.size());
       if (piece.end > piece.start) append(view.data() + piece.start, piece.end - piece.start);
@@ -47,7 +48,7 @@ py::list pieces(const py::object& text, int pattern, const std::string& level) {
     return found;
   }
   split_text(
-      named_kernels(level), by, view.data(), view.size(),
+      own, by, view.data(), view.size(),
       [&](const uint8_t* chunk, const PieceSpans& s) {
         for (size_t i = 0; i < s.count; ++i) {
           append(chunk + s.start[i], static_cast<size_t>(s.end[i] - s.start[i]));

@@ -48,9 +48,16 @@ class DecoderBinding {
       const size_t n = static_cast<size_t>(PyList_GET_SIZE(ids.ptr()));
       own->resize(n);
       for (size_t i = 0; i < n; ++i) {
-        const long value = PyLong_AsLong(PyList_GET_ITEM(ids.ptr(), static_cast<Py_ssize_t>(i)));
-        if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-        (*own)[i] = value < 0 || value > 0x7FFFFFFF ? 0xFFFFFFFFu : static_cast<uint32_t>(value);
+        PyObject* const item = PyList_GET_ITEM(ids.ptr(), static_cast<Py_ssize_t>(i));
+        int overflow = 0;
+        const long value = PyLong_AsLongAndOverflow(item, &overflow);
+        if (value == -1 && PyErr_Occurred()) {
+          PyErr_Clear();
+          throw py::type_error("ids[" + std::to_string(i) + "] must be an int, got " +
+                               Py_TYPE(item)->tp_name);
+        }
+        const bool outside = overflow != 0 || value < 0 || value > 0x7FFFFFFF;
+        (*own)[i] = outside ? 0xFFFFFFFFu : static_cast<uint32_t>(value);
       }
       return {own->data(), n};
     }
@@ -66,8 +73,11 @@ class DecoderBinding {
     const View view = read(ids, &own);
     const size_t at = decoder_.first_unknown(view.ids, view.size);
     if (at != view.size) {
-      throw py::value_error("ids[" + std::to_string(at) + "] is " +
-                            std::to_string(static_cast<int32_t>(view.ids[at])) +
+      const std::string value =
+          PyList_Check(ids.ptr())
+              ? std::string(py::str(PyList_GET_ITEM(ids.ptr(), static_cast<Py_ssize_t>(at))))
+              : std::to_string(static_cast<int32_t>(view.ids[at]));
+      throw py::value_error("ids[" + std::to_string(at) + "] is " + value +
                             ", which is not in the vocabulary");
     }
     Bytes out;

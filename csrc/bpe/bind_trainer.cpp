@@ -1,5 +1,11 @@
+#include <algorithm>
+#include <chrono>
+#include <cstring>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "bind.h"
@@ -12,80 +18,209 @@ namespace py = pybind11;
 namespace lmfast::bpe {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
+// Lets Ctrl-C through while the GIL is released. Only the thread that made it may call check().
+class Interrupts {
+ public:
+  void check() {
+    const Clock::time_point now = Clock::now();
+    if (now < next_) return;
+    next_ = now + kPause;
+    const py::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  }
+
+ private:
+  static constexpr Clock::duration kPause = std::chrono::milliseconds(20);
+  Clock::time_point next_ = Clock::now() + kPause;
+};
+
+// Where a piece ends whatever follows, at `from` or later: in every named pattern a letter or digit
+// ends one when a space or a line feed follows. n where there is no such place.
+size_t next_cut(Pattern pattern, const uint8_t* text, size_t from, size_t n) {
+  if (pattern == Pattern::kNone) return n;
+  for (size_t at = from; at + 1 < n; ++at) {
+    const uint8_t c = text[at], next = text[at + 1];
+    if (pattern == Pattern::kLines) {
+      if (c == '\n') return at + 1;
+      continue;
+    }
+    const uint8_t lower = c | 0x20;
+    const bool solid = (lower >= 'a' && lower <= 'z') || (c >= '0' && c <= '9');
+    if (solid && (next == ' ' || next == '\n')) return at + 1;
+  }
+  return n;
+}
+
 class Counter {
  public:
   explicit Counter(int pattern)
       : pattern_(static_cast<Pattern>(pattern)), counter_(pattern_, kernels()) {}
 
-  // Splits and counts the texts of a list. The result does not depend on the number of threads:
-  // each counts a contiguous share, and the shares are added up in order.
+  // Splits and counts the texts of a list. Each thread has a counter of its own for as long as this
+  // object lives; words know where they were first seen, so that the sum of the counters does not
+  // depend on who counted what.
   void add_texts(const py::list& texts, int threads) {
-    std::vector<PythonText> views;
+    std::vector<Text> views;
+    std::vector<PythonText> converted;
     views.reserve(texts.size());
-    size_t total = 0;
     for (const py::handle text : texts) {
-      views.emplace_back(text.ptr(), "corpus");
-      total += views.back().size();
+      PythonText view(text.ptr(), "corpus");
+      views.push_back({view.data(), view.size()});
+      if (view.data() == nullptr) converted.push_back(std::move(view));
     }
-    py::gil_scoped_release release;
-    if (threads <= 1 || total < kLeastShared) {
-      for (PythonText& view : views) count(&view, &counter_);
-      counter_.flush();
-      return;
+    const py::gil_scoped_release release;
+    size_t next = 0, total = 0;
+    for (Text& view : views) {
+      if (view.data == nullptr) {
+        converted[next].prepare();
+        view = {converted[next].data(), converted[next].size()};
+        ++next;
+      }
+      total += view.size;
     }
-    const size_t shares = static_cast<size_t>(threads);
-    std::vector<WordCounter> parts(shares, WordCounter(pattern_, kernels()));
-    std::vector<size_t> bounds(1, 0);
-    size_t seen = 0;
-    for (size_t i = 0; i < views.size(); ++i) {
-      seen += views[i].size();
-      if (bounds.size() < shares && seen * shares >= total * bounds.size()) bounds.push_back(i + 1);
+    if (total < kLeastShared) threads = 1;
+    const std::vector<Share> shares = share_out(views, total, threads);
+    while (parts_.size() + 1 < static_cast<size_t>(threads)) {
+      parts_.push_back(std::make_unique<WordCounter>(pattern_, kernels()));
     }
-    bounds.resize(shares + 1, views.size());
-    bounds.back() = views.size();
-    parallel_for(shares, threads, [&](size_t share) {
-      for (size_t i = bounds[share]; i < bounds[share + 1]; ++i) count(&views[i], &parts[share]);
-      parts[share].flush();
+    std::vector<WordCounter*> idle;
+    for (const auto& part : parts_) idle.push_back(part.get());
+    idle.push_back(&counter_);  // the first share: what the others add comes later, as a rule
+    std::mutex guard;
+    Interrupts interrupts;
+    const auto caller = std::this_thread::get_id();
+    parallel_for(shares.size(), threads, [&](size_t i) {
+      WordCounter* counter = nullptr;
+      {
+        const std::lock_guard<std::mutex> lock(guard);
+        counter = idle.back();
+        idle.pop_back();
+      }
+      count(shares[i], views, counter);
+      {
+        const std::lock_guard<std::mutex> lock(guard);
+        idle.push_back(counter);
+      }
+      if (std::this_thread::get_id() == caller) interrupts.check();
     });
-    for (const WordCounter& part : parts) counter_.add(part);
+    place_ += total;
   }
 
   void add_words(const std::vector<std::string>& words, const std::vector<uint64_t>& counts) {
     if (words.size() != counts.size()) throw py::value_error("words and counts differ in number");
     for (size_t i = 0; i < words.size(); ++i) {
       counter_.add_word(reinterpret_cast<const uint8_t*>(words[i].data()), words[i].size(),
-                        counts[i]);
+                        counts[i], place_++);
     }
   }
 
   // [(word, count)] by first appearance.
-  py::list items() const {
+  py::list items() {
     py::list list;
-    for (const WordCounter::Word& word : counter_.words()) {
+    for (const WordCounter::Word& word : counter().words()) {
       list.append(py::make_tuple(py::bytes(word.bytes.data(), word.bytes.size()), word.count));
     }
     return list;
   }
 
-  size_t size() const { return counter_.size(); }
-  const WordCounter& counter() const { return counter_; }
+  size_t size() { return counter().size(); }
+
+  const WordCounter& counter() {
+    for (const auto& part : parts_) counter_.add(*part);
+    parts_.clear();
+    return counter_;
+  }
 
  private:
-  static constexpr size_t kLeastShared = 2u << 20;
+  // Below kLeastShared, threads take longer to start than to count. Up to kMostWhole each thread
+  // takes one share, so that the sum of two counters is in order at once.
+  static constexpr size_t kLeastShared = 1u << 20, kMostWhole = 8u << 20, kShare = 1u << 20;
 
-  static void count(PythonText* view, WordCounter* counter) {
-    PythonText text = std::move(*view);
-    text.prepare();
-    counter->add_line(text.data(), text.size());
+  struct Text {
+    const uint8_t* data;
+    size_t size;
+  };
+  // Bytes from `begin` of text `first` to `end` of text `last`.
+  struct Share {
+    size_t first, begin, last, end;
+    uint64_t place;
+  };
+
+  std::vector<Share> share_out(const std::vector<Text>& texts, size_t total, int threads) const {
+    const size_t whole = total / static_cast<size_t>(std::max(threads, 1)) + 1;
+    const size_t each = whole <= kMostWhole ? whole : kShare;
+    std::vector<Share> shares;
+    Share open = {0, 0, 0, 0, place_};
+    uint64_t place = place_;
+    size_t filled = 0;
+    for (size_t i = 0; i < texts.size(); ++i) {
+      for (size_t at = 0; at < texts[i].size;) {
+        const size_t wanted = each - filled;
+        const size_t end = texts[i].size - at < wanted
+                               ? texts[i].size
+                               : next_cut(pattern_, texts[i].data, at + wanted - 1, texts[i].size);
+        filled += end - at;
+        place += end - at;
+        at = end;
+        open.last = i;
+        open.end = end;
+        if (filled < each) continue;
+        shares.push_back(open);
+        open = {i, end, i, end, place};
+        filled = 0;
+      }
+    }
+    if (filled > 0) shares.push_back(open);
+    return shares;
+  }
+
+  static void count(const Share& share, const std::vector<Text>& texts, WordCounter* counter) {
+    uint64_t place = share.place;
+    for (size_t i = share.first; i <= share.last; ++i) {
+      const size_t begin = i == share.first ? share.begin : 0;
+      const size_t end = i == share.last ? share.end : texts[i].size;
+      counter->add_line(texts[i].data + begin, end - begin, place);
+      place += end - begin;
+    }
+    counter->flush();
   }
 
   Pattern pattern_;
   WordCounter counter_;
+  std::vector<std::unique_ptr<WordCounter>> parts_;  // of the other threads
+  uint64_t place_ = 0;
 };
+
+// The symbols, then what each merge makes of two earlier entries.
+py::list texts_of(const std::vector<std::string>& symbols,
+                  const std::vector<LearnedMerge>& merges) {
+  py::list texts(symbols.size() + merges.size());
+  PyObject* const list = texts.ptr();
+  const auto add = [list](size_t i, const char* bytes, Py_ssize_t size) {
+    PyObject* const text = PyBytes_FromStringAndSize(bytes, size);
+    if (text == nullptr) throw py::error_already_set();
+    PyList_SET_ITEM(list, static_cast<Py_ssize_t>(i), text);
+    return PyBytes_AS_STRING(text);
+  };
+  for (size_t i = 0; i < symbols.size(); ++i) {
+    add(i, symbols[i].data(), static_cast<Py_ssize_t>(symbols[i].size()));
+  }
+  for (size_t i = 0; i < merges.size(); ++i) {
+    PyObject* const left = PyList_GET_ITEM(list, static_cast<Py_ssize_t>(merges[i].left));
+    PyObject* const right = PyList_GET_ITEM(list, static_cast<Py_ssize_t>(merges[i].right));
+    const Py_ssize_t middle = PyBytes_GET_SIZE(left), more = PyBytes_GET_SIZE(right);
+    char* const bytes = add(symbols.size() + i, nullptr, middle + more);
+    std::memcpy(bytes, PyBytes_AS_STRING(left), static_cast<size_t>(middle));
+    std::memcpy(bytes + middle, PyBytes_AS_STRING(right), static_cast<size_t>(more));
+  }
+  return texts;
+}
 
 // Returns (symbols as bytes, merges as an (n, 2) array, counts): a merge's entry below the number
 // of symbols is a symbol, any other the product of an earlier merge.
-py::tuple learn(const Counter& counter, const py::object& byte_ids, const std::string& marker,
+py::tuple learn(Counter& counter, const py::object& byte_ids, const std::string& marker,
                 uint32_t first_symbol_id, int tie_break, size_t vocabulary_left,
                 uint64_t min_frequency, uint32_t max_token_length, int64_t first_new_id,
                 const std::unordered_map<std::string, uint32_t>& taken,
@@ -123,18 +258,18 @@ py::tuple learn(const Counter& counter, const py::object& byte_ids, const std::s
   py::array_t<int64_t> counts(static_cast<py::ssize_t>(merges.size()));
   int64_t* pair = pairs.mutable_data();
   int64_t* count = counts.mutable_data();
-  std::vector<std::string>& strings = corpus.strings;
   for (const LearnedMerge& merge : merges) {
-    strings.push_back(strings[merge.left] + strings[merge.right]);
     *pair++ = merge.left;
     *pair++ = merge.right;
     *count++ = static_cast<int64_t>(merge.count);
   }
-  py::list texts(strings.size());
-  for (size_t i = 0; i < strings.size(); ++i) {
-    PyList_SET_ITEM(texts.ptr(), static_cast<Py_ssize_t>(i), py::bytes(strings[i]).release().ptr());
-  }
-  return py::make_tuple(texts, pairs, counts);
+  return py::make_tuple(texts_of(corpus.strings, merges), pairs, counts);
+}
+
+bool are_texts(const py::list& items) {
+  return std::all_of(items.begin(), items.end(), [](const py::handle& item) {
+    return PyUnicode_Check(item.ptr()) || PyBytes_Check(item.ptr());
+  });
 }
 
 }  // namespace
@@ -146,6 +281,7 @@ void bind_trainer(py::module_& module) {
       .def("add_words", &Counter::add_words, py::arg("words"), py::arg("counts"))
       .def("items", &Counter::items)
       .def("__len__", &Counter::size);
+  module.def("are_texts", &are_texts, py::arg("items"));
   module.def("learn", &learn, py::arg("counter"), py::arg("byte_ids"), py::arg("marker"),
              py::arg("first_symbol_id"), py::arg("tie_break"), py::arg("vocabulary_left"),
              py::arg("min_frequency"), py::arg("max_token_length"), py::arg("first_new_id"),

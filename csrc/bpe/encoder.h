@@ -25,6 +25,25 @@ struct TextView {
   size_t size;
 };
 
+// Where ids go: appended to a buffer, or only counted, the buffer being what one chunk needs.
+class IdSink {
+ public:
+  IdSink(IdBuffer* buffer, bool keep) : buffer_(buffer), keep_(keep) {}
+  uint32_t* room(size_t count) { return buffer_->room(count); }
+  void set_end(const uint32_t* end) {
+    buffer_->set_end(end);
+    if (keep_) return;
+    counted_ += buffer_->size();
+    buffer_->set_end(buffer_->data());
+  }
+  size_t counted() const { return counted_; }
+
+ private:
+  IdBuffer* buffer_;
+  bool keep_;
+  size_t counted_ = 0;
+};
+
 class Encoder {
  public:
   Encoder(const Vocabulary& vocabulary, const Kernels& kernels);
@@ -34,6 +53,11 @@ class Encoder {
 
   // Appends the ids of text[0, n); safe from any number of threads at once and after fork().
   void encode(const uint8_t* text, size_t n, const Specials& specials, IdBuffer* out);
+  // How many ids encode() gives; they are not kept.
+  size_t count(const uint8_t* text, size_t n, const Specials& specials);
+  // With BPE-dropout; `pieces` null: by the vocabulary's pattern.
+  void encode_dropout(const uint8_t* text, size_t n, const Specials& specials,
+                      const GivenEnds* pieces, Dropout* dropout, IdBuffer* out);
   void encode_given(const uint8_t* text, size_t n, GivenEnds pieces, IdBuffer* out);
   // Texts [first, last) one after the other with one cache; ends[i] gets the size of `out` after
   // text i.
@@ -41,9 +65,10 @@ class Encoder {
   void encode_many(size_t first, size_t last, View view, const Specials& specials, int64_t* ends,
                    IdBuffer* out) {
     Lease lease(*this);
+    IdSink sink(out, true);
     for (size_t i = first; i < last; ++i) {
       const TextView text = view(i);
-      encode_with(lease.cache(), text.text, text.size, specials, out);
+      encode_with(lease.cache(), text.text, text.size, specials, &sink);
       ends[i] = static_cast<int64_t>(out->size());
     }
   }
@@ -65,14 +90,14 @@ class Encoder {
   };
 
   void encode_with(WordCache& cache, const uint8_t* text, size_t n, const Specials& specials,
-                   IdBuffer* out) const;
-  void encode_text(WordCache& cache, const uint8_t* text, size_t n, IdBuffer* out) const;
-  void encode_long(WordCache& cache, const uint8_t* piece, size_t size, IdBuffer* out) const;
+                   IdSink* out) const;
+  void encode_text(WordCache& cache, const uint8_t* text, size_t n, IdSink* out) const;
+  void encode_piece(WordCache& cache, const uint8_t* piece, size_t size, IdSink* out) const;
 
   static constexpr size_t kPooled = 64;
   const Vocabulary& vocabulary_;
   const Kernels& kernels_;
-  WordCache seeded_;  // never encodes: the image new caches are copied from
+  const std::vector<WordCache::Seed> seeds_;
   std::atomic<WordCache*> pool_[kPooled];
 };
 

@@ -24,8 +24,9 @@ struct PieceKey {
   uint64_t low, high;
 };
 
-// Two entries of the word cache in one cache line. ids[way][0] >> 24 is the number of ids, 1 to 4;
-// 0 marks an entry whose ids are elsewhere (see word_cache.h).
+// Two entries of the word cache in one cache line. ids[way][0] >> 24 is the number of ids, 1 to 4.
+// 0 marks an entry whose ids are in the arena: ids[way][2] of them from ids[way][1] on, while
+// ids[way][3] is the arena's generation.
 struct alignas(64) CacheBucket {
   PieceKey key[2];
   uint32_t ids[2][4];
@@ -37,10 +38,31 @@ struct PieceSpans {
   size_t count;
 };
 
-// What the encoding loop needs; `slow` handles every piece that is not a plain hit.
+// Longer pieces: a slot is the upper half of a piece's hash and a reference to its record; 0 is an
+// empty slot. The first slot to look at is hash >> shift.
+struct LongIndex {
+  const uint64_t* slots;
+  const uint8_t* records;
+  int shift;
+
+  static size_t offset(uint64_t slot) { return ((slot & 0xFFFFFFFF) - 1) * 8; }
+  static uint64_t reference(size_t offset) { return offset / 8 + 1; }
+};
+
+// Ids that do not fit their entry; kArenaCopied of them can always be read.
+struct Arena {
+  const uint32_t* ids;
+  uint32_t generation;  // never 0
+};
+constexpr size_t kArenaCopied = 16;
+
+// What the encoding loop needs; `slow` handles every piece that is not a plain hit;
+// for a longer piece than kShortPiece, key.low is its hash_bytes.
 struct EncodeContext {
   const CacheBucket* buckets;
   uint32_t bucket_mask;  // of a hash, giving the bucket's offset in bytes
+  const Arena* arena;
+  const LongIndex* longs;
   void* owner;
   uint32_t* (*slow)(void* owner, const uint8_t* piece, size_t size, PieceKey key, uint32_t offset,
                     uint32_t* out);
@@ -48,6 +70,10 @@ struct EncodeContext {
 
 struct Kernels {
   const char* name;
+  // Copies units below 0x80 as bytes, up to the first other one; returns how many. May stop up to
+  // 64 units before it.
+  size_t (*narrow16)(const uint16_t* units, size_t n, uint8_t* out);
+  size_t (*narrow32)(const uint32_t* units, size_t n, uint8_t* out);
   uint32_t (*hash)(PieceKey key);
   // Piece starts in text[0, n), the first at 0; n <= kChunk + kPadding. The pieces between them are
   // final when what follows text[n] is the rest of the text; the last one may go on. Returns 0

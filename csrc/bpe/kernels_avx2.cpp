@@ -18,6 +18,33 @@ inline uint32_t hash_key(PieceKey key) {
   return static_cast<uint32_t>(low ^ high);
 }
 
+// 32 units at a time. Packing works within halves of 128 bits, which the permutation puts in order.
+size_t narrow16(const uint16_t* units, size_t n, uint8_t* out) {
+  size_t done = 0;
+  for (; done + 32 <= n; done += 32) {
+    const __m256i* const from = reinterpret_cast<const __m256i*>(units + done);
+    const __m256i a = _mm256_loadu_si256(from), b = _mm256_loadu_si256(from + 1);
+    if (!_mm256_testz_si256(_mm256_or_si256(a, b), _mm256_set1_epi16(~0x7F))) break;
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi16(a, b), 0xD8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + done), packed);
+  }
+  return done;
+}
+
+size_t narrow32(const uint32_t* units, size_t n, uint8_t* out) {
+  size_t done = 0;
+  for (; done + 16 <= n; done += 16) {
+    const __m256i* const from = reinterpret_cast<const __m256i*>(units + done);
+    const __m256i a = _mm256_loadu_si256(from), b = _mm256_loadu_si256(from + 1);
+    if (!_mm256_testz_si256(_mm256_or_si256(a, b), _mm256_set1_epi32(~0x7F))) break;
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xD8);
+    const __m128i packed =
+        _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + done), packed);
+  }
+  return done;
+}
+
 // The keys of a merge in memory, eight compared at a time.
 struct VectorKeys {
   alignas(32) uint32_t keys[kMergeSymbols];
@@ -163,7 +190,8 @@ uint64_t merge(const RankTable& table, const uint8_t* bytes, uint32_t* ids, size
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", hash_key, scan, keys_loop<Avx2Ops>, merge, encode};
+const Kernels kAvx2Kernels = {"avx2", narrow16,           narrow32, hash_key,
+                              scan,   keys_loop<Avx2Ops>, merge,    encode};
 
 }  // namespace lmfast::bpe
 #endif

@@ -22,6 +22,30 @@ uint32_t hash_key(PieceKey key) {
   return static_cast<uint32_t>(_mm_cvtsi128_si32(hash_vector(vector)));
 }
 
+size_t narrow16(const uint16_t* units, size_t n, uint8_t* out) {
+  size_t done = 0;
+  for (; done + 64 <= n; done += 64) {
+    const __m512i a = _mm512_loadu_si512(units + done), b = _mm512_loadu_si512(units + done + 32);
+    if (_mm512_test_epi16_mask(_mm512_or_si512(a, b), _mm512_set1_epi16(~0x7F)) != 0) break;
+    __m256i* const to = reinterpret_cast<__m256i*>(out + done);
+    _mm256_storeu_si256(to, _mm512_cvtepi16_epi8(a));
+    _mm256_storeu_si256(to + 1, _mm512_cvtepi16_epi8(b));
+  }
+  return done;
+}
+
+size_t narrow32(const uint32_t* units, size_t n, uint8_t* out) {
+  size_t done = 0;
+  for (; done + 32 <= n; done += 32) {
+    const __m512i a = _mm512_loadu_si512(units + done), b = _mm512_loadu_si512(units + done + 16);
+    if (_mm512_test_epi32_mask(_mm512_or_si512(a, b), _mm512_set1_epi32(~0x7F)) != 0) break;
+    __m128i* const to = reinterpret_cast<__m128i*>(out + done);
+    _mm_storeu_si128(to, _mm512_cvtepi32_epi8(a));
+    _mm_storeu_si128(to + 1, _mm512_cvtepi32_epi8(b));
+  }
+  return done;
+}
+
 // The keys of a merge in registers: one key each in the lanes of N of them.
 template <int N>
 struct RegisterKeys {
@@ -198,7 +222,8 @@ uint64_t merge(const RankTable& table, const uint8_t* bytes, uint32_t* ids, size
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", hash_key, scan, keys_loop<Avx512Ops>, merge, encode};
+const Kernels kAvx512Kernels = {"avx512", narrow16, narrow32, hash_key, scan, keys_loop<Avx512Ops>,
+                                merge,    encode};
 
 }  // namespace lmfast::bpe
 #endif

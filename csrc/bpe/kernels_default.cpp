@@ -8,16 +8,20 @@ namespace {
 uint32_t hash_key(PieceKey key) {
   // Both halves of a 128-bit product. Two products xor-ed spread worse: 3.8 times the conflicts.
   const uint64_t a = key.low ^ 0x9E3779B97F4A7C15ull, b = key.high ^ 0xD6E8FEB86659FD93ull;
-#if defined(__SIZEOF_INT128__)
-  const unsigned __int128 product = static_cast<unsigned __int128>(a) * b;
-  return static_cast<uint32_t>(static_cast<uint64_t>(product) ^
-                               static_cast<uint64_t>(product >> 64));
-#else
-  uint64_t x = (a ^ (b << 23 | b >> 41)) * 0xBF58476D1CE4E5B9ull;
-  x ^= x >> 31;
-  x *= 0x94D049BB133111EBull;
-  return static_cast<uint32_t>(x >> 32);
-#endif
+  return static_cast<uint32_t>(fold_product(a, b));
+}
+
+template <class Unit>
+size_t narrow(const Unit* units, size_t n, uint8_t* out) {
+  constexpr size_t kBlock = 16;
+  size_t done = 0;
+  for (; done + kBlock <= n; done += kBlock) {
+    Unit any = 0;
+    for (size_t i = 0; i < kBlock; ++i) any |= units[done + i];
+    if (any >= 0x80) break;
+    for (size_t i = 0; i < kBlock; ++i) out[done + i] = static_cast<uint8_t>(units[done + i]);
+  }
+  return done;
 }
 
 // The keys of a merge in memory.
@@ -53,6 +57,7 @@ struct DefaultOps {
     std::memcpy(out, ids, 16);
     const uint32_t count = out[0] >> 24;
     out[0] &= 0xFFFFFF;
+    out[3] &= 0u - hit;
     return count & (0u - hit);
   }
 };
@@ -93,7 +98,8 @@ uint64_t merge_default(const RankTable& table, const uint8_t* bytes, uint32_t* i
 
 }  // namespace
 
-const Kernels kDefaultKernels = {"default",     hash_key,      scan_default, keys_loop<DefaultOps>,
+const Kernels kDefaultKernels = {"default",     narrow<uint16_t>, narrow<uint32_t>,
+                                 hash_key,      scan_default,     keys_loop<DefaultOps>,
                                  merge_default, encode_default};
 
 }  // namespace lmfast::bpe

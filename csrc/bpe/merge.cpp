@@ -97,9 +97,7 @@ uint32_t* Merger::merge_all(Symbols symbols, size_t n, uint32_t* out) {
   } else {
     merge_by_heap();
   }
-  for (uint32_t at = 0; at != kEnd; at = next_[at]) *out++ = ids_[at];
-  trim();
-  return out;
+  return take_links(out);
 }
 
 void Merger::link(Symbols symbols, size_t n) {
@@ -177,28 +175,78 @@ void Merger::merge_by_rank() {
   }
 }
 
-void Merger::merge_by_heap() {
+void Merger::fill_heap() {
   heap_.clear();
-  const auto entry = [this](uint32_t at) { return static_cast<uint64_t>(rank_[at]) << 32 | at; };
   for (uint32_t i = 0; i < rank_.size(); ++i) {
-    if (rank_[i] != kNoRank) heap_.push_back(entry(i));
+    if (rank_[i] != kNoRank) heap_.push_back(static_cast<uint64_t>(rank_[i]) << 32 | i);
   }
   std::make_heap(heap_.begin(), heap_.end(), std::greater<>());
-  const auto push = [&](uint32_t at) {
-    if (at == kEnd || rank_[at] == kNoRank) return;
-    heap_.push_back(entry(at));
-    std::push_heap(heap_.begin(), heap_.end(), std::greater<>());
-  };
+}
+
+void Merger::push(uint64_t entry) {
+  heap_.push_back(entry);
+  std::push_heap(heap_.begin(), heap_.end(), std::greater<>());
+}
+
+uint64_t Merger::pop() {
+  const uint64_t least = heap_.front();
+  std::pop_heap(heap_.begin(), heap_.end(), std::greater<>());
+  heap_.pop_back();
+  return least;
+}
+
+void Merger::merge_by_heap() {
+  fill_heap();
   while (!heap_.empty()) {
-    const uint64_t top = heap_.front();
-    std::pop_heap(heap_.begin(), heap_.end(), std::greater<>());
-    heap_.pop_back();
-    const uint32_t at = static_cast<uint32_t>(top);
-    if (rank_[at] != top >> 32) continue;
+    const uint64_t entry = pop();
+    if (!valid(entry)) continue;
+    const uint32_t at = static_cast<uint32_t>(entry);
     join(at);
-    push(at);
-    push(previous_[at]);
+    push_pair(at);
+    push_pair(previous_[at]);
   }
+}
+
+uint32_t* Merger::encode_dropout(const uint8_t* piece, size_t size, Dropout* dropout,
+                                 uint32_t* out) {
+  Symbols symbols = {piece, nullptr};
+  size_t n = size;
+  if (vocabulary_.characters()) {
+    n = vocabulary_.initial_symbols(piece, size, out);
+    symbols = {nullptr, out};
+  }
+  if (n == 0) return out;
+  link(symbols, n);
+  merge_with_dropout(dropout);
+  return take_links(out);
+}
+
+void Merger::merge_with_dropout(Dropout* dropout) {
+  fill_heap();
+  left_out_.clear();
+  while (!heap_.empty()) {
+    const uint64_t entry = pop();
+    if (!valid(entry)) continue;
+    if (dropout->leaves_out()) {
+      left_out_.push_back(entry);
+      continue;
+    }
+    const uint32_t at = static_cast<uint32_t>(entry);
+    join(at);
+    push_pair(at);
+    push_pair(previous_[at]);
+    // Those left out are possible again in the next step.
+    for (const uint64_t other : left_out_) {
+      if (valid(other)) push(other);
+    }
+    left_out_.clear();
+  }
+}
+
+uint32_t* Merger::take_links(uint32_t* out) {
+  for (uint32_t at = 0; at != kEnd; at = next_[at]) *out++ = ids_[at];
+  trim();
+  return out;
 }
 
 void Merger::trim() {
@@ -208,6 +256,7 @@ void Merger::trim() {
   }
   std::vector<Node>().swap(nodes_);
   std::vector<uint64_t>().swap(heap_);
+  std::vector<uint64_t>().swap(left_out_);
   window_ = next_window_ = Window();
 }
 

@@ -9,7 +9,8 @@ namespace lmfast::bpe {
 
 namespace py = pybind11;
 
-PythonText::PythonText(PyObject* object, const char* argument) {
+PythonText::PythonText(PyObject* object, const char* argument, const Kernels& level)
+    : level_(&level) {
   if (PyBytes_Check(object)) {
     data_ = reinterpret_cast<const uint8_t*>(PyBytes_AS_STRING(object));
     size_ = static_cast<size_t>(PyBytes_GET_SIZE(object));
@@ -46,13 +47,16 @@ void PythonText::convert(const Unit* units, size_t n) {
   own_.reset(new uint8_t[n * (sizeof(Unit) == 1 ? 2 : sizeof(Unit) == 2 ? 3 : 4) + 16]);
   uint8_t* out = own_.get();
   for (size_t i = 0; i < n;) {
-    while (i + 8 <= n) {  // eight ASCII units at a time
+    while (i + 8 <= n) {  // eight ASCII units, then as many as there are
       Unit any = 0;
       for (int k = 0; k < 8; ++k) any |= units[i + k];
       if (any >= 0x80) break;
       for (int k = 0; k < 8; ++k) out[k] = static_cast<uint8_t>(units[i + k]);
       out += 8;
       i += 8;
+      const size_t more = narrow(units + i, n - i, out);
+      out += more;
+      i += more;
     }
     if (i == n) break;
     uint32_t c = units[i++];

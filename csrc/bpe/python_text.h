@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <memory>
 
+#include "kernels.h"
+
 namespace lmfast::bpe {
 
 // Borrows the object's own bytes where it has them (bytes, ASCII, an existing UTF-8 cache), else
@@ -13,7 +15,7 @@ namespace lmfast::bpe {
 class PythonText {
  public:
   // Needs the GIL. Throws pybind11::type_error naming the argument.
-  PythonText(PyObject* object, const char* argument);
+  PythonText(PyObject* object, const char* argument, const Kernels& level = kernels());
 
   // Converts if that is still to do; needs no GIL. The object must stay alive.
   void prepare();
@@ -21,9 +23,17 @@ class PythonText {
   size_t size() const { return size_; }
 
  private:
+  size_t narrow(const uint8_t*, size_t, uint8_t*) const { return 0; }
+  size_t narrow(const uint16_t* units, size_t n, uint8_t* out) const {
+    return level_->narrow16(units, n, out);
+  }
+  size_t narrow(const uint32_t* units, size_t n, uint8_t* out) const {
+    return level_->narrow32(units, n, out);
+  }
   template <class Unit>
   void convert(const Unit* units, size_t n);
 
+  const Kernels* level_;
   const uint8_t* data_ = nullptr;
   size_t size_ = 0;
   const void* units_ = nullptr;  // not yet converted

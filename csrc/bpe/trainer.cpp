@@ -9,7 +9,9 @@
 #include "trainer.h"
 
 #include <algorithm>
+#include <iterator>
 #include <limits>
+#include <utility>
 
 #include "buffer.h"
 #include "train_queue.h"
@@ -66,9 +68,9 @@ class Side {
   Buffer<Hit> hits_;
 };
 
-// Id and Weight are as narrow as the corpus allows: everything that a merge touches then stays in a
-// 2 MB L2 cache for some hundred thousand symbols.
-template <class Id, class Weight>
+// Id is as narrow as the vocabulary allows, and so is the weight beside it: what merges touch of
+// some hundred thousand symbols is then 1 MB, and one cache line tells all about a position.
+template <class Id>
 class Learner {
  public:
   Learner(const TrainCorpus& corpus, const TrainOptions& options)
@@ -78,18 +80,22 @@ class Learner {
         ids_(corpus.ids),
         queue_(*this) {
     const size_t size = corpus.symbols.size(), symbols = corpus.strings.size();
-    slots_.resize(size + 1, kBoundary);
-    weights_.resize(size + 1);
-    size_t word = 0;
-    for (size_t i = 0; i < size; ++i) {
-      const uint32_t symbol = corpus.symbols[i];
-      if (symbol == TrainCorpus::kBoundary) {
-        word += i > 0;
-        continue;
+    slots_.set_end(slots_.room(size + 1) + size + 1);
+    Slot* slot = slots_.data();
+    const uint32_t* symbol = corpus.symbols.data() + 1;
+    *slot++ = {kBoundary, 0};
+    for (const uint64_t weight : corpus.weights) {
+      const Id narrow = static_cast<Id>(std::min<uint64_t>(weight, kHeavy));
+      if (narrow == kHeavy) {
+        heavy_.push_back({static_cast<uint32_t>(slot - slots_.data()), weight});
       }
-      slots_[i] = static_cast<Id>(symbol);
-      weights_[i] = static_cast<Weight>(corpus.weights[word]);
+      for (; *symbol != TrainCorpus::kBoundary; ++symbol) {
+        *slot++ = {static_cast<Id>(*symbol), narrow};
+      }
+      *slot++ = {kBoundary, 0};
+      ++symbol;
     }
+    *slot = {kBoundary, 0};
     if (keep_strings_) strings_ = corpus.strings;
     const size_t tokens = symbols + std::min(options.new_tokens, size);
     lengths_.reserve(tokens);
@@ -139,8 +145,24 @@ class Learner {
 
  private:
   static constexpr Id kBoundary = std::numeric_limits<Id>::max(), kDead = kBoundary - 1;
+  static constexpr Id kHeavy = std::numeric_limits<Id>::max();  // a weight that does not fit
   static constexpr uint32_t kNone = 0xFFFFFFFFu;
   static constexpr uint64_t kReport = 1u << 20;  // positions looked at between two reports
+
+  struct Slot {
+    Id id;
+    Id weight;  // of the word
+  };
+
+  Id& id_at(size_t at) { return slots_.data()[at].id; }
+  uint64_t weight_at(uint32_t at) const {
+    const Id weight = slots_.data()[at].weight;
+    return __builtin_expect(weight != kHeavy, 1) ? weight : heavy_weight(at);
+  }
+  uint64_t heavy_weight(uint32_t at) const {
+    const auto later = [](uint32_t position, const auto& word) { return position < word.first; };
+    return std::prev(std::upper_bound(heavy_.begin(), heavy_.end(), at, later))->second;
+  }
 
   // The best pair with its true count.
   bool next(Candidate* best) {
@@ -158,11 +180,12 @@ class Learner {
     const uint32_t far = queue_.coming(12), middle = queue_.coming(8), near = queue_.coming(4);
     if (far != kNone) __builtin_prefetch(&pairs_.data()[far]);
     if (middle != kNone) __builtin_prefetch(arena_.data() + pairs_.data()[middle].positions);
-    if (near != kNone) __builtin_prefetch(&slots_[arena_.data()[pairs_.data()[near].positions]]);
+    if (near != kNone)
+      __builtin_prefetch(slots_.data() + arena_.data()[pairs_.data()[near].positions]);
   }
 
-  bool holds(uint32_t at, Id left, Id right, uint32_t left_length) const {
-    return slots_[at] == left && slots_[at + left_length] == right;
+  bool holds(uint32_t at, Id left, Id right, uint32_t left_length) {
+    return (id_at(at) == left) & (id_at(at + left_length) == right);
   }
 
   void add_slot() {
@@ -182,7 +205,7 @@ class Learner {
       positions[kept] = at;
       const bool held = holds(at, left, right, left_length);
       kept += held;
-      count -= weights_[at] & (static_cast<Weight>(held) - 1);
+      count -= weight_at(at) & (static_cast<uint64_t>(held) - 1);
     }
     done_ += size;
     pair.size = kept;
@@ -213,6 +236,10 @@ class Learner {
     const Pair pair = pairs_.data()[best.pair];
     const uint32_t token = new_token(pair, grown);
     merges_.push_back({pair.left, pair.right, best.count});
+    if (pair.size == 1) {
+      apply_once(pair, token, best.count);
+      return;
+    }
     const Id left = static_cast<Id>(pair.left), right = static_cast<Id>(pair.right);
     const uint32_t left_length = lengths_[pair.left], length = lengths_[token];
     uint32_t* const positions = arena_.data() + pair.positions;
@@ -220,9 +247,9 @@ class Learner {
     for (uint32_t i = 0; i < pair.size; ++i) {
       const uint32_t at = positions[i];
       if (left == right && !holds(at, left, right, left_length)) continue;  // "aaa"
-      slots_[at + left_length] = kDead;
-      slots_[at] = static_cast<Id>(token);
-      slots_[at + length - 1] = static_cast<Id>(token);
+      id_at(at + left_length) = kDead;
+      id_at(at) = static_cast<Id>(token);
+      id_at(at + length - 1) = static_cast<Id>(token);
       positions[merged++] = at;
     }
     done_ += merged;
@@ -230,8 +257,8 @@ class Learner {
     sides_[1].begin(merged);
     for (uint32_t i = 0; i < merged; ++i) {
       const uint32_t at = positions[i];
-      const Id before = slots_[at - 1], after = slots_[at + length];
-      const uint64_t weight = weights_[at];
+      const Id before = id_at(at - 1), after = id_at(at + length);
+      const uint64_t weight = weight_at(at);
       sides_[1].add(static_cast<Id>(after + 1), at, weight);
       // Of two new tokens side by side, the left one's right neighbour stands for the pair.
       if (before != static_cast<Id>(token)) {
@@ -240,6 +267,28 @@ class Learner {
     }
     add_pairs(token, &sides_[0], true);
     add_pairs(token, &sides_[1], false);
+  }
+
+  // Two thirds of the merges happen in one place only.
+  void apply_once(const Pair& pair, uint32_t token, uint64_t count) {
+    const uint32_t at = arena_.data()[pair.positions], length = lengths_[token];
+    id_at(at + lengths_[pair.left]) = kDead;
+    id_at(at) = static_cast<Id>(token);
+    id_at(at + length - 1) = static_cast<Id>(token);
+    const Id before = id_at(at - 1), after = id_at(at + length);
+    if (before != kBoundary) add_pair(before, token, at - lengths_[before], count);
+    if (after != kBoundary) add_pair(token, after, at, count);
+  }
+
+  void add_pair(uint32_t left, uint32_t right, uint32_t position, uint64_t count) {
+    if (count < min_count_ || !allowed(left, right)) return;
+    uint32_t* const list = arena_.room(1);
+    Pair* const pair = pairs_.room(1);
+    *list = position;
+    *pair = {arena_.size(), 1, left, right};
+    arena_.set_end(list + 1);
+    pairs_.set_end(pair + 1);
+    queue_.push(static_cast<uint32_t>(pairs_.size() - 1), count);
   }
 
   void add_pairs(uint32_t token, Side* side, bool on_the_left) {
@@ -291,7 +340,7 @@ class Learner {
     std::vector<uint64_t> counts;
     const auto for_each_pair = [&](auto use) {
       for (size_t at = 1; at + 1 < slots_.size(); ++at) {
-        const Id left = slots_[at], right = slots_[at + 1];
+        const Id left = id_at(at), right = id_at(at + 1);
         if (left != kBoundary && right != kBoundary) use(at, left, right, index.at(left, right));
       }
     };
@@ -304,7 +353,7 @@ class Learner {
         counts.push_back(0);
       }
       ++pairs_.data()[number].size;
-      counts[number] += weights_[at];
+      counts[number] += weight_at(static_cast<uint32_t>(at));
     });
     uint64_t offset = 0;
     for (size_t number = 0; number < pairs_.size(); ++number) {
@@ -330,8 +379,8 @@ class Learner {
   std::vector<std::string> strings_;  // per token, where they are needed
   std::vector<uint32_t> ids_;         // per token, for ties
   std::vector<uint32_t> lengths_;     // per token, in symbols
-  std::vector<Id> slots_;
-  std::vector<Weight> weights_;  // per slot
+  Buffer<Slot> slots_;
+  std::vector<std::pair<uint32_t, uint64_t>> heavy_;  // first position of a word, its weight
   Side sides_[2];
   Buffer<Pair> pairs_;
   Buffer<uint32_t> arena_;
@@ -343,12 +392,9 @@ class Learner {
 }  // namespace
 
 std::vector<LearnedMerge> learn_merges(const TrainCorpus& corpus, const TrainOptions& options) {
-  uint64_t most = 0;
-  for (const uint64_t weight : corpus.weights) most = std::max(most, weight);
-  if (most > 0xFFFFFFFFu) return Learner<uint32_t, uint64_t>(corpus, options).run();
   const size_t tokens = corpus.strings.size() + std::min(options.new_tokens, corpus.symbols.size());
-  if (tokens < 0xFFFE) return Learner<uint16_t, uint32_t>(corpus, options).run();
-  return Learner<uint32_t, uint32_t>(corpus, options).run();
+  if (tokens < 0xFFFE) return Learner<uint16_t>(corpus, options).run();
+  return Learner<uint32_t>(corpus, options).run();
 }
 
 }  // namespace lmfast::bpe

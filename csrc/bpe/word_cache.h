@@ -1,15 +1,16 @@
-// Remembers the ids of pieces. Bounded by construction: nothing is ever rehashed beyond a maximum.
+// Remembers the ids of pieces. Bounded: it grows while new pieces keep driving out others, and
+// never beyond a maximum.
 //
-// Three levels by size: up to 15 bytes in two-way buckets of one cache line (4 MB: measured best on
-// prose, 2 MB -25 %, 8 MB equal), up to 31 bytes in 64-byte entries that grow to 32 MB, everything
-// else in 8 MB that are emptied when full. Ids that do not fit their entry go to an arena of 16 MB.
+// Pieces of up to 15 bytes are in two-way buckets of one cache line: 8 MB at first (4 MB is 4 %
+// slower on English), up to 32 MB. Ids that do not fit their entry go to an arena of 16 MB.
+// Longer pieces: see long_cache.h.
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include <unordered_map>
 #include <vector>
 
 #include "kernels.h"
+#include "long_cache.h"
 #include "merge.h"
 #include "vocabulary.h"
 
@@ -17,66 +18,66 @@ namespace lmfast::bpe {
 
 class WordCache {
  public:
-  WordCache(const Vocabulary& vocabulary, const Kernels& kernels);
-  WordCache(const Vocabulary& vocabulary, const Kernels& kernels, const WordCache& seeded);
+  // An entry that a cache begins with.
+  struct Seed {
+    PieceKey key;
+    uint32_t ids[4];
+  };
+  // The tokens that the pattern leaves in one piece, each really merged: some vocabularies have
+  // tokens that merging cannot reach. With them a first text meets a warm cache: 210-260 -> 360-440
+  // MB/s on a first pass.
+  static std::vector<Seed> seeds_of(const Vocabulary& vocabulary, const Kernels& kernels);
+
+  WordCache(const Vocabulary& vocabulary, const Kernels& kernels, const std::vector<Seed>& seeds);
   ~WordCache();
   WordCache(const WordCache&) = delete;
   WordCache& operator=(const WordCache&) = delete;
 
-  EncodeContext context() { return {buckets_, kMask, this, &slow_entry}; }
+  // For some kilobytes of text: asked for again, it may be of a larger table.
+  EncodeContext context();
 
   // Appends the ids of any piece; `out` has room for max_symbols(size) + 16.
   uint32_t* encode_piece(const uint8_t* piece, size_t size, uint32_t* out);
-  // Enters every token that the pattern leaves in one piece, so that a first text meets a warm
-  // cache: 210-260 -> 360-440 MB/s on a first pass.
-  void seed();
+  // As Merger's: nothing is remembered.
+  uint32_t* encode_dropout(const uint8_t* piece, size_t size, Dropout* dropout, uint32_t* out) {
+    return merger_.encode_dropout(piece, size, dropout, out);
+  }
 
  private:
-  static constexpr uint32_t kBuckets = 1u << 16;
-  static constexpr uint32_t kMask = (kBuckets - 1) * sizeof(CacheBucket);
-  static constexpr size_t kMediumPiece = 31, kMediumIds = 8;
-  static constexpr size_t kMediumStart = 1u << 10, kMediumMost = 1u << 19;
-  static constexpr size_t kArenaIds = 4u << 20, kLongBytes = 8u << 20;
-
-  struct alignas(64) MediumEntry {
-    uint8_t key[32];  // bytes, zeros, the length in the last byte; length 0 is an empty entry
-    uint32_t ids[kMediumIds];
-  };
-  struct LongEntry {
-    size_t bytes, size, ids, count;
-  };
+  static constexpr uint32_t kLeastBuckets = 1u << 17, kMostBuckets = 1u << 19;
+  static constexpr size_t kArenaIds = 4u << 20;
 
   static uint32_t* slow_entry(void* owner, const uint8_t* piece, size_t size, PieceKey key,
                               uint32_t offset, uint32_t* out) {
     WordCache* self = static_cast<WordCache*>(owner);
     return size <= kShortPiece
                ? self->short_miss(piece, size, key, offset / sizeof(CacheBucket), out)
-               : self->long_piece(piece, size, out);
+               : self->long_piece(piece, size, key.low, out);
   }
-  uint32_t* merge_piece(const uint8_t* piece, size_t size, uint32_t* out);
   uint32_t* short_miss(const uint8_t* piece, size_t size, PieceKey key, size_t bucket,
                        uint32_t* out);
   uint32_t* emit(const uint32_t* entry, uint32_t* out) const;
   bool stale(const uint32_t* entry) const;
-  void pack(const uint32_t* ids, size_t count, size_t most, uint32_t* entry);
-  void store(PieceKey key, size_t bucket, const uint32_t* ids, size_t count);
-  uint32_t* long_piece(const uint8_t* piece, size_t size, uint32_t* out);
-  uint32_t* medium_piece(const uint8_t* piece, size_t size, uint32_t* out);
-  uint32_t* arena_piece(const uint8_t* piece, size_t size, uint32_t* out);
-  void grow_medium();
+  void pack(const uint32_t* ids, size_t count, uint32_t* entry);
+  void store(PieceKey key, size_t bucket, const uint32_t* entry);
+  uint32_t* long_piece(const uint8_t* piece, size_t size, uint64_t hash, uint32_t* out);
+  uint32_t mask() const { return (count_ - 1) * static_cast<uint32_t>(sizeof(CacheBucket)); }
+  size_t bucket_of(PieceKey key) const {
+    return (kernels_.hash(key) & mask()) / sizeof(CacheBucket);
+  }
+  void grow();
 
   const Vocabulary& vocabulary_;
   const Kernels& kernels_;
   Merger merger_;
+  uint32_t count_ = kLeastBuckets;
   CacheBucket* buckets_;
-  uint32_t turn_ = 0;  // which entry is evicted next
-  std::vector<uint32_t> arena_;
-  uint32_t generation_ = 1;
-  std::vector<MediumEntry> medium_;
-  size_t medium_used_ = 0;
-  std::unordered_map<uint64_t, LongEntry> long_;
-  std::vector<uint8_t> long_bytes_;
-  std::vector<uint32_t> long_ids_;
+  uint32_t turn_ = 0;     // which entry is driven out next
+  uint32_t evicted_ = 0;  // entries driven out since the table grew
+  std::vector<uint32_t> arena_ids_;
+  size_t arena_used_ = 0;
+  Arena arena_ = {nullptr, 1};
+  LongCache longs_;
 };
 
 }  // namespace lmfast::bpe

@@ -1,12 +1,13 @@
-// Distinct pieces of a corpus with their counts, in order of first appearance.
+// Distinct pieces of a corpus with their counts and the place where each was first seen.
+//
+// Counters of parts of a corpus add up to the counter of the whole, whoever counted which part.
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
+#include "buffer.h"
 #include "kernels.h"
 
 namespace lmfast::bpe {
@@ -15,17 +16,18 @@ class WordCounter {
  public:
   WordCounter(Pattern pattern, const Kernels& kernels);
 
-  // Splits text[0, n) and counts its pieces.
-  void add_text(const uint8_t* text, size_t n);
-  // The same for a short text that may be one of many. Texts are joined where no piece could reach
-  // over the seam: of the 14 ms that 48,000 lines took, 8 went into their ends. flush() at last.
-  void add_line(const uint8_t* text, size_t n);
+  // Splits text[0, n) and counts its pieces. `place` is where the text begins in the corpus: any
+  // numbers that ascend, by n at least.
+  void add_text(const uint8_t* text, size_t n, uint64_t place);
+  // The same for a short text that may be one of many. Texts that follow each other are joined
+  // where no piece could reach over the seam: each end of a text costs as much as twenty pieces.
+  // flush() at last.
+  void add_line(const uint8_t* text, size_t n, uint64_t place);
   void flush();
-  void add_word(const uint8_t* word, size_t size, uint64_t count);
-  // Adds another counter's words; those new here follow in its order.
+  void add_word(const uint8_t* word, size_t size, uint64_t count, uint64_t place);
   void add(const WordCounter& other);
 
-  size_t size() const { return order_; }
+  size_t size() const { return words_.size(); }
   struct Word {
     std::string_view bytes;
     uint64_t count;
@@ -34,29 +36,47 @@ class WordCounter {
   std::vector<Word> words() const;
 
  private:
-  struct Slot {
-    PieceKey key;  // key.high == 0: empty
-    uint64_t count;
-    uint32_t order;
+  // Three words to a cache line. Which of them it is, is found without a branch.
+  struct alignas(64) Bucket {
+    PieceKey key[3];
+    uint32_t word[3];
+    uint32_t used;
   };
-  struct LongWord {
-    uint64_t count;
-    uint32_t order;
+  // A word of more than kShortPiece bytes has kLong in the length byte of its key, and the number
+  // of bytes below; its bytes are in long_bytes_ at key.low.
+  struct Entry {
+    PieceKey key;
+    uint64_t place;
+    uint64_t hash;
   };
+  static constexpr uint64_t kLong = 0xFFull << 56;
 
   bool joins(const uint8_t* text, size_t n) const;
-  void add_pieces(const uint8_t* text, PieceSpans pieces);
-  void add_key(PieceKey key, uint32_t hash, uint64_t count);
-  uint32_t next_order();
-  void grow();
+  bool add_blank_line(const uint8_t* text, size_t n, uint64_t place);
+  void add_pieces(const uint8_t* text, PieceSpans pieces, uint64_t place);
+  // These give the number of the word.
+  uint32_t add_short(PieceKey key, uint32_t hash, uint64_t count, uint64_t place);
+  uint32_t add_long(const uint8_t* word, size_t size, uint64_t count, uint64_t place);
+  uint32_t append(PieceKey key, uint64_t hash, uint64_t count, uint64_t place);
+  uint32_t count_again(uint32_t word, uint64_t count, uint64_t place);
+  void grow_short();
+  void grow_long();
+  std::string_view bytes_of(const Entry& word) const;
 
   Pattern pattern_;
   const Kernels& kernels_;
-  std::vector<Slot> slots_;
-  size_t used_ = 0;
-  std::unordered_map<std::string, LongWord> long_;
-  uint32_t order_ = 0;
-  std::vector<uint8_t> joined_;
+  // Words by first appearance here, and beside them what changes with every piece.
+  Buffer<Entry> words_;
+  Buffer<uint64_t> counts_;
+  std::vector<Bucket> short_;  // a full bucket goes on in the next one
+  size_t short_words_ = 0;
+  std::vector<uint32_t> long_;  // open addressing, number of the word + 1
+  size_t long_words_ = 0;
+  Buffer<uint8_t> long_bytes_;
+  Buffer<uint8_t> joined_;
+  uint64_t joined_place_ = 0, joined_end_ = 0;
+  PieceKey blank_key_ = {0, 0};  // the last line of whitespace only
+  uint32_t blank_word_ = 0;
 };
 
 }  // namespace lmfast::bpe

@@ -1,5 +1,7 @@
 #include "attention_binding.h"
 
+#include <algorithm>
+
 namespace lmfast {
 namespace {
 
@@ -135,6 +137,41 @@ void AttentionCall::set_mask(const Tensor& m) {
   a.mask_kind = mask_kind(m);
   a.mask = m.const_data_ptr();
   for (int d = 0; d < 4; ++d) a.mask_stride[d] = m.stride(d);
+  if (find_runs(m)) a.mask_kind = MaskKind::kNone;
+}
+
+// Whether the mask shows every query one run of keys that moves on with the queries; then `runs`
+// says all of it.
+bool AttentionCall::find_runs(const Tensor& m) {
+  AttentionArgs& a = args;
+  if ((m.stride(1) != 0 && a.heads > 1) || (m.stride(3) != 1 && a.keys > 1)) return false;
+  const int64_t rows = m.stride(2) == 0 ? 1 : a.length, batch = m.stride(0) == 0 ? 1 : a.batch;
+  std::vector<int64_t> found(static_cast<size_t>(2 * batch * rows));
+  const AttentionMaskArgs mask{a.mask_kind, a.mask,      rows,        a.keys,
+                               m.stride(0), m.stride(2), found.data()};
+  const auto kernel = attention_mask_runs_kernel();
+  // Most masks that are no runs show it in their first row, before the others are read.
+  kernel(mask, 0, std::min<int64_t>(1, batch * rows));
+  if (!found.empty() && found[0] < 0) return false;
+  torch::stable::parallel_for(0, batch * rows, grain_size(a.keys),
+                              [&](int64_t begin, int64_t end) { kernel(mask, begin, end); });
+  runs_.resize(static_cast<size_t>(2 * batch * a.length));
+  for (int64_t b = 0; b < batch; ++b) {
+    int64_t lo = 0, hi = 0;
+    for (int64_t t = 0; t < a.length; ++t) {
+      const int64_t* run = found.data() + 2 * (b * rows + (rows > 1 ? t : 0));
+      if (run[0] < 0) return false;
+      const bool empty = run[0] == run[1];
+      if (!empty && (run[0] < lo || run[1] < hi)) return false;
+      lo = empty ? hi : run[0];
+      hi = empty ? hi : run[1];
+      runs_[2 * (b * a.length + t)] = lo;
+      runs_[2 * (b * a.length + t) + 1] = hi;
+    }
+  }
+  a.runs = runs_.data();
+  a.runs_batch = batch > 1 ? 2 * a.length : 0;
+  return true;
 }
 
 AttentionCall::AttentionCall(const Tensor& q, const Tensor& k, const Tensor& v,

@@ -43,7 +43,9 @@ class AttentionCall {
   void set_storage(const Tensor& k, const AttentionCache* cache);
   void set_mask(const Tensor& mask);
 
-  std::vector<int64_t> offsets_, lengths_;
+  bool find_runs(const Tensor& mask);
+
+  std::vector<int64_t> offsets_, lengths_, runs_;
 };
 
 // Runs the forward on the arguments of a call whose `out` and `lse` are set: splits the work over

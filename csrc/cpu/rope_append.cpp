@@ -122,6 +122,8 @@ void rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
     LMFAST_CHECK(a.head_dim <= kMaxAppendHeadDim, "int8 storage takes head sizes to ",
                  kMaxAppendHeadDim, ", got ", a.head_dim);
   } else {
+    LMFAST_CHECK(a.keys.scales == nullptr && a.values.scales == nullptr,
+                 "key_scales and value_scales are for int8 storage");
     a.storage = dtype_of(keys, "keys");
     LMFAST_CHECK((a.storage == DType::kF64) == (a.dtype == DType::kF64),
                  "float64 is stored as float64 only");

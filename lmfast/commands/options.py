@@ -38,10 +38,15 @@ POSITIVE = number(float, 0, above=True)
 SHARE = number(float, 0, highest=1)
 
 
-def add_machine_options(parser: argparse.ArgumentParser) -> None:
-    """Add --device, --threads and --precision."""
+def add_machine_options(parser: argparse.ArgumentParser, *, auto: bool = False) -> None:
+    """Add --device, --threads and --precision; `auto`: the device is a GPU where there is one."""
     group = parser.add_argument_group("machine")
-    group.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda or cuda:INDEX")
+    group.add_argument(
+        "--device",
+        default="auto" if auto else "cpu",
+        metavar="NAME",
+        help="cpu, cuda or cuda:INDEX" + (", auto = a GPU if there is one" if auto else ""),
+    )
     group.add_argument(
         "--threads", type=COUNT, metavar="N", help="CPU threads (default: PyTorch's choice)"
     )

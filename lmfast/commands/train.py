@@ -74,10 +74,10 @@ def _train(options: argparse.Namespace, out: Path, device: torch.device) -> int:
         raise ValueError(f"--warmup {options.warmup} is longer than the run: {steps} steps")
     trainer = _trainer(options, out, data, model, steps)
     processes.barrier()  # nobody writes before all have looked whether a run is there already
-    if options.resume:
-        trainer.resume()
-    else:
+    if not options.resume:
         processes.in_first(lambda: _start(options, out, data.tokenizer))
+    elif trainer.can_resume():  # else it was killed before its first checkpoint
+        trainer.resume()
     if processes.first:
         among = f" in {processes.count} processes" if processes.count > 1 else ""
         print(
@@ -157,7 +157,9 @@ def _start(options: argparse.Namespace, out: Path, tokenizer: BPETokenizer) -> N
         if kept[name]:
             kept[name] = [str(Path(path).resolve()) for path in kept[name]]
     text = json.dumps({"format": "lmfast run", "settings": kept}, indent=1)
-    (out / "run.json").write_text(text + "\n", encoding="utf-8")
+    partial = out / "run.json.partial"
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(out / "run.json")
 
 
 def _model(options: argparse.Namespace, tokenizer: BPETokenizer) -> LanguageModel:

@@ -32,8 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_text(parser.add_argument_group("text"))
     _add_steps(parser.add_argument_group("optimisation"))
     _add_evaluation(parser.add_argument_group("evaluation, checkpoints and logs"))
-    add_machine_options(parser)
-    parser.set_defaults(device="auto")
+    add_machine_options(parser, auto=True)
     machine = parser.add_argument_group("memory and processes")
     machine.add_argument(
         "--autocast", action="store_true", help="compute in bf16, keep parameters in fp32"

@@ -91,7 +91,8 @@ class BlockTable:
         self._rows = rows
         self._table = table
         self._live = np.zeros(rows, dtype=np.int64) if live is None else live
-        # Up to which column a row may append without asking who else uses the block.
+        # Up to which column a row may append without asking who else uses the block: what others
+        # share of it lies in front of that, and they cannot append to it. One row has this right.
         self._own_until = np.zeros(rows, dtype=np.int64)
         self._forget_views()
         pool.users.add(self)
@@ -139,7 +140,6 @@ class BlockTable:
             longest,
             None,
             table,
-            None,
             storage,
         )
 
@@ -229,7 +229,6 @@ class BlockTable:
     def fork(self, rows: np.ndarray, lengths: np.ndarray) -> BlockTable:
         """The given rows as a cache of its own, in the same storage."""
         table = self._explicit(lengths)
-        self._own_until[:] = 0
         return BlockTable(self.pool, len(rows), table[rows], self._live[rows])
 
     def share(self, source: int, rows: np.ndarray, length: int, lengths: np.ndarray) -> None:
@@ -238,7 +237,7 @@ class BlockTable:
         blocks = -(-length // BLOCK)
         table[rows, :blocks] = table[source, :blocks]
         self._live[rows] = blocks
-        self._own_until[:] = 0
+        self._own_until[rows] = 0
         self._settle()
 
     def truncate(self, lengths: np.ndarray) -> None:
@@ -285,6 +284,7 @@ class BlockTable:
             self.pool.make_room(self._rows, 0)
             self._table = np.arange(self._rows, dtype=np.int32)[:, None]
             self._live = -(-lengths // BLOCK)
+            self._own_until = self._live * BLOCK
         self._forget_views()
         return self._widened()
 

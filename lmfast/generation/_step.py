@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,7 +43,6 @@ class Placement:
         longest: the largest of them.
         first: (B,) position of the token in column 0; None: 0.
         table: (B, columns / 64) int32, the row that holds each block of columns; None: row b.
-        window: how many keys back a query sees.
         storage: of each layer of the group.
     """
 
@@ -52,7 +51,6 @@ class Placement:
     longest: int
     first: np.ndarray | None
     table: Tensor | None
-    window: int | None
     storage: dict[int, Storage]
 
 
@@ -64,15 +62,12 @@ class Step:
         shape: of k and v.
         tokens: which of the B * T tokens are stored; None = all.
         positions: for the rotation: of the first token of all rows, or (B,) of each, or (B, T).
-        append: the implementation of `rope_append`, chosen and its arguments checked by the first
-            layer: the others' are alike.
     """
 
     shape: torch.Size
     new: NewTokens
     tokens: Tensor | None
     positions: int | Tensor
-    append: Callable[..., None] | None = None
 
 
 def new_tokens(

@@ -63,7 +63,7 @@ class WindowedLayers:
                 "reset the cache"
             )
         longest = int((new.reach - self.first).max(initial=0))
-        storage = self.storage
+        storage, self._scratch = self.storage, {}
         if longest > self._columns:
             self._compact(new.starts)
             longest = int((new.reach - self.first).max(initial=0))
@@ -79,7 +79,6 @@ class WindowedLayers:
             longest,
             self.first,
             None,
-            self.window,
             storage,
         )
 

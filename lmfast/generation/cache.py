@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +11,11 @@ import torch
 from torch import Tensor
 
 from lmfast import ops
-from lmfast._dispatch import select
 from lmfast.generation._blocks import BlockPool, BlockTable
 from lmfast.generation._rows import CachedRows, Group, check_sizes, layer_windows
 from lmfast.generation._step import Padding, Placement, Step, make_step, new_tokens
 from lmfast.generation._storage import Storage, on_device
 from lmfast.generation._window import WindowedLayers, columns_for
-from lmfast.ops.rope_append import OP as ROPE_APPEND
 
 _FIRST_CAPACITY = 64
 
@@ -85,7 +84,10 @@ class KVCache(CachedRows):
     ) -> None:
         rows = batch if rows is None else rows
         check_sizes(num_layers, batch, num_kv_heads, head_dim, max_length, dtype, rows)
-        windows = layer_windows(window, num_layers)
+        self._windows = layer_windows(window, num_layers)
+        # Where all tokens fit into a window's storage they are kept, and shared.
+        fits = max_length or math.inf
+        windows = [None if w is None or fits <= columns_for(w) else w for w in self._windows]
         self.num_layers = num_layers
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
@@ -182,23 +184,14 @@ class KVCache(CachedRows):
         group = self._groups[self._group_of[layer]]
         placement = self._placements[self._group_of[layer]]
         s = group.open(layer, placement)
-        where = step.positions if positions is None else positions
-        if step.append is None or positions is not None or q.shape[2] != k.shape[2]:
-            args = ROPE_APPEND.check(
-                *(q, k, v, s.keys, s.values, placement.slots, cos, sin),
-                positions=where,
-                interleaved=interleaved,
-                tokens=step.tokens,
-                key_scales=s.key_scales,
-                value_scales=s.value_scales,
-            )
-            step.append = select(ROPE_APPEND, args).forward
-        else:
-            stored = (s.keys, s.values, s.key_scales, s.value_scales)
-            rotation = (where, 0) if isinstance(where, Tensor) else (None, where)
-            args = (q, k, v, *stored, placement.slots, step.tokens, cos, sin, *rotation)
-            args = (*args, interleaved)
-        step.append(*args)
+        ops.rope_append(
+            *(q, k, v, s.keys, s.values, placement.slots, cos, sin),
+            positions=step.positions if positions is None else positions,
+            interleaved=interleaved,
+            tokens=step.tokens,
+            key_scales=s.key_scales,
+            value_scales=s.value_scales,
+        )
         group.close(layer, placement, step.new.ends)
         self._next_layer += 1
         if self._next_layer == self.num_layers:
@@ -241,13 +234,14 @@ class KVCache(CachedRows):
         """
         _, placement = self._look(layer)
         s = placement.storage[layer]
-        if placement.window is not None:
-            if window is not None and window > placement.window:
+        own = self._windows[layer]
+        if own is not None:
+            if window is not None and window > own:
                 raise ValueError(
-                    f"layer {layer} keeps the last {placement.window} tokens, which is less than "
-                    f"the window {window}: make the cache with that window"
+                    f"layer {layer} keeps the last {own} tokens, which is less than the window "
+                    f"{window}: make the cache with that window"
                 )
-            window = placement.window if window is None else window
+            window = own if window is None else window
         return ops.cached_attention(
             *(q, s.keys, s.values, placement.lengths),
             table=placement.table,

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from transformers import PreTrainedTokenizer
+from transformers import BatchEncoding, PreTrainedTokenizer
 
 from lmfast.tokenizer import BPETokenizer
 from lmfast.tokenizer.byte_alphabet import CHAR_TO_BYTE, from_stand_ins, to_stand_ins
 
 _FILE = "lmfast_tokenizer.json"
+_MARK = 1 << 40  # beyond every id
 
 
 class LMFastTokenizer(PreTrainedTokenizer):
@@ -92,6 +93,62 @@ class LMFastTokenizer(PreTrainedTokenizer):
 
     def _convert_id_to_token(self, index: int) -> str:
         return self._names[index]
+
+    def _encode_plus(
+        self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any
+    ) -> BatchEncoding:
+        # A batch comes back here text by text.
+        if not kwargs.get("return_offsets_mapping") or not isinstance(text, str):
+            return super()._encode_plus(text, text_pair, *args, **kwargs)
+        return_tensors = kwargs.pop("return_tensors", None)
+        # Truncation, special tokens and padding happen to marks, which say what is left where.
+        first = self._spans(text)
+        places = first + (self._spans(text_pair) if text_pair else [])
+        marks = list(range(_MARK, _MARK + len(places)))
+        encoded = super()._encode_plus(
+            marks[: len(first)] or text,  # an empty list would be an empty batch
+            marks[len(first) :] or text_pair,
+            *args,
+            **kwargs,
+        )
+        encoded["offset_mapping"] = [
+            places[mark - _MARK][1] if mark >= _MARK else (0, 0) for mark in encoded["input_ids"]
+        ]
+        for key in ("input_ids", "overflowing_tokens"):
+            if key in encoded:
+                encoded[key] = [
+                    places[mark - _MARK][0] if mark >= _MARK else mark for mark in encoded[key]
+                ]
+        return BatchEncoding(
+            dict(encoded), tensor_type=return_tensors, prepend_batch_axis=return_tensors is not None
+        )
+
+    def _spans(self, text: str) -> list[tuple[int, tuple[int, int]]]:
+        """(id, characters) of each token of a text."""
+        found: list[tuple[int, tuple[int, int]]] = []
+        at = 0
+        for part in self.tokens_trie.split(text):
+            if part in self.added_tokens_encoder:
+                found.append((self.added_tokens_encoder[part], (at, at + len(part))))
+            else:
+                ids, spans = self.bpe.offsets(part, disallowed_special=())
+                found += [(id, (at + a, at + b)) for id, (a, b) in zip(ids, spans)]
+            at += len(part)
+        if [id for id, _ in found] != self.convert_tokens_to_ids(self.tokenize(text)):
+            raise ValueError(
+                "return_offsets_mapping cannot follow added tokens that strip spaces or stand only "
+                "for single words; add them without lstrip, rstrip and single_word"
+            )
+        return found
+
+    def _pad(self, encoded_inputs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        padded = super()._pad(encoded_inputs, *args, **kwargs)
+        spans = padded.get("offset_mapping")
+        if spans is not None:
+            fill = [(0, 0)] * (len(padded["input_ids"]) - len(spans))
+            left = (kwargs.get("padding_side") or self.padding_side) == "left"
+            padded["offset_mapping"] = fill + spans if left else spans + fill
+        return padded
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """The text of tokens."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lmfast import ops
+from lmfast.nn.embedding import Embedding
 
 _REGISTRY: dict[str, type[LanguageModel]] = {}
 
@@ -25,7 +26,7 @@ class LanguageModel(nn.Module):
     vocab_size: int
     pad_idx: int | None
     options: dict[str, Any]
-    embedding: nn.Embedding
+    embedding: Embedding
     logit_softcap: float | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -121,11 +122,6 @@ class LanguageModel(nn.Module):
         if self.logit_softcap is None:
             return logits
         return self.logit_softcap * torch.tanh(logits / self.logit_softcap)
-
-    def _clear_padding(self) -> None:
-        if self.pad_idx is not None:
-            with torch.no_grad():
-                self.embedding.weight[self.pad_idx].zero_()
 
 
 class _KeepRowFixed(torch.autograd.Function):

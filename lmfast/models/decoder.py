@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lmfast.generation.cache import KVCache
+from lmfast.generation.cache import KVCache, LayerCache
 from lmfast.models.base import LanguageModel, check_sizes, keep_row_fixed
 from lmfast.nn.block import BlockOptions, DecoderBlock
+from lmfast.nn.embedding import Embedding
 from lmfast.nn.norm import RMSNorm
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class DecoderLanguageModel(LanguageModel):
         scaling = block.get("rope_scaling")
         if scaling is not None:
             self.options["rope_scaling"] = dict(scaling)
-        self.embedding = nn.Embedding(vocab_size, emb_dim, padding_idx=pad_idx)
+        self.embedding = Embedding(vocab_size, emb_dim, padding_idx=pad_idx)
         blocks = []
         for window in windows:
             block["window"] = window
@@ -136,12 +137,13 @@ class DecoderLanguageModel(LanguageModel):
         nn.init.normal_(self.embedding.weight, std=0.02)
         if self.output is not None:
             nn.init.xavier_uniform_(self.output)
-        self._clear_padding()
+        self.embedding.clear_padding()
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Return the output layer's weight (V, E), a view, and bias (V) or None."""
         if self.output is not None:
             return self.output.t(), self.output_bias
+        self.embedding.clear_padding()
         return keep_row_fixed(self.embedding.weight, self.pad_idx), self.output_bias
 
     def hidden(self, ids: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
@@ -177,6 +179,7 @@ class DecoderLanguageModel(LanguageModel):
             self.num_kv_heads,
             self.head_dim,
             max_length=capacity,
+            window=self.options["windows"],
             dtype=self.embedding.weight.dtype,
             device=self.embedding.weight.device,
         )
@@ -185,14 +188,17 @@ class DecoderLanguageModel(LanguageModel):
         self, ids: Tensor, state: KVCache, lengths: Tensor | None = None
     ) -> tuple[Tensor, KVCache]:
         """Append the tokens to the cache and return their features (B, T, E) and the cache."""
-        wanted = None if lengths is None else state.lengths + lengths
-        x = self._run(ids, None, state, None)
-        if wanted is not None:  # what was appended behind a row's end is forgotten again
-            state.truncate(wanted)
-        return x, state
+        counts = None if lengths is None else lengths.tolist()  # padding is not stored
+        return self._run(
+            ids, None, [state.layer(i, counts) for i in range(len(self.layers))]
+        ), state
 
     def _run(
-        self, ids: Tensor, mask: Tensor | None, cache: KVCache | None, positions: Tensor | None
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        caches: Sequence[LayerCache] | None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Return the features (B, T, E) before the output matrix."""
         x = self.embedding(ids)
@@ -202,6 +208,6 @@ class DecoderLanguageModel(LanguageModel):
         # From block to block go the last update and what it is to be added to: the norm that
         # follows adds them in its own pass.
         for index, layer in enumerate(self.layers):
-            x = layer(x, mask, None if cache is None else cache.layer(index), positions, True)
+            x = layer(x, mask, None if caches is None else caches[index], positions, True)
         update, x = x
         return x + update if self.norm is None else self.norm.add(update, x)[0]

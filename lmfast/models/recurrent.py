@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lmfast.models.base import LanguageModel, check_sizes, keep_row_fixed
 from lmfast.nn.elman import ElmanRNN
+from lmfast.nn.embedding import Embedding
 from lmfast.nn.stack import make_stack
 
 
@@ -74,7 +75,7 @@ class RecurrentLanguageModel(LanguageModel):
             "tie_weights": tie_weights,
             "dropout": dropout,
         }
-        self.embedding = nn.Embedding(vocab_size, emb_dim, padding_idx=pad_idx)
+        self.embedding = Embedding(vocab_size, emb_dim, padding_idx=pad_idx)
         self.rnn = make_stack(cell, emb_dim, num_layers, dropout)
         self.fc = nn.Linear(emb_dim, vocab_size)
         self.tie_weights = tie_weights
@@ -88,12 +89,13 @@ class RecurrentLanguageModel(LanguageModel):
             # loss (6.77 on 2 MB of text, 6.05 with 1).
             nn.init.xavier_uniform_(self.fc.weight)
         nn.init.zeros_(self.fc.bias)
-        self._clear_padding()
+        self.embedding.clear_padding()
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Return the output layer's weight (V, E) and bias (V)."""
         if not self.tie_weights:
             return self.fc.weight, self.fc.bias
+        self.embedding.clear_padding()
         return keep_row_fixed(self.embedding.weight, self.pad_idx), self.fc.bias
 
     def hidden(self, ids: Tensor) -> Tensor:
@@ -123,4 +125,4 @@ class RecurrentLanguageModel(LanguageModel):
         nn.init.xavier_uniform_(self.embedding.weight)
         for unit in self.rnn.units():
             nn.init.uniform_(unit.b)
-        self._clear_padding()
+        self.embedding.clear_padding()

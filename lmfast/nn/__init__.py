@@ -4,6 +4,7 @@ from lmfast.nn.attention import MultiHeadAttention
 from lmfast.nn.block import DecoderBlock
 from lmfast.nn.cells import GRUCell, LSTMCell, RNNCell
 from lmfast.nn.elman import ElmanRNN, ElmanUnit
+from lmfast.nn.embedding import Embedding
 from lmfast.nn.min_rnn import MinGRU, MinLSTM
 from lmfast.nn.mlp import MLP, GeGLU, SwiGLU
 from lmfast.nn.norm import RMSNorm
@@ -30,6 +31,7 @@ __all__ = [
     "DecoderBlock",
     "ElmanRNN",
     "ElmanUnit",
+    "Embedding",
     "GRUCell",
     "GeGLU",
     "LSTMCell",

@@ -48,7 +48,9 @@ def attend(
     Raises:
         ValueError: the mask has another number of dimensions.
     """
-    if mask is None or is_causal_mask(mask):
+    # A mask for all keys is the operator's to recognise; one for the queries among themselves, with
+    # more keys before them in a cache, can only mean causality.
+    if mask is None or (mask.shape[-1] != k.shape[2] and is_causal_mask(mask)):
         return ops.attention(
             q, k, v, q_offset=q_offset, window=window, softcap=softcap, scale=scale
         )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmfast.nn.attend import attend
+from lmfast.nn.attend import attend, is_causal_mask
 from lmfast.nn.norm import RMSNorm
 from lmfast.nn.packed import PackedParameters
 from lmfast.nn.rotary import RotaryEmbedding
@@ -191,28 +191,25 @@ class MultiHeadAttention(PackedParameters):
         q, k, v = qkv.transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)  # (B, H, T, D)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        offset: int | Tensor | None = None
-        length = None
-        if cache is not None:
-            offset = cache.offset
-            length = cache.longest + steps
-            positions = offset if positions is None else positions
-        # Without gradients q and k are ours alone, fresh from the product: rotate them in place.
-        inplace = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        q, k = self.rope(q, k, positions, length=length, inplace=inplace)
-        if cache is not None:
-            k, v = cache.append(k, v)
-            q = q.to(k.dtype)  # under autocast the cache has the parameters' dtype
-        out = attend(
-            q,
-            k,
-            v,
-            mask=mask,
-            q_offset=offset,
-            window=self.window,
-            softcap=self.softcap,
-            scale=self.scale,
-        )  # (B, H, T, D)
+        options: dict[str, Any] = {
+            "window": self.window,
+            "softcap": self.softcap,
+            "scale": self.scale,
+        }
+        if cache is None:
+            # Without gradients q and k are ours, fresh from the product: rotate them in place.
+            inplace = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            q, k = self.rope(q, k, positions, inplace=inplace)
+            out = attend(q, k, v, mask=mask, **options)  # (B, H, T, D)
+        else:
+            cos, sin = self.rope.tables(max(cache.longest + steps, 1), x.device)
+            interleaved = self.rope.interleaved
+            q = cache.rope_append(q, k, v, cos, sin, interleaved=interleaved, positions=positions)
+            if mask is None or is_causal_mask(mask):
+                out = cache.attend(q, **options)
+            else:
+                k, v = (t.to(q.dtype) for t in cache.contents(q.dtype))
+                out = attend(q, k, v, mask=mask, **options)
         joined = out.transpose(1, 2).reshape(batch, steps, heads * self.head_dim)
         return F.linear(joined, self.W_O.t(), self.B_O)
 

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import define, needs_grad, unsupported_by_cpu_kernels
+from lmfast.ops._recurrent_bf16 import bf16_layer, runs_in_bf16
+from lmfast.ops._recurrent_products import GATE_GRADIENTS, KEPT_GATES, gradients_of_products
 from lmfast.ops._recurrent_reference import CELLS, reference_layer
 from lmfast.ops._recurrent_step import MAX_ROWS, step_op
-
-_KEPT_GATES = {"tanh": 0, "relu": 0, "lstm": 4, "gru": 4, "gru_textbook": 3}
-_GATE_GRADIENTS = {"tanh": 1, "relu": 1, "lstm": 4, "gru": 4, "gru_textbook": 3}
 
 
 def _forward_fake(
@@ -34,7 +33,7 @@ def _forward_fake(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, hidden = projected.shape[0], w_hh.shape[1]
-    kept = _KEPT_GATES[CELLS[cell]] if keep else 0
+    kept = KEPT_GATES[CELLS[cell]] if keep else 0
     lstm = CELLS[cell] == "lstm"
     cells = keep and CELLS[cell] in ("lstm", "gru_textbook")
     return (
@@ -61,9 +60,9 @@ def _backward_fake(
     cell: int,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    kept, hidden = _KEPT_GATES[CELLS[cell]], w_hh.shape[1]
+    kept, hidden = KEPT_GATES[CELLS[cell]], w_hh.shape[1]
     return (
-        y.new_empty(y.shape[0], _GATE_GRADIENTS[CELLS[cell]] * hidden),
+        y.new_empty(y.shape[0], GATE_GRADIENTS[CELLS[cell]] * hidden),
         y.new_empty(batch if kept else 0, hidden),
     )
 
@@ -180,95 +179,14 @@ class _Layer(torch.autograd.Function):
                 ctx.reverse,
             )
             how = (sizes, ctx.batch, ctx.cell, ctx.reverse)
-            grads = _products_backward(ctx, inputs, how, (y, cells), dgates, carry, dh_n)
+            operands = (x, h0, w_ih, w_hh)
+            grads = gradients_of_products(
+                ctx.needs_input_grad[:7], operands, how, (y, cells), dgates, carry, dh_n
+            )
         return *grads, *_NO_GRADS
 
 
 _NO_GRADS = (None,) * 5
-
-
-def _products_backward(
-    ctx: Any,
-    inputs: tuple[Any, ...],
-    how: tuple[Any, ...],
-    states: tuple[Tensor, Tensor],
-    dgates: Tensor,
-    carry: Tensor,
-    dh_n: Tensor | None,
-) -> list[Tensor | None]:
-    """From the gradients of the gates to those of everything else: one product for each."""
-    x, h0, _, w_ih, w_hh, *_ = inputs
-    y, cells = states
-    sizes, batch, cell, reverse = how
-    hidden = w_hh.shape[1]
-    need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh = ctx.needs_input_grad[:7]
-    # GRU: (n before the reset, r, z, n after it); the first three meet the hidden weights. The
-    # textbook's n meets r h instead of h, and what that gives h is in carry.
-    from_input = dgates[:, hidden:] if cell == "gru" else dgates
-    meeting = {"gru": 3 * hidden, "gru_textbook": 2 * hidden}.get(cell, dgates.shape[1])
-    from_state = dgates[:, :meeting]
-    grads: list[Tensor | None] = [None] * 7
-    if need_x:
-        grads[0] = torch.mm(from_input, w_ih)
-    if need_h0:
-        first = from_state[_first_rows(sizes, batch, reverse, x.shape[0])]
-        if x.shape[0] == 0:
-            grads[1] = dh_n
-        elif cell == "gru":
-            dn, drz = first[:, :hidden], first[:, hidden:]
-            grads[1] = torch.addmm(carry, dn, w_hh[2 * hidden :]).addmm_(drz, w_hh[: 2 * hidden])
-        elif cell == "gru_textbook":
-            grads[1] = torch.addmm(carry, first, w_hh[: 2 * hidden])
-        else:
-            grads[1] = torch.mm(first, w_hh)
-    if need_c0 and cell == "lstm":
-        grads[2] = carry
-    if need_w_ih:
-        grads[3] = torch.mm(from_input.t(), x)
-    if need_w_hh:
-        dw = _state_weight_gradient(from_state, y, h0, sizes, batch, reverse)
-        if cell == "gru":
-            dw = torch.cat((dw[hidden:], dw[:hidden]))
-        elif cell == "gru_textbook":
-            dw = torch.cat((dw, torch.mm(dgates[:, 2 * hidden :].t(), cells)))
-        grads[4] = dw
-    if need_b_ih or need_b_hh:
-        total = dgates.sum(0)
-        if cell == "gru":
-            grads[5] = total[hidden:]
-            grads[6] = torch.cat((total[hidden : 3 * hidden], total[:hidden]))
-        else:
-            grads[5], grads[6] = total, total.clone()
-    return grads
-
-
-def _first_rows(sizes: Tensor | None, batch: int, reverse: bool, rows: int) -> slice | Tensor:
-    """The row of every sequence's first step in the order of the loop."""
-    if not reverse:
-        return slice(0, batch)
-    if sizes is None:
-        return slice(rows - batch, rows)
-    sequence = torch.arange(batch)
-    last = (sizes[:, None] > sequence).sum(0) - 1
-    return (sizes.cumsum(0) - sizes)[last] + sequence
-
-
-def _state_weight_gradient(
-    dgates: Tensor, y: Tensor, h0: Tensor | None, sizes: Tensor | None, batch: int, reverse: bool
-) -> Tensor:
-    """Sum over steps of dgates_t^T h_{t-1}."""
-    rows = y.shape[0]
-    # Rows from step 1 on, and the rows of the same sequences one step earlier.
-    later: slice | Tensor = slice(batch, rows)
-    earlier: slice | Tensor = slice(0, max(0, rows - batch))
-    if sizes is not None:
-        earlier = torch.arange(batch, rows) - torch.repeat_interleave(sizes[:-1], sizes[1:])
-    if reverse:
-        later, earlier = earlier, later
-    dw = torch.mm(dgates[later].t(), y[earlier])
-    if h0 is not None and rows:
-        dw.addmm_(dgates[_first_rows(sizes, batch, reverse, rows)].t(), h0)
-    return dw
 
 
 def unsupported_by_recurrent_kernels(
@@ -314,6 +232,9 @@ def cpu_layer(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference_layer`` by the C++ loop. Narrow dtypes are widened: the state is fp32."""
+    if runs_in_bf16(x, w_hh, batch, cell):
+        with torch.autocast("cpu", enabled=False):
+            return bf16_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, batch_sizes, batch, cell, reverse)
     if torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
             return cpu_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, batch_sizes, batch, cell, reverse)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,6 +154,11 @@ def reference(*args: Any) -> Any:
     return _over_batch(reference_layer, *args)
 
 
+def peer(*args: Any) -> Any:
+    """The op as a loop of PyTorch's operators in x's dtype, a narrow state included."""
+    return _over_batch(partial(reference_layer, wide=args[0].dtype), *args)
+
+
 def cpu_forward(*args: Any) -> Any:
     """The op with the C++ loop on normalised arguments; differentiable."""
     return _over_batch(cpu_layer, *args)
@@ -173,6 +179,7 @@ def register_recurrent_op(
             check=check,
             sample_inputs=samples,
             differentiable=("x", "state", "weights"),
+            peer=peer,
         )
     )
     # The forward differentiates itself: its backward needs what the layers saved.

@@ -66,6 +66,8 @@ def reference_layer(
     batch: int,
     cell: str,
     reverse: bool,
+    *,
+    wide: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer over all steps.
 
@@ -77,12 +79,13 @@ def reference_layer(
         batch: B.
         cell: one of ``CELLS``.
         reverse: from each sequence's last step to its first.
+        wide: the dtype of the state and of all arithmetic; None: float32, or x's if that is wider.
 
     Returns:
         y (N, H), and the states (B, H) after each sequence's last step; the cell state is (0, H)
         except for the LSTM.
     """
-    wide = accumulation_dtype(x.dtype)
+    wide = wide or accumulation_dtype(x.dtype)
     w_ih, w_hh = w_ih.to(wide), w_hh.to(wide)
     b_ih = None if b_ih is None else b_ih.to(wide)
     b_hh = None if b_hh is None else b_hh.to(wide)

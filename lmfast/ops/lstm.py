@@ -53,6 +53,9 @@ def lstm(
 
     Backends:
         cpu (C++, not float64), torch. Gradients on both; gradients of gradients through PyTorch.
+        With AMX, at least 16 rows and a hidden size that is a multiple of 32, products run in bf16
+        for bf16 inputs, and for float32 ones under autocast or at
+        ``torch.set_float32_matmul_precision("medium")``.
 
     Source:
         Hochreiter and Schmidhuber, Long Short-Term Memory, 1997; Gers et al., Learning to Forget,

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfast._dispatch import Op, register, register_op, select
+from lmfast import _extension
+from lmfast._dispatch import Op, is_requested, register, register_op, select
 from lmfast.ops._library import (
     check_same_device,
     check_tensor,
@@ -93,6 +94,20 @@ def rope_append(
         >>> torch.equal(keys[:, :, 7:8], q), keys[:, :, 8:].any().item()
         (True, False)
     """
+    at_once = _extension.cpu.loaded and backend is None and not is_requested("rope_append")
+    if at_once and not isinstance(positions, bool) and not torch.compiler.is_compiling():
+        # One token's work is below a microsecond, the checks below are 10. The operator has its
+        # own, for memory's sake: only what it refuses is looked at closely, to say what is wrong.
+        given = isinstance(positions, Tensor)
+        starts, offset = (positions, 0) if given else (None, positions or 0)
+        scales = (key_scales, value_scales)
+        try:
+            if q.is_cpu and not needs_grad(q, k, v, keys, values):
+                rotation = (cos, sin, starts, offset, interleaved)
+                _op(q, k, v, keys, values, *scales, slots, tokens, *rotation)
+                return q
+        except (RuntimeError, TypeError, AttributeError):
+            pass
     args = _check(
         q,
         k,

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from .backend import default_threads
-from .dropout import encode_with_dropout
+from .dropout import check_dropout, first_state, piece_ends
 from .invalid import encode_invalid
 from .model import Model
 from .patterns import scanner_code, splitter
@@ -100,7 +100,8 @@ class Coding:
                 the rules are tiktoken's: nothing is allowed and all others are disallowed unless
                 said so, and those neither allowed nor disallowed are ordinary text.
             dropout: probability of leaving out each possible merge (BPE-dropout), in [0, 1].
-            seed: of the dropout; the same seed gives the same ids. None: a new one each time.
+            seed: of the dropout, an int of which 64 bits count; the same seed gives the same ids
+                on every backend. None: a new one each time.
 
         Returns:
             List of int.
@@ -115,18 +116,14 @@ class Coding:
             >>> t.encode("ab ab")
             [256, 257]
         """
-        if (
-            type(text) is str
-            and self._encode_text is not None
-            and allowed_special is None
-            and disallowed_special is None
-            and not dropout
-        ):
-            return self._encode_text(text)
+        if allowed_special is None and disallowed_special is None and not dropout:
+            quick = self._encode_text
+            if quick is not None and (ids := quick(text)) is not NotImplemented:
+                return ids
         _check_text(text)
         specials = self._allowed(text, allowed_special, disallowed_special)
         if dropout:
-            return encode_with_dropout(self._model, text, specials.tokens, dropout, seed)
+            return self._encode_with_dropout(text, specials, dropout, seed)
         ids = self._encode_by_python(text, specials)
         return self._encoder.encode(text, specials.matcher) if ids is None else ids
 
@@ -179,15 +176,20 @@ class Coding:
             List of int32 arrays, or with ``flat`` an int32 and an int64 array.
         """
         texts = list(texts)
-        for i, text in enumerate(texts):
-            _check_text(text, f"texts[{i}]")
+        kinds = set(map(type, texts))
+        if not kinds <= {str, bytes}:
+            for i, text in enumerate(texts):
+                _check_text(text, f"texts[{i}]")
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
         specials = self._allowed("", allowed_special, disallowed_special)
         if disallowed_special is not None or allowed_special is not None:
             for text in texts:
                 self._allowed(text, allowed_special, disallowed_special)
-        if scanner_code(self._model.pattern) is None or bytes in map(type, texts):
+        damaged = self._model.mode == "byte" and any(
+            self._engine.valid_prefix(text) < len(text) for text in texts if isinstance(text, bytes)
+        )
+        if damaged or scanner_code(self._model.pattern) is None:
             rows = []
             for text in texts:
                 row = self._encode_by_python(text, specials)
@@ -201,6 +203,30 @@ class Coding:
             return ids, offsets
         bounds = offsets.tolist()
         return [ids[a:b] for a, b in pairwise(bounds)]
+
+    def _encode_with_dropout(
+        self, text: str | bytes, specials: Allowed, dropout: float, seed: int | None
+    ) -> list[int]:
+        check_dropout(dropout)
+        state = first_state(seed)
+        sound = isinstance(text, str) or self._engine.valid_prefix(text) == len(text)
+        if sound and scanner_code(self._model.pattern) is not None:
+            return self._encoder.encode_dropout(text, specials.matcher, None, dropout, state)[0]
+        ids: list[int] = []
+        for part, special in Specials(specials.tokens).split(sound_text(text)):
+            if special is not None:
+                ids.append(special)
+                continue
+            pieces = [to_bytes(piece) for piece in splitter(self._model.pattern)(part)]
+            some, state = self._encoder.encode_dropout(
+                b"".join(pieces),
+                self._no_specials.matcher,
+                np.fromiter(piece_ends(pieces), dtype=np.int64),
+                dropout,
+                state,
+            )
+            ids += some
+        return ids
 
     def _encode_by_python(self, text: str | bytes, specials: Allowed) -> list[int] | None:
         """What the engine's scanners do not cover: patterns of the user, and bytes that are not
@@ -226,7 +252,7 @@ class Coding:
         if scanner_code(self._model.pattern) is not None:
             return self._encoder.encode(text, self._no_specials.matcher)
         pieces = [to_bytes(piece) for piece in splitter(self._model.pattern)(text)]
-        ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+        ends = np.fromiter(piece_ends(pieces), dtype=np.int64)
         return self._encoder.encode(b"".join(pieces), self._no_specials.matcher, ends)
 
     def _merge_piece(self, piece: bytes) -> list[int]:
@@ -328,7 +354,11 @@ class Coding:
             )
         if array.dtype.itemsize != 4:
             # Beyond 32 bits an id must not wrap into the vocabulary.
-            array = np.clip(array, -1, 2**31 - 1)
+            far = np.flatnonzero((array < 0) | (array >= self._model.size))
+            if far.size:
+                raise ValueError(
+                    f"ids[{far[0]}] is {array[far[0]]}, which is not in the vocabulary"
+                )
         array = np.ascontiguousarray(array, dtype=np.int32 if array.dtype.itemsize != 4 else None)
         if skip:
             array = array[~np.isin(array, list(self._model.special_tokens.values()))]

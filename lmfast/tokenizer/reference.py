@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
+from .dropout import Random, merge_with_dropout
 from .patterns import SCANNERS, splitter
 
 Symbol = bytes
@@ -208,42 +210,70 @@ class Encoder:
         raw = to_bytes(piece)
         if raw in self._whole:
             return [self._whole[raw]]
-        if self._characters:
-            symbols = [self._marker, *(self._symbols.get(ord(c), self._unk) for c in piece)]
-        else:
-            symbols = [self._symbols[b] for b in raw]
-        return apply_merges(symbols, self._ranks)
+        return apply_merges(self._first_symbols(piece), self._ranks)
 
-    def encode_text(self, text: str | bytes) -> list[int]:
-        return self.encode(text, self._specials)
+    def _first_symbols(self, piece: str) -> list[int]:
+        if self._characters:
+            return [self._marker, *(self._symbols.get(ord(c), self._unk) for c in piece)]
+        return [self._symbols[b] for b in to_bytes(piece)]
+
+    def encode_text(self, text: object) -> Any:
+        """The ids of a str with all special tokens; NotImplemented for anything else."""
+        return self.encode(text, self._specials) if isinstance(text, str) else NotImplemented
 
     def encode(
         self, text: str | bytes, specials: Specials, ends: np.ndarray | None = None
     ) -> list[int]:
         ids: list[int] = []
-        if ends is not None:
-            raw = to_bytes(sound_text(text))
-            start = 0
-            for end in np.asarray(ends).tolist():
-                if end > start:
-                    ids += self._piece(raw[start:end].decode("utf-8", "surrogateescape"))
-                start = end
-            return ids
-        for part, special in specials.split(sound_text(text)):
+        for piece, special in self._pieces(text, specials, ends):
             if special is not None:
                 ids.append(special)
-                continue
-            for piece in self._split(part):
+            else:
                 ids += self._piece(piece)
         return ids
+
+    def _pieces(
+        self, text: str | bytes, specials: Specials, ends: np.ndarray | None
+    ) -> Iterable[tuple[str, int | None]]:
+        """(piece, None) and (special token, its id), in order."""
+        if ends is not None:
+            raw = to_bytes(sound_text(text))
+            for start, end in pairwise([0, *np.asarray(ends).tolist()]):
+                if end > start:
+                    yield raw[start:end].decode("utf-8", "surrogateescape"), None
+            return
+        for part, special in specials.split(sound_text(text)):
+            if special is not None:
+                yield part, special
+                continue
+            for piece in self._split(part):
+                yield piece, None
 
     def encode_array(
         self, text: str | bytes, specials: Specials, ends: np.ndarray | None = None
     ) -> np.ndarray:
         return np.array(self.encode(text, specials, ends), dtype=np.int32)
 
-    def count(self, text: str | bytes, specials: Specials, ends: np.ndarray | None = None) -> int:
-        return len(self.encode(text, specials, ends))
+    def count(self, text: str | bytes, specials: Specials) -> int:
+        return len(self.encode(text, specials))
+
+    def encode_dropout(
+        self,
+        text: str | bytes,
+        specials: Specials,
+        ends: np.ndarray | None,
+        dropout: float,
+        state: int,
+    ) -> tuple[list[int], int]:
+        """The ids with BPE-dropout, and the state of the random numbers afterwards."""
+        draw = Random(state)
+        ids: list[int] = []
+        for piece, special in self._pieces(text, specials, ends):
+            if special is not None:
+                ids.append(special)
+            else:
+                ids += merge_with_dropout(self._first_symbols(piece), self._ranks, dropout, draw)
+        return ids, draw.state
 
     def encode_batch(
         self, texts: Sequence[str | bytes], specials: Specials, threads: int
@@ -262,6 +292,8 @@ class Decoder:
 
     def first_unknown(self, ids: Sequence[int]) -> int:
         for i, id in enumerate(ids):
+            if not hasattr(id, "__index__"):
+                raise TypeError(f"ids[{i}] must be an int, got {type(id).__name__}")
             if not 0 <= id < len(self._bytes) or self._unknown[id]:
                 return i
         return -1
@@ -299,6 +331,11 @@ class Counter:
 
     def __len__(self) -> int:
         return len(self._counts)
+
+
+def are_texts(items: Sequence[object]) -> bool:
+    """Whether every item is a str or bytes."""
+    return all(isinstance(item, (str, bytes)) for item in items)
 
 
 _INVALID = re.compile("[\udc80-\udcff]")

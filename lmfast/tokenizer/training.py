@@ -107,11 +107,15 @@ def _texts(corpus: Corpus, pattern: str | None) -> Iterator[str | bytes]:
                 raise TypeError(f"corpus must yield str, bytes or paths, got {type(item).__name__}")
 
 
-def _batches(corpus: Corpus, pattern: str | None) -> Iterator[list[str | bytes]]:
-    """Lists of texts, small enough for Ctrl-C to be heard and memory to stay bounded."""
-    if isinstance(corpus, list) and {str, bytes}.issuperset(map(type, corpus)):
+def _batches(corpus: Corpus, pattern: str | None, backend: str) -> Iterator[list[str | bytes]]:
+    """Lists of texts, small enough for memory to stay bounded."""
+    if isinstance(corpus, list):
         for i in range(0, len(corpus), _ITEMS):
-            yield corpus[i : i + _ITEMS]
+            part = corpus[i : i + _ITEMS]
+            if engine(backend).are_texts(part):
+                yield part
+            else:
+                yield from _batches(iter(part), pattern, backend)
         return
     batch: list[str | bytes] = []
     size = 0
@@ -143,7 +147,7 @@ def _count(corpus: Corpus, mode: str, pattern: str | None, threads: int | None, 
                 raise ValueError(f"the count of {word!r} must be an int >= 0, got {count!r}")
         counter.add_words(words, list(corpus.values()))
         return counter
-    for batch in _batches(corpus, pattern):
+    for batch in _batches(corpus, pattern, backend):
         if code is not None:
             counter.add_texts(batch, threads or default_threads())
             continue
@@ -300,26 +304,27 @@ def _assemble(
     """Number the symbols, whose ids are given, and as many merges as fit."""
     symbols, specials = len(ids), options["special_tokens"]
     first = max(max(ids), len(specials) - 1) + 1
-    tokens: list[bytes | None] = [None] * first
+    head: list[bytes | None] = [None] * first
     for id, symbol in zip(ids, strings):
-        tokens[id] = None if symbol in taken else symbol
+        head[id] = None if symbol in taken else symbol
     if not taken or taken.keys().isdisjoint(strings[symbols:]):
         count = min(len(pairs), max(size - first, 0))
-        tokens += strings[symbols : symbols + count]
-        numbers = np.array([*ids, *range(first, first + count)], dtype=np.int64)
+        tokens = (*head, *strings[symbols : symbols + count])
+        numbers = np.concatenate([np.array(ids), np.arange(first, first + count)])
     else:
         numbers_of = list(ids)
         for string in strings[symbols:]:
-            if len(tokens) >= size:
+            if len(head) >= size:
                 break
-            new = taken.get(string, len(tokens))
-            if new == len(tokens):
-                tokens.append(string)
+            new = taken.get(string, len(head))
+            if new == len(head):
+                head.append(string)
             numbers_of.append(new)
+        tokens = tuple(head)
         numbers = np.array(numbers_of, dtype=np.int64)
         count = len(numbers) - symbols
     merges = np.empty((count, 4), dtype=np.int64)
     merges[:, :2] = numbers[pairs[:count]]
     merges[:, 2] = numbers[symbols:]
     merges[:, 3] = np.arange(count)
-    return Model.trusted(tokens=tuple(tokens), merges=merges, whole_piece=False, **options)
+    return Model.trusted(tokens=tokens, merges=merges, whole_piece=False, **options)

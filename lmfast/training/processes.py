@@ -2,8 +2,8 @@
 
 Every process reads the same batches and works on its own rows of each. So a run does not depend
 on how many processes it has, a checkpoint of four is resumed by one, and all know how many tokens
-a step learns from without asking each other. Reading costs next to nothing beside learning: text
-is encoded at hundreds of MB/s and learnt from at less than 1 MB/s.
+a step learns from without asking each other. That all read everything costs next to nothing: on
+two CPU cores a stream gives 5.6 M tokens/s, of which the reference decoder learns 35,000 a second.
 """
 
 from __future__ import annotations

@@ -39,9 +39,7 @@ def check_saving(
         raise ValueError("patience needs an output_dir to keep the best checkpoint in")
 
 
-def check_model(
-    model: nn.Module, batches: Batches, recompute: bool, own_loss: bool, autocast: Any
-) -> None:
+def check_model(model: nn.Module, recompute: bool, autocast: Any) -> None:
     """Raise ValueError for a way of training that the model does not have."""
     if recompute and not isinstance(getattr(model, "layers", None), nn.ModuleList):
         raise ValueError(
@@ -50,7 +48,11 @@ def check_model(
         )
     if autocast not in (None, torch.bfloat16):
         raise ValueError(f"autocast must be torch.bfloat16 or None, got {autocast}")
-    if batches.carries_state:
+
+
+def check_batches(model: nn.Module, batches: Batches | None, own_loss: bool) -> None:
+    """Raise ValueError for batches that carry a state the model does not have."""
+    if batches is not None and batches.carries_state:
         start = model.new_state(1) if hasattr(model, "advance") else None  # type: ignore[operator]
         if not own_loss or not isinstance(start, Tensor):
             raise ValueError(

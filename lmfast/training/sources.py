@@ -212,7 +212,10 @@ class JsonLines(_Files):
                     texts.append(text)
                 else:
                     kind = type(text).__name__
-                    self._bad(f"{path}:{number}", f"field {self.field!r} holds a {kind}, not text")
+                    self._bad(
+                        f"{path}:{number}",
+                        f"field {self.field!r} holds a value of type {kind}, not text",
+                    )
         return [text for text in texts if text.strip()]
 
 
@@ -265,8 +268,9 @@ class DatasetTexts(TextSource):
             self._bad(f"row {number}", f"there is no field {self.field!r}")
             return ""
         if not isinstance(text, str):
+            kind = type(text).__name__
             self._bad(
-                f"row {number}", f"field {self.field!r} holds a {type(text).__name__}, not text"
+                f"row {number}", f"field {self.field!r} holds a value of type {kind}, not text"
             )
             return ""
         return text

@@ -50,8 +50,9 @@ class StreamedBatches(Batches):
     """Batches from a source of texts, read, encoded and shuffled a buffer at a time.
 
     While one buffer is learnt from, a thread fills the next; encoding is done in batches, on
-    several threads and without the GIL. Shuffling is within a buffer. A resumed run fills the
-    buffer it was in again, so a checkpoint holds a position and no data.
+    several threads and without the GIL (measured 160 MB/s with two threads, 66 MB/s with two
+    processes, which send everything through pipes). Shuffling is within a buffer. A resumed run
+    fills the buffer it was in again, so a checkpoint holds a position and no data.
 
     Args:
         source: of texts.

@@ -140,7 +140,9 @@ class Trainer:
             clip_norm,
         )
         settings.check_saving(save_every, patience, output_dir, evaluation, eval_every)
-        settings.check_model(model, batches, recompute, loss is model_loss, autocast)
+        settings.check_model(model, recompute, autocast)
+        for given in (batches, evaluation):
+            settings.check_batches(model, given, loss is model_loss)
         self._processes = Processes.current()
         settings.check_processes(self._processes, shard, optimizer)
         self.model = model
@@ -265,6 +267,14 @@ class Trainer:
         model = self._whole_model()
         self._processes.in_first(lambda: save_model(directory, model))
 
+    def can_resume(self) -> bool:
+        """Put in order what a killed run left behind; return whether there is a checkpoint."""
+        run = self.output_dir
+        if run is None:
+            return False
+        self._processes.in_first(lambda: recover_checkpoints(run))
+        return bool(list_checkpoints(run))
+
     def resume(self, path: str | Path | None = None) -> None:
         """Continue from a checkpoint exactly: the same batches, random numbers and updates.
 
@@ -277,9 +287,8 @@ class Trainer:
         if path is None:
             if self.output_dir is None:
                 raise ValueError("resume needs a path or an output_dir")
-            run = self.output_dir
-            self._processes.in_first(lambda: recover_checkpoints(run))
-            path = latest_checkpoint(run)
+            self.can_resume()
+            path = latest_checkpoint(self.output_dir)
         tensors, content = self._load_model(path)
         device = next(self.model.parameters()).device
         parts = len(self._stepper.carried)

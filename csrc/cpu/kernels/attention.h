@@ -45,6 +45,9 @@ struct AttentionArgs {
   const int64_t* lengths;
   bool causal;
   int64_t window;  // 0: none
+  // (B, T, 2) first and past-the-end key that a mask of runs shows, both growing with t; or null.
+  const int64_t* runs;
+  int64_t runs_batch;  // stride of B; 0 where broadcast
 
   float scale;
   float softcap;       // 0: none; else score -> softcap * tanh(score / softcap)
@@ -74,6 +77,14 @@ static inline int64_t attention_rows(const AttentionArgs& a) {
 static inline int64_t attention_record_size(const AttentionArgs& a) {
   return round_up(a.head_dim, 32) + 2;
 }
+
+// A mask whose last dimension is contiguous; one for all heads.
+struct AttentionMaskArgs {
+  MaskKind kind;
+  const void* mask;
+  int64_t length, keys, batch_stride, row_stride;
+  int64_t* runs;  // (rows, 2) first and past-the-end key of the row's run; first < 0: not one run
+};
 
 struct AttentionBwdArgs {
   AttentionArgs fwd;
@@ -107,9 +118,10 @@ static inline int64_t attention_bwd_scratch_bytes(const AttentionArgs& a) {
 }
 
 // Ranges: units, (B, Hkv, ranges); the forward's (B, Hkv, ranges, splits), and decoding's (B, Hkv,
-// splits). Combining and reducing: query rows, (B, H, T).
+// splits). Combining and reducing: query rows, (B, H, T). Masks: their rows, (B, T).
 LMFAST_DECLARE_KERNEL(attention_fwd, AttentionArgs)
 LMFAST_DECLARE_KERNEL(attention_decode, AttentionArgs)
+LMFAST_DECLARE_KERNEL(attention_mask_runs, AttentionMaskArgs)
 LMFAST_DECLARE_KERNEL(attention_combine, AttentionArgs)
 LMFAST_DECLARE_KERNEL(attention_bwd, AttentionBwdArgs)
 LMFAST_DECLARE_KERNEL(attention_reduce, AttentionReduceArgs)

@@ -71,6 +71,11 @@ LMFAST_INLINE Span visible_keys(const AttentionArgs& a, int64_t b, int64_t t) {
     lo = clamp(p - a.window + 1, 0, keys);
     if (!a.causal) hi = clamp(p + a.window, 0, keys);
   }
+  if (a.runs != nullptr) {
+    const int64_t* run = a.runs + b * a.runs_batch + 2 * t;
+    lo = lo > run[0] ? lo : run[0];
+    hi = hi < run[1] ? hi : run[1];
+  }
   return {lo < hi ? lo : hi, hi};
 }
 
@@ -146,31 +151,46 @@ LMFAST_INLINE bool has_score_options(const AttentionArgs& a) {
          !(a.scale > 0.0f);
 }
 
-// log2(e) times what the mask adds to a score; -inf hides the key.
-LMFAST_INLINE float mask_value(MaskKind kind, const void* mask, int64_t at) {
-  switch (kind) {
-    case MaskKind::kBool:
-      return static_cast<const unsigned char*>(mask)[at] != 0 ? 0.0f : -kInfinity;
-    case MaskKind::kF32: {
-      const float x = static_cast<const float*>(mask)[at];
-      return x <= kLowest ? -kInfinity : x * kLog2e;
+// log2(e) times what the mask adds to a score; -inf hides the key. `lowest` is the lowest number
+// but one: what lies below it hides.
+template <class T>
+LMFAST_INLINE void added_row(const void* mask, int64_t at, int64_t stride, int n, float lowest,
+                             float* out) {
+  constexpr int W = VecF::kWidth;
+  const T* p = static_cast<const T*>(mask) + at;
+  const VecF limit = VecF::set1(lowest), hidden = VecF::set1(-kInfinity);
+  for (int i = 0; i < n; i += W) {
+    T lanes[W] = {};
+    const int count = n - i < W ? n - i : W;
+    if (stride != 1) {
+      for (int j = 0; j < count; ++j) lanes[j] = p[(i + j) * stride];
     }
-    case MaskKind::kBF16: {
-      const uint16_t bits = static_cast<const uint16_t*>(mask)[at];
-      const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-      float x;
-      memcpy(&x, &wide, 4);
-      return bits == 0xff7f || bits == 0xff80 ? -kInfinity : x * kLog2e;
+    const VecF x = VecF::load(stride == 1 ? p + i : lanes, count);
+    select_less(x, limit, hidden, x * VecF::set1(kLog2e)).store(out + i, count);
+  }
+}
+// The same for n keys of one row of any mask, from element `at` on.
+inline __attribute__((noinline)) void mask_row(const AttentionArgs& a, int64_t at, int n,
+                                               float* out) {
+  const int64_t stride = a.mask_stride[3];
+  switch (a.mask_kind) {
+    case MaskKind::kBool: {
+      const uint8_t* p = static_cast<const uint8_t*>(a.mask) + at;
+      for (int i = 0; i < n; ++i) out[i] = p[i * stride] != 0 ? 0.0f : -kInfinity;
+      break;
     }
-    case MaskKind::kF16: {
-      float x[VecF::kWidth];
-      VecF::load(static_cast<const f16*>(mask) + at, 1).store(x);
-      return x[0] <= -65504.0f ? -kInfinity : x[0] * kLog2e;
-    }
+    case MaskKind::kF32:
+      added_row<float>(a.mask, at, stride, n, -3.40282326e38f, out);
+      break;
+    case MaskKind::kBF16:
+      added_row<bf16>(a.mask, at, stride, n, -3.37623949e38f, out);
+      break;
+    case MaskKind::kF16:
+      added_row<f16>(a.mask, at, stride, n, -65472.0f, out);
+      break;
     case MaskKind::kNone:
       break;
   }
-  return 0.0f;
 }
 
 }  // namespace

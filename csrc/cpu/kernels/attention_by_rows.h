@@ -20,11 +20,10 @@ inline __attribute__((noinline)) void apply_options_by_rows(const AttentionArgs&
   alignas(64) float bias[kLanes] = {};
   for (int j = 0; j < n && t + j < a.length; ++j) {
     if (a.mask_kind != MaskKind::kNone) {
-      int64_t at = b * a.mask_stride[0] + head * a.mask_stride[1] + (t + j) * a.mask_stride[2] +
-                   key * a.mask_stride[3];
-      for (int i = 0; i < count; ++i, at += a.mask_stride[3]) {
-        bias[i] = mask_value(a.mask_kind, a.mask, at);
-      }
+      mask_row(a,
+               b * a.mask_stride[0] + head * a.mask_stride[1] + (t + j) * a.mask_stride[2] +
+                   key * a.mask_stride[3],
+               count, bias);
     }
     if (a.alibi != nullptr) {
       const float per_key = a.alibi[head] * kLog2e;

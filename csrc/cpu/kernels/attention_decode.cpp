@@ -39,10 +39,12 @@ LMFAST_INLINE void row_softmax(float* s, VecF unit, float* m, float* l, float* o
       (VecF::load(out + d) * VecF::set1(factor[0])).store(out + d);
     }
   }
-  const VecF shift = VecF::set1(-*m);
+  const VecF shift = VecF::set1(-*m), normal = VecF::set1(1.17549435e-38f);
   VecF total = VecF::zero();
   for (int i = 0; i < kLanes; i += kVec) {
-    const VecF p = exp2<6>(fmadd(VecF::load(s + i), unit, shift));
+    const VecF x = exp2<6>(fmadd(VecF::load(s + i), unit, shift));
+    // A product with a denormal number takes some 150 cycles: 2 % of them tripled the time.
+    const VecF p = select_less(x, normal, VecF::zero(), x);
     p.store(s + i);
     total = total + p;
   }

@@ -32,7 +32,7 @@ LMFAST_INLINE FloatRows stored_rows(const AttentionArgs& a, const StoredTensor& 
   const int64_t width = a.head_dim;
   const bool there = a.stored.type == Stored::kF32 && a.stored.table == nullptr;
   if (there && t.x.row == width) return {row_of<float>(t.x, b, head, 0), width};
-  to_float_rows(a, t, b, head, rows, copy, width);
+  copy_stored(a, t, b, head, rows, copy, width);
   return {copy - rows.lo * width, width};
 }
 

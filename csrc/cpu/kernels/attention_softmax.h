@@ -60,14 +60,15 @@ inline __attribute__((noinline)) void apply_options(const AttentionArgs& a, cons
                                                     int64_t key, int n, float* s, float* bias) {
   constexpr int W = VecF::kWidth;
   if (a.mask_kind != MaskKind::kNone) {
-    for (int i = 0; i < q.vecs * W; ++i) {
+    alignas(64) float rows[kLanes * kLanes];  // of the mask
+    for (int i = 0; i < q.rows; ++i) {
       const Row r = q.row[i];
-      int64_t at = q.b * a.mask_stride[0] + r.head * a.mask_stride[1] + r.t * a.mask_stride[2] +
-                   key * a.mask_stride[3];
-      for (int j = 0; j < n; ++j, at += a.mask_stride[3]) {
-        bias[j * kLanes + i] = mask_value(a.mask_kind, a.mask, at);
-      }
+      mask_row(a,
+               q.b * a.mask_stride[0] + r.head * a.mask_stride[1] + r.t * a.mask_stride[2] +
+                   key * a.mask_stride[3],
+               n, rows + i * kLanes);
     }
+    rows_to_lanes(rows, kLanes, q.rows, n, bias, kLanes, q.vecs * W);
   }
   const VecF scale = VecF::set1(a.scale), log2e = VecF::set1(kLog2e);
   const VecF cap = VecF::set1(a.softcap), inverse = VecF::set1(a.scale / a.softcap);

@@ -98,12 +98,14 @@ LMFAST_INLINE const float* scales_at(const StoredTensor& t, int64_t row, int64_t
   return t.scales + row * t.scale_stride[0] + head * t.scale_stride[1] + key;
 }
 
-// Rows [rows.lo, rows.hi) of one head as fp32, `stride` apart.
-inline __attribute__((noinline)) void to_float_rows(const AttentionArgs& a, const StoredTensor& t,
-                                                    int64_t b, int64_t head, Span rows, float* out,
-                                                    int64_t stride) {
+// Rows [rows.lo, rows.hi) of one head as fp32 or bf16, `stride` apart.
+template <class Out>
+inline __attribute__((noinline)) void copy_stored(const AttentionArgs& a, const StoredTensor& t,
+                                                  int64_t b, int64_t head, Span rows, Out* out,
+                                                  int64_t stride) {
   constexpr int W = VecF::kWidth;
-  const int64_t width = a.head_dim;
+  const int64_t width = a.head_dim, whole = width / W * W;
+  const int rest = static_cast<int>(width - whole);
   by_stored_type(a.stored.type, [&](auto type) {
     using S = typename decltype(type)::type;
     int64_t end = 0;
@@ -111,12 +113,11 @@ inline __attribute__((noinline)) void to_float_rows(const AttentionArgs& a, cons
       end = same_row_until(a.stored, key, rows.hi);
       const int64_t at = storage_row(a.stored, b, key);
       const S* in = row_of<S>(t.x, at, head, key);
-      for (int64_t j = key; j < end; ++j, in += t.x.row, out += stride) {
-        const VecF scale = VecF::set1(t.scales != nullptr ? *scales_at(t, at, head, j) : 1.0f);
-        for (int64_t d = 0; d < width; d += W) {
-          const int n = static_cast<int>(width - d < W ? width - d : W);
-          (load_stored(in + d, n) * scale).store(out + d, n);
-        }
+      const float* scales = t.scales != nullptr ? scales_at(t, at, head, key) : nullptr;
+      for (int64_t j = 0; j < end - key; ++j, in += t.x.row, out += stride) {
+        const VecF scale = VecF::set1(scales != nullptr ? scales[j] : 1.0f);
+        for (int64_t d = 0; d < whole; d += W) (load_stored(in + d) * scale).store(out + d);
+        if (rest > 0) (load_stored(in + whole, rest) * scale).store(out + whole, rest);
       }
     }
   });

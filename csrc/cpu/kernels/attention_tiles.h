@@ -47,22 +47,6 @@ LMFAST_INLINE TileRows tile_rows(const AttentionTensor& x, int64_t b, int64_t he
   return {first, in_place ? x.row : width, rows.lo + whole, copy};
 }
 
-// Rows of a cache as bf16, `stride` apart.
-LMFAST_INLINE void copy_stored(const AttentionArgs& a, const StoredTensor& t, const Unit& u,
-                               Span rows, bf16* out, int64_t stride) {
-  int64_t end = 0;
-  for (int64_t key = rows.lo; key < rows.hi; key = end, out += 32 * stride) {
-    end = key + 32 < rows.hi ? key + 32 : rows.hi;
-    alignas(64) float wide[32 * 256];
-    to_float_rows(a, t, u.b, u.kv_head, {key, end}, wide, a.head_dim);
-    for (int64_t j = 0; j < end - key; ++j) {
-      for (int64_t d = 0; d < a.head_dim; d += 16) {
-        const int n = static_cast<int>(a.head_dim - d < 16 ? a.head_dim - d : 16);
-        VecF::load(wide + j * a.head_dim + d, n).store(out + j * stride + d, n);
-      }
-    }
-  }
-}
 LMFAST_INLINE bool lies_as_bf16(const AttentionArgs& a) {
   return a.stored.type == Stored::kBF16 && a.stored.table == nullptr;
 }
@@ -73,7 +57,7 @@ LMFAST_INLINE TileRows stored_tile_rows(const AttentionArgs& a, const Unit& u, S
   if (lies_as_bf16(a)) return tile_rows(a.k, u.b, u.kv_head, keys, a.head_dim, width, copy);
   const int64_t padded = round_up(keys.hi - keys.lo, 32);
   memset(copy, 0, sizeof(bf16) * static_cast<size_t>(padded * width));
-  copy_stored(a, stored_keys(a), u, keys, copy, width);
+  copy_stored(a, stored_keys(a), u.b, u.kv_head, keys, copy, width);
   return {nullptr, width, keys.lo, copy};
 }
 
@@ -85,7 +69,7 @@ struct Bf16Rows {
 LMFAST_INLINE Bf16Rows stored_values_as_bf16(const AttentionArgs& a, const Unit& u, int64_t key,
                                              int n, int64_t width, bf16* copy) {
   if (lies_as_bf16(a)) return {row_of<bf16>(a.v, u.b, u.kv_head, key), a.v.row};
-  copy_stored(a, stored_values(a), u, {key, key + n}, copy, width);
+  copy_stored(a, stored_values(a), u.b, u.kv_head, {key, key + n}, copy, width);
   return {copy, width};
 }
 

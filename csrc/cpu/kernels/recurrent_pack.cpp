@@ -44,12 +44,6 @@ void pack_fwd(const RecurrentPackArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// The weight row that meets column k of the gates' gradients.
-LMFAST_INLINE int64_t weight_row(Cell cell, int64_t k, int64_t hidden) {
-  if (cell != Cell::kGru) return k;
-  return k < hidden ? 2 * hidden + k : k - hidden;  // (n, r, z) there, (r, z, n) in the weights
-}
-
 }  // namespace
 
 void recurrent_panels(const RecurrentPanelsArgs& a, int64_t, int64_t) {

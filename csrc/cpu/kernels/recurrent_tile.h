@@ -139,5 +139,11 @@ LMFAST_INLINE int64_t rows_of(const RecurrentShape& s, int64_t t) {
   return t < 0 || t >= s.steps ? 0 : s.sizes[t];
 }
 
+// The weight row that meets column k of the gates' gradients.
+LMFAST_INLINE int64_t weight_row(Cell cell, int64_t k, int64_t hidden) {
+  if (cell != Cell::kGru) return k;
+  return k < hidden ? 2 * hidden + k : k - hidden;  // (n, r, z) there, (r, z, n) in the weights
+}
+
 }  // namespace
 }  // namespace lmfast::LMFAST_ISA

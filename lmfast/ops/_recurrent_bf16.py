@@ -1,0 +1,227 @@
+"""Recurrent layers with bf16 products on AMX: bf16 calls, and fp32 ones where the user allows it.
+
+The products over all steps are PyTorch's, in bf16; the loop over time is a kernel that keeps the
+state, the sums and the gates in fp32.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmfast import _extension
+from lmfast.ops._autograd import apply, differentiate, recording_backward
+from lmfast.ops._library import define, needs_grad
+from lmfast.ops._recurrent_products import GATE_GRADIENTS, KEPT_GATES, gradients_of_products
+from lmfast.ops._recurrent_reference import CELLS, reference_layer
+
+# Rows of a tile: fewer leave it unused, and the products over all steps small.
+_MIN_ROWS = 16
+
+
+def _forward_fake(
+    projected: Tensor,
+    w_hh: Tensor,
+    bias: Tensor | None,
+    hidden_bias: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    batch_sizes: Tensor | None,
+    batch: int,
+    cell: int,
+    reverse: bool,
+    keep: bool,
+    wide: bool,
+) -> tuple[Tensor, ...]:
+    rows, hidden = projected.shape[0], w_hh.shape[1]
+    kept = KEPT_GATES[CELLS[cell]] if keep else 0
+    lstm = CELLS[cell] == "lstm"
+    return (
+        projected.new_empty(rows, hidden),
+        projected.new_empty(rows if wide else 0, hidden, dtype=torch.float32),
+        projected.new_empty(batch, hidden, dtype=torch.float32),
+        projected.new_empty(batch if lstm else 0, hidden, dtype=torch.float32),
+        projected.new_empty(rows if kept else 0, kept * hidden),
+        projected.new_empty(rows if lstm and keep else 0, hidden),
+    )
+
+
+def _backward_fake(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    w_hh: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    batch_sizes: Tensor | None,
+    batch: int,
+    cell: int,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    name, hidden = CELLS[cell], w_hh.shape[1]
+    return (
+        y.new_empty(y.shape[0], GATE_GRADIENTS[name] * hidden),
+        y.new_empty(batch if KEPT_GATES[name] else 0, hidden, dtype=torch.float32),
+    )
+
+
+_forward_op = define(
+    "recurrent_bf16_forward(Tensor projected, Tensor w_hh, Tensor? bias, Tensor? hidden_bias, "
+    "Tensor? h0, Tensor? c0, Tensor? batch_sizes, int batch, int cell, bool reverse, bool keep, "
+    "bool wide) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward_fake,
+)
+_backward_op = define(
+    "recurrent_bf16_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor y, Tensor gates, "
+    "Tensor cells, Tensor w_hh, Tensor? h0, Tensor? c0, Tensor? batch_sizes, int batch, int cell, "
+    "bool reverse) -> (Tensor, Tensor)",
+    _backward_fake,
+)
+
+
+def _has_amx() -> bool:
+    return _extension.cpu_isa() == "amx"
+
+
+def _is_medium() -> bool:
+    return torch.get_float32_matmul_precision() == "medium"
+
+
+# What torch.compiler.assume_constant_result sets; that function would import all of the compiler.
+_has_amx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_medium._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def runs_in_bf16(x: Tensor, w_hh: Tensor, batch: int, cell: str) -> bool:
+    """Whether a layer goes to the bf16 loop: asked before autocast is turned off."""
+    if cell == "gru_textbook" or w_hh.shape[1] % 32 or batch < _MIN_ROWS or x.shape[0] == 0:
+        return False
+    if x.dtype not in (torch.bfloat16, torch.float32) or not _has_amx():
+        return False
+    cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return x.dtype == torch.bfloat16 or cast or _is_medium()
+
+
+def _narrow(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.to(torch.bfloat16).contiguous()
+
+
+def _float(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.float().contiguous()
+
+
+def _biases(
+    b_ih: Tensor | None, b_hh: Tensor | None, cell: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to the input's product, and to the hidden part of the GRU's n."""
+    b_ih, b_hh, hidden_bias = _float(b_ih), _float(b_hh), None
+    if b_hh is not None and cell == "gru":
+        hidden = b_hh.shape[0] // 3
+        hidden_bias = b_hh[2 * hidden :]
+        b_hh = torch.cat((b_hh[: 2 * hidden], torch.zeros_like(hidden_bias)))
+    if b_ih is None or b_hh is None:
+        return (b_hh if b_ih is None else b_ih), _float(hidden_bias)
+    return b_ih + b_hh, _float(hidden_bias)
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None,
+        b_hh: Tensor | None,
+        batch_sizes: Tensor | None,
+        batch: int,
+        cell: str,
+        reverse: bool,
+        keep: bool,
+    ) -> tuple[Tensor, ...]:
+        """y, h_n, c_n in x's dtype; then what the backward needs: x and y in bf16, gates, cells."""
+        x16 = x.to(torch.bfloat16)
+        projected = torch.mm(x16, w_ih.to(torch.bfloat16).t())
+        bias, hidden_bias = _biases(b_ih, b_hh, cell)
+        wide = x.dtype == torch.float32
+        y16, y, h_n, c_n, gates, cells = _forward_op(
+            projected,
+            w_hh.contiguous(),
+            bias,
+            hidden_bias,
+            _float(h0),
+            _float(c0),
+            batch_sizes,
+            batch,
+            CELLS.index(cell),
+            reverse,
+            keep,
+            wide,
+        )
+        kept = (x16, y16, gates, cells) if keep and wide else (gates, cells)
+        return (y if wide else y16, h_n.to(x.dtype), c_n.to(x.dtype), *kept)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh, sizes, ctx.batch, ctx.cell, ctx.reverse, _ = inputs
+        y, _, c_n, *kept = output
+        x16, y16, gates, cells = kept if len(kept) == 4 else (x, y, *kept)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*kept, *(() if ctx.cell == "lstm" else (c_n,)))
+        ctx.save_for_backward(
+            x, h0, c0, w_ih, w_hh, b_ih, b_hh, sizes, x16, y16, gates, cells
+        )  # fmt: skip
+
+    @staticmethod
+    def backward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, *_: Any) -> tuple[Any, ...]:
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh, sizes, x16, y16, gates, cells = ctx.saved_tensors
+        inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
+        if ctx.cell != "lstm":
+            dc_n = None  # torch.compile hands in zeros for a result that has no gradient
+        if dy is None and dh_n is None and dc_n is None:
+            return (None,) * 12
+        how = (sizes, ctx.batch, ctx.cell, ctx.reverse)
+        if recording_backward():
+            layer = partial(
+                reference_layer, batch_sizes=sizes, batch=how[1], cell=how[2], reverse=how[3]
+            )
+            return *differentiate(layer, inputs, (dy, dh_n, dc_n)), *(None,) * 5
+        with torch.autocast("cpu", enabled=False):
+            h16, c16 = _narrow(h0), _narrow(c0)
+            dgates, carry = _backward_op(
+                None if dy is None else dy.contiguous(),
+                _float(dh_n),
+                _float(dc_n),
+                y16,
+                gates,
+                cells,
+                w_hh.contiguous(),
+                h16,
+                c16,
+                sizes,
+                ctx.batch,
+                CELLS.index(ctx.cell),
+                ctx.reverse,
+            )
+            operands = (x16, h16, _narrow(w_ih), _narrow(w_hh))
+            found = gradients_of_products(
+                ctx.needs_input_grad[:7], operands, how, (y16, cells), dgates, carry, dh_n
+            )
+            grads = [
+                None if g is None else g.to(t.dtype) for g, t in zip(found, inputs, strict=True)
+            ]
+        return *grads, *(None,) * 5
+
+
+def bf16_layer(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``reference_layer`` by the bf16 loop, for calls that ``runs_in_bf16`` admits."""
+    keep = needs_grad(*args[:7])
+    run: Any = (lambda *a: apply(_Layer, *a)) if keep else _Layer.forward
+    return run(*args, keep)[:3]

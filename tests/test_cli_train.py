@@ -1,0 +1,159 @@
+"""`lmfast train`: its sources of text, ways of training, outputs, and options that exclude each
+other."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from lmfast.cli import main
+from lmfast.training import load_model
+
+LINES = [f"the cat number {i} sat on the mat number {i % 7}" for i in range(400)]
+SMALL = ["--vocab-size", "300", "--emb-dim", "16", "--heads", "2", "--layers", "1", "--quiet"]
+STEPS = ["--steps", "6", "--batch-size", "4", "--context", "8", "--save-every", "3"]
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A directory with the same texts in several forms."""
+    (tmp_path / "text.txt").write_text("\n".join(LINES) + "\n")
+    with (tmp_path / "text.jsonl").open("w") as file:
+        file.writelines(json.dumps({"body": line}) + "\n" for line in LINES)
+    (tmp_path / "held-out.txt").write_text("\n".join(LINES[:40]) + "\n")
+    return tmp_path
+
+
+def run(place, name, data, *options):
+    assert main(["train", "--data", str(place / data), "--out", str(place / name), *SMALL, *STEPS,
+                 *options]) == 0  # fmt: skip
+    return json.loads((place / name / "report.json").read_text())
+
+
+def fails(capsys, arguments, message):
+    """The command ends with status 1 and one line on stderr that holds the message."""
+    capsys.readouterr()
+    assert main(["train", *arguments]) == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_ways_to_the_same_text_learn_the_same(place):
+    datasets = pytest.importorskip("datasets", reason="needs the datasets package")
+    datasets.Dataset.from_dict({"body": LINES}).save_to_disk(place / "disk")
+    field = ["--text-field", "body", "--eval-data", str(place / "text.jsonl"), "--add-eos"]
+    expected = run(place, "jsonl", "text.jsonl", *field)
+    dataset = run(place, "dataset", "disk", *field)
+    assert dataset["losses"] == expected["losses"]
+    assert dataset["evaluations"] == expected["evaluations"]
+    streamed = run(place, "stream", "text.jsonl", *field, "--stream", "--buffer", "9999")
+    assert streamed["tokens"] == expected["tokens"]
+    assert streamed["losses"][0] == pytest.approx(expected["losses"][0], abs=0.2)
+
+
+def test_lines_are_examples_or_one_long_text(place):
+    texts = run(place, "texts", "text.txt", "--lines", "--context", "99", "--held-out", "0.5")
+    windows = run(place, "windows", "text.txt", "--lines", "--examples", "windows")
+    assert windows["tokens"] == 6 * 4 * 8
+    assert texts["tokens"] > windows["tokens"]
+
+
+def test_everything_at_once(place):
+    options = ["--stream", "--workers", "1", "--schedule", "cosine", "--warmup", "2"]
+    options += ["--min-learning-rate", "1e-4", "--accumulate", "3", "--clip-norm", "1"]
+    options += ["--recompute", "--autocast", "--eval-every", "2", "--eval-batches", "1"]
+    options += ["--eval-data", str(place / "held-out.txt"), "--keep", "1", "--deterministic"]
+    try:
+        report = run(place, "all", "text.txt", *options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [step for step, *_ in report["evaluations"]] == [2, 4, 6]
+    rows = list(csv.DictReader((place / "all" / "log.csv").open()))
+    rates = [float(row["learning_rate"]) for row in rows]
+    assert rates[:2] == [5e-4, 1e-3]
+    assert rates[-1] == pytest.approx(1e-4)
+    assert all(float(row["gradient_norm"]) > 0 for row in rows)
+    assert [p.name for p in (place / "all" / "checkpoints").iterdir()] == ["step-00000006"]
+
+
+def test_carried_state(place):
+    options = ["--model", "recurrent", "--carry-state", "--eval-every", "3"]
+    whole = run(place, "whole", "text.txt", *options)
+    run(place, "parts", "text.txt", *options, "--steps", "3")
+    out = str(place / "parts")
+    assert main(["train", "--out", out, "--resume", "--steps", "6", "--quiet"]) == 0
+    parts = json.loads((place / "parts" / "report.json").read_text())
+    assert parts["losses"] == whole["losses"]
+    assert parts["evaluations"] == whole["evaluations"]
+
+
+def test_early_stopping_gives_the_best_model(place, capsys):
+    # With such steps the second evaluation cannot be better than the first ones.
+    options = ["--learning-rate", "3", "--eval-every", "1", "--patience", "2", "--steps", "40"]
+    report = run(place, "early", "text.txt", *options)
+    step = report["best"][0]
+    assert f"step {step} was the best" in capsys.readouterr().out
+    assert len(report["steps"]) == step + 2
+    best = load_model(place / "early" / "checkpoints" / f"step-{step:08d}").state_dict()
+    result = load_model(place / "early").state_dict()
+    assert all(torch.equal(best[name], result[name]) for name in best)
+
+
+def test_bad_lines_are_named_and_left_out_on_request(place, capsys):
+    with (place / "text.jsonl").open("a") as file:
+        file.write('{"body": 1}\n')
+    out = ["--out", str(place / "bad"), "--data", str(place / "text.jsonl"), *SMALL, *STEPS]
+    field = ["--text-field", "body"]
+    fails(
+        capsys, [*out, *field], "text.jsonl:401: field 'body' holds a value of type int, not text"
+    )
+    with pytest.warns(UserWarning, match=r"left out: .*text\.jsonl:401"):
+        assert main(["train", *out, *field, "--bad-lines", "skip"]) == 0
+    assert "1 bad lines were left out" in capsys.readouterr().err
+
+
+def test_data_that_changed_is_told(place, capsys):
+    for name, extra in (("memory", []), ("stream", ["--stream"])):
+        run(place, name, "text.txt", *extra)
+    text = (place / "text.txt").read_text()
+    (place / "text.txt").write_text(text.replace("number 5 ", "number 6 "))
+    for name in ("memory", "stream"):
+        resume = ["--out", str(place / name), "--resume", "--steps", "9", "--quiet"]
+        fails(capsys, resume, "training data is not what the checkpoint was trained on")
+
+
+def test_options_that_exclude_each_other(place, capsys):
+    out = ["--out", str(place / "run"), *SMALL]
+    text = [*out, "--data", str(place / "text.txt")]
+    jsonl = [*out, "--data", str(place / "text.jsonl"), "--text-field", "body"]
+    cases = [
+        ([*text, "--carry-state"], "--carry-state needs --model recurrent"),
+        ([*text, "--model", "recurrent", "--carry-state", "--stream"], "excludes --lines"),
+        ([*jsonl, "--model", "recurrent", "--carry-state"], "reads one long text"),
+        ([*text, "--model", "recurrent", "--recompute"], "--recompute is for the blocks"),
+        ([*text, "--stream", "--held-out", "0.1"], "--held-out needs the end of the text"),
+        ([*text, "--buffer", "9"], "--buffer is for --stream"),
+        ([*text, "--eval-data", "x", "--held-out", "0.1"], "exclude each other"),
+        ([*text, "--patience", "2", "--eval-every", "0"], "--patience needs --eval-every"),
+        ([*text, "--patience", "2", "--held-out", "0"], "--patience needs texts to evaluate on"),
+        ([*text, "--min-learning-rate", "1e-5"], "needs --schedule linear or cosine"),
+        (
+            [*text, "--schedule", "linear", "--min-learning-rate", "1"],
+            "--min-learning-rate 1 is above --learning-rate 0.001",
+        ),
+        ([*text, "--warmup", "99", "--steps", "9"], "--warmup 99 is longer than the run: 9 steps"),
+        ([*text, "--add-eos"], "--add-eos needs separate texts"),
+        ([*text, "--examples", "texts"], "--examples texts needs separate texts"),
+        ([*text, "--data", str(place / "text.txt"), str(place / "text.jsonl")], "of one kind"),
+    ]
+    for arguments, message in cases:
+        fails(capsys, arguments, message)
+    assert not (place / "run").exists()
+
+
+def test_tensorboard_files(place):
+    pytest.importorskip("tensorboard", reason="needs the tensorboard package")
+    run(place, "board", "text.txt", "--tensorboard")
+    assert list((place / "board" / "tensorboard").glob("events.out.*"))
