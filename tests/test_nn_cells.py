@@ -49,6 +49,11 @@ def test_cells_are_torchs(name: str, bias: bool, dtype: torch.dtype) -> None:
         found, expected = as_tuple(ours(*inputs)), as_tuple(theirs(*inputs))
         for f, e in zip(found, expected, strict=True):
             torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():  # another way: the step in one operator call
+        for f, e in zip(as_tuple(ours(x, state)), as_tuple(theirs(x, state)), strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-6)
+        for f, e in zip(as_tuple(ours(x[0], single)), as_tuple(theirs(x[0], single)), strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-6)
     grads = []
     for cell in (ours, theirs):
         leaves = [x.clone().requires_grad_(), h.clone().requires_grad_(), *cell.parameters()]
@@ -68,7 +73,35 @@ def test_relu_cell() -> None:
     )
     ours.load_state_dict(theirs.state_dict())
     x, h = torch.randn(3, 5), torch.randn(3, 7)
-    torch.testing.assert_close(ours(x, h), theirs(x, h), rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, h), theirs(x, h), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell"])
+def test_a_step_without_gradients_is_one_operator_call(
+    name: str, needs_cpu_kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the comparisons with torch.nn would compare it with itself."""
+    ours = getattr(lmfast.nn, name)(5, 7)
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("left to torch.nn")
+
+    monkeypatch.setattr(getattr(nn, name), "forward", refuse)
+    with torch.no_grad():
+        ours(torch.randn(1, 5))
+        ours(torch.randn(5))
+    with pytest.raises(AssertionError, match="left to"):
+        ours(torch.randn(1, 5))
+
+
+def test_textbook_cell_takes_the_same_step_without_gradients() -> None:
+    cell = lmfast.nn.GRUCell(5, 7, reset_after=False)
+    x, h = torch.randn(3, 5), torch.randn(3, 7)
+    with torch.no_grad():
+        found, alone = cell(x, h), cell(x[0], h[0])
+    torch.testing.assert_close(found, cell(x, h).detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(alone, found[0], rtol=1e-5, atol=1e-6)
 
 
 @CELLS
@@ -86,7 +119,7 @@ def test_what_torch_rejects_is_rejected_with_its_words(name: str) -> None:
     ):
         with pytest.raises((RuntimeError, ValueError)) as expected:
             theirs(*wrong)
-        with pytest.raises(expected.type) as found:
+        with pytest.raises(expected.type) as found, torch.no_grad():
             ours(*wrong)
         assert str(found.value) == str(expected.value)
 
