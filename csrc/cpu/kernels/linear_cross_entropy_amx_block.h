@@ -99,8 +99,9 @@ struct Operands {
 };
 
 // Two by two products of pair i of parts, behind those of pair i - 1: what they share is loaded.
-template <int kParts, bool kSwap, int i>
-LMFAST_INLINE void dot_pair(const char* a, const char* b, const Operands& o) {
+// before<tile>() is called before the tile's product.
+template <int kParts, bool kSwap, int i, class Before>
+LMFAST_INLINE void dot_pair(const char* a, const char* b, const Operands& o, const Before& ready) {
   using P = Pairs<kParts>;
   constexpr bool kFirst = i == 0 || i == P::kSmall;
   constexpr int before = i == 0 ? 0 : i - 1;
@@ -113,28 +114,43 @@ LMFAST_INLINE void dot_pair(const char* a, const char* b, const Operands& o) {
     tile_load<6>(b + of_b * 4 * kTileBytes, 64);
     tile_load<7>(b + of_b * 4 * kTileBytes + kTileBytes, 64);
   }
+  ready.template tile<0>();
   tile_dot<0, 4, 6>();
+  ready.template tile<2>();
   tile_dot<2, 5, 6>();
+  ready.template tile<1>();
   tile_dot<1, 4, 7>();
+  ready.template tile<3>();
   tile_dot<3, 5, 7>();
 }
 
+struct Ready {
+  template <int kTile>
+  LMFAST_INLINE void tile() const {}
+};
+
 // `steps` steps of depth of all pairs; between() is called steps * (kSmall + 1) times.
-template <int kParts, bool kSwap, class Between>
-LMFAST_INLINE void dot_pairs(const Operands& o, int64_t steps, const Between& between) {
+template <int kParts, bool kSwap, class Between, class Before>
+LMFAST_INLINE void dot_pairs(const Operands& o, int64_t steps, const Between& between,
+                             const Before& first) {
   constexpr int kSmall = Pairs<kParts>::kSmall;
   const char *a = o.a, *b = o.b;
+  const Ready ready;
   for (int64_t k = 0; kSmall > 0 && k < steps; ++k) {
     if constexpr (kSmall > 0) {
-      dot_pair<kParts, kSwap, 0>(a, b, o);
+      if (k == 0) {
+        dot_pair<kParts, kSwap, 0>(a, b, o, first);
+      } else {
+        dot_pair<kParts, kSwap, 0>(a, b, o, ready);
+      }
       between();
-      dot_pair<kParts, kSwap, 1>(a, b, o);
+      dot_pair<kParts, kSwap, 1>(a, b, o, ready);
       between();
-      dot_pair<kParts, kSwap, 2>(a, b, o);
+      dot_pair<kParts, kSwap, 2>(a, b, o, ready);
       between();
-      dot_pair<kParts, kSwap, 3>(a, b, o);
+      dot_pair<kParts, kSwap, 3>(a, b, o, ready);
       between();
-      dot_pair<kParts, kSwap, 4>(a, b, o);
+      dot_pair<kParts, kSwap, 4>(a, b, o, ready);
       between();
     }
     a += o.a_step;
@@ -143,7 +159,7 @@ LMFAST_INLINE void dot_pairs(const Operands& o, int64_t steps, const Between& be
   a = o.a;
   b = o.b;
   for (int64_t k = 0; k < steps; ++k) {
-    dot_pair<kParts, kSwap, kSmall>(a, b, o);
+    dot_pair<kParts, kSwap, kSmall>(a, b, o, ready);
     between();
     a += o.a_step;
     b += kParts * 4 * kTileBytes;
@@ -228,10 +244,13 @@ LMFAST_INLINE void half_block(const LceAmxArgs& a, const StreamChunk& chunk, con
                              part_bytes,
                              kTileRows * a.row_bytes,
                              group.lanes + 2 * kHalf * kTileBytes};
-  dot_pairs<kParts, kMode == Mode::kPlain>(operands, steps, [&] {
-    ++done;
-    if (exponentials) exponentiate_to(kPairs * done / total);
-  });
+  dot_pairs<kParts, kMode == Mode::kPlain>(
+      operands, steps,
+      [&] {
+        ++done;
+        if (exponentials) exponentiate_to(kPairs * done / total);
+      },
+      Ready{});
   float* block = s + kHalf * 32 * 32;
   store_products(block, 32);
   for (int64_t i = 0; i < holes.count; ++i) {
@@ -261,23 +280,43 @@ void chunk_probs(const LceAmxArgs& a, const StreamChunk& chunk, const Group& gro
   }
 }
 
+// Before a tile's first product: the sums it held go to `from`, those at `to` are fetched. One by
+// one behind the products that still run, as linear_cross_entropy_amx_single.h explains.
+struct RenewSums {
+  float* from;  // null: nothing is held
+  const float* to;
+  bool add;
+
+  template <int kTile>
+  LMFAST_INLINE void tile() const {
+    constexpr int64_t at = kTile / 2 * 16 * kLceLanes + kTile % 2 * 16;
+    if (from != nullptr) tile_store<kTile>(from + at, 4 * kLceLanes);
+    if (add) {
+      tile_load<kTile>(to + at, 4 * kLceLanes);
+    } else {
+      tile_zero<kTile>();
+    }
+  }
+};
+
 // acc += transposed chunk . p; without `add`, acc is overwritten.
 template <int kParts>
 void chunk_product(const LceAmxArgs& a, const StreamChunk& chunk, const char* p, float* acc,
                    bool add) {
   const int64_t steps = chunk.count / kTileDepth;
   const int64_t step_bytes = a.out_tiles * kParts * kTileBytes;
+  float* last = nullptr;
   for (int64_t t = 0; t < a.out_tiles; t += 2) {
     const char* columns = chunk.columns + t * kParts * kTileBytes;
     for (int half = 0; half < 2; ++half) {
       float* c = acc + t * kTileRows * kLceLanes + 32 * half;
-      add ? load_products(c) : zero_products();
       const Operands operands = {
           columns, 64, step_bytes, kTileBytes, kParts * kTileBytes, p + 2 * half * kTileBytes};
-      dot_pairs<kParts, false>(operands, steps, [] {});
-      store_products(c, kLceLanes);
+      dot_pairs<kParts, false>(operands, steps, [] {}, RenewSums{last, c, add});
+      last = c;
     }
   }
+  store_products(last, kLceLanes);
 }
 
 }  // namespace
