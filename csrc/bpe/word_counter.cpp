@@ -228,23 +228,28 @@ bool WordCounter::joins(const uint8_t* text, size_t n) const {
   }
 }
 
-// A text of whitespace only, which is one piece of GPT-2's pattern, needs no seams: 19,000 of the
-// 48,000 lines of English are empty.
-bool WordCounter::add_blank_line(const uint8_t* text, size_t n, uint64_t place) {
-  if (pattern_ != Pattern::kGpt2 || n > kShortPiece) return false;
+// The whitespace that text[0, n) begins with, as far as it is a piece of GPT-2's pattern whatever
+// comes before it is kept apart: all of an empty line, an indentation but for the last space.
+// 19,000 of 48,000 lines of English are empty, most lines of code are indented.
+size_t WordCounter::add_blank_start(const uint8_t* text, size_t n, uint64_t place) {
+  if (pattern_ != Pattern::kGpt2 || !blank(text[0])) return 0;
   uint8_t padded[16] = {};
-  for (size_t i = 0; i < n; ++i) {
-    if (!blank(text[i])) return false;
-    padded[i] = text[i];
+  size_t size = 0;
+  for (; size < n && size <= kShortPiece && blank(text[size]); ++size) padded[size] = text[size];
+  if (size < n) {
+    if (size < 2 || text[size - 1] != ' ' || !solid(text[size])) return 0;
+    padded[--size] = 0;
   }
-  const PieceKey key = piece_key(padded, n);
-  if (key.low != blank_key_.low || key.high != blank_key_.high) {
+  if (size > kShortPiece) return 0;
+  const PieceKey key = piece_key(padded, size);
+  const uint32_t hash = kernels_.hash(key);
+  Blank& known = blanks_[hash % kBlanks];
+  if (key.low != known.key.low || key.high != known.key.high) {
     flush();  // what is joined came first
-    blank_word_ = add_short(key, kernels_.hash(key), 0, place);
-    blank_key_ = key;
+    known = {key, add_short(key, hash, 0, place)};
   }
-  ++counts_.data()[blank_word_];
-  return true;
+  ++counts_.data()[known.word];
+  return size;
 }
 
 void WordCounter::add_line(const uint8_t* text, size_t n, uint64_t place) {
@@ -252,7 +257,11 @@ void WordCounter::add_line(const uint8_t* text, size_t n, uint64_t place) {
   if (n == 0) return;
   if (place != joined_end_) flush();
   joined_end_ = place + n;
-  if (add_blank_line(text, n, place)) return;
+  const size_t start = add_blank_start(text, n, place);
+  text += start;
+  n -= start;
+  place += start;
+  if (n == 0) return;
   const bool alone = n > kLine;
   if (joined_.size() > 0 && (alone || joined_.size() > kJoined || !joins(text, n))) flush();
   if (alone) {

@@ -49,10 +49,14 @@ class WordCounter {
     uint64_t place;
     uint64_t hash;
   };
+  struct Blank {
+    PieceKey key;
+    uint32_t word;
+  };
   static constexpr uint64_t kLong = 0xFFull << 56;
 
   bool joins(const uint8_t* text, size_t n) const;
-  bool add_blank_line(const uint8_t* text, size_t n, uint64_t place);
+  size_t add_blank_start(const uint8_t* text, size_t n, uint64_t place);
   void add_pieces(const uint8_t* text, PieceSpans pieces, uint64_t place);
   // These give the number of the word.
   uint32_t add_short(PieceKey key, uint32_t hash, uint64_t count, uint64_t place);
@@ -75,8 +79,8 @@ class WordCounter {
   Buffer<uint8_t> long_bytes_;
   Buffer<uint8_t> joined_;
   uint64_t joined_place_ = 0, joined_end_ = 0;
-  PieceKey blank_key_ = {0, 0};  // the last line of whitespace only
-  uint32_t blank_word_ = 0;
+  static constexpr size_t kBlanks = 64;
+  Blank blanks_[kBlanks] = {};  // the last words of whitespace that lines began with, by hash
 };
 
 }  // namespace lmfast::bpe
