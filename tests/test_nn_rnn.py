@@ -124,6 +124,27 @@ def test_what_torch_rejects_is_rejected_with_its_words(mode: str) -> None:
 
 
 @EVERY_MODE
+def test_constructor_takes_torchs_arguments_and_rejects_with_its_words(mode: str) -> None:
+    given = (5, 7, 2, *(["relu"] if mode == "RNN" else []), False, True, 0.25, True)
+    theirs, ours = pair(mode, *given)
+    assert repr(ours) == repr(theirs)
+    assert ours.__getstate__().keys() == theirs.__getstate__().keys()
+    wrong: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((5,), {"hidden_size": 0}),
+        ((5, 7.0), {}),
+        ((5, 7), {"dropout": 2.0}),
+        ((5, 7), {"proj_size": 9}),
+        ((5, 7), {"nonlinearity": "sine"}),
+    ]
+    for args, options in wrong:
+        with pytest.raises((TypeError, ValueError)) as expected:
+            getattr(nn, mode)(*args, **options)
+        with pytest.raises(expected.type) as found:
+            getattr(lmfast.nn, mode)(*args, **options)
+        assert str(found.value) == str(expected.value)
+
+
+@EVERY_MODE
 def test_dropout_acts_between_layers_in_training_only(mode: str) -> None:
     theirs, ours = pair(mode, 5, 7, 3, dropout=0.5)
     x = torch.randn(4, 6, 5)
@@ -165,7 +186,7 @@ def test_copies_pickles_and_functional_calls(mode: str) -> None:
     doubled = {k: 2 * v for k, v in ours.state_dict().items()}
     found = torch.func.functional_call(ours, doubled, (x,))[0]
     torch.testing.assert_close(found, torch.func.functional_call(theirs, doubled, (x,))[0], **CLOSE)
-    assert isinstance(ours, getattr(nn, mode))
+    assert isinstance(ours, nn.RNNBase)
     assert repr(ours) == repr(theirs)
 
 

@@ -17,9 +17,9 @@ X, STATE = (3, 6, 5), (3, 7)
 
 
 MODULES: dict[str, tuple[Any, list[tuple[int, ...]]]] = {
-    "RNN": (lambda: lmfast.nn.RNN(5, 7, 2, batch_first=True), [X]),
+    "RNN": (lambda: lmfast.nn.RNN(5, 7, 2, batch_first=True), [X, (2, *STATE)]),
     "LSTM": (lambda: lmfast.nn.LSTM(5, 7, 2, batch_first=True, bidirectional=True), [X]),
-    "GRU": (lambda: lmfast.nn.GRU(5, 7, batch_first=True), [X]),
+    "GRU": (lambda: lmfast.nn.GRU(5, 7, 2, bidirectional=True), [X]),
     "TextbookGRU": (lambda: lmfast.nn.TextbookGRU(5, 7, batch_first=True), [X]),
     "ElmanRNN": (lambda: lmfast.nn.ElmanRNN(5, 2), [X]),
     "RNNCell": (lambda: lmfast.nn.RNNCell(5, 7), [(3, 5), STATE]),
@@ -31,8 +31,6 @@ MODULES: dict[str, tuple[Any, list[tuple[int, ...]]]] = {
     "BahdanauAttention": (lambda: BahdanauAttention(7, 5, 8), [STATE, X]),
     "LuongAttention": (lambda: LuongAttention(7, 5, "general"), [(3, 4, 7), X]),
 }
-# torch.compile stops at every instance of torch.nn's own classes unless told otherwise.
-ALLOWED = torch._dynamo.config.patch(allow_rnn=True)
 EVERY_MODULE = pytest.mark.parametrize("name", list(MODULES))
 
 
@@ -47,7 +45,6 @@ def gradients(function: Any, module: nn.Module, inputs: list[Tensor]) -> list[Te
     return [*outputs, *torch.autograd.grad(loss, [*leaves, *module.parameters()])]
 
 
-@ALLOWED
 @EVERY_MODULE
 def test_compiles_in_one_graph(name: str, needs_cpu_kernels: None) -> None:
     torch._dynamo.reset()
@@ -59,7 +56,22 @@ def test_compiles_in_one_graph(name: str, needs_cpu_kernels: None) -> None:
         torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-6)
 
 
-# torch.nn's classes keep their weights in a list beside the parameters.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mode", ["RNN", "LSTM", "GRU"])
+@torch.no_grad()
+def test_steps_and_what_torchs_layer_runs_compile_in_one_graph(
+    mode: str, dtype: torch.dtype, needs_cpu_kernels: None
+) -> None:
+    torch._dynamo.reset()
+    layer = getattr(lmfast.nn, mode)(5, 7, 2, dtype=dtype)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, h, c = (torch.randn(s, dtype=dtype) for s in ((1, 3, 5), (2, *STATE), (2, *STATE)))
+    hx = (h, c) if mode == "LSTM" else h
+    for f, e in zip(flat(compiled(x, hx)), flat(layer(x, hx)), strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-6)
+
+
+# nn.RNNBase keeps its weights in a list beside the parameters.
 @pytest.mark.filterwarnings("ignore:The tensor attributes self._flat_weights")
 @EVERY_MODULE
 @torch.no_grad()
@@ -71,7 +83,6 @@ def test_exports(name: str, needs_cpu_kernels: None) -> None:
         torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-6)
 
 
-@ALLOWED
 @pytest.mark.parametrize("cell", ["elman", "lstm", "min_gru"])
 def test_a_models_loss_compiles_in_one_graph(cell: str, needs_cpu_kernels: None) -> None:
     torch._dynamo.reset()

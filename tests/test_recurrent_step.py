@@ -110,6 +110,22 @@ def test_strided_weights(op: str, needs_cpu_kernels: None) -> None:
         torch.testing.assert_close(f, e, **CLOSE)
 
 
+@pytest.mark.parametrize("op", ["elman_rnn", "lstm", "gru"])
+@torch.no_grad()
+def test_operators_on_one_step(op: str, needs_cpu_kernels: None) -> None:
+    cell = {"elman_rnn": "tanh"}.get(op, op)
+    run = getattr(ops, op)
+    for batch, width in ((1, 6), (3, 0), (0, 6), (17, 6)):
+        x, h, c, *weights = arguments(cell, batch, width, 20)
+        for given in (weights, weights[:2], [*weights[:2], None, weights[3]]):
+            for state in ((h, c) if op == "lstm" else h, None):
+                calls = (run(x[:, None], state, given, backend=b) for b in ("cpu", "torch"))
+                found, expected = (torch.utils._pytree.tree_leaves(r) for r in calls)
+                for f, e in zip(found, expected, strict=True):
+                    assert f.shape == e.shape
+                    torch.testing.assert_close(f, e, **CLOSE)
+
+
 def test_elman_stack_steps(needs_cpu_kernels: None) -> None:
     rnn = lmfast.nn.ElmanRNN(19, 3)
     x, h0 = torch.randn(2, 1, 19), torch.randn(3, 2, 19)

@@ -72,7 +72,7 @@ def _as_torch_layer(module: object) -> nn.RNNBase:
             module.emb_dim, module.emb_dim, module.num_layers, batch_first=True
         )
         layer.load_state_dict(elman_to_torch(module))
-    elif isinstance(module, (nn.RNN, nn.LSTM, nn.GRU, TextbookGRU)):
+    elif isinstance(module, nn.RNNBase):
         layer = module
     else:
         raise TypeError(

@@ -45,7 +45,12 @@ def _runs_fused(op: Op, cell: str, x: Tensor, weights: list[Tensor | None]) -> b
 
 class _FusedLayers(nn.RNNBase):
     """Takes the calls that the fused operator can run and leaves all others, among them every
-    malformed one, to torch.nn, so that what they return or raise is torch.nn's."""
+    malformed one, to torch.nn's class, so that what they return or raise is torch.nn's.
+
+    That class lends its forward and is no base: torch.compile refuses every instance of it.
+    """
+
+    _torch_layer: type[nn.RNNBase]
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         stepped = self._one_step(input, hx)
@@ -54,7 +59,7 @@ class _FusedLayers(nn.RNNBase):
         self._update_flat_weights()
         prepared = self._prepare(input, hx)
         if prepared is None:
-            return super().forward(input, hx)
+            return self._torch_layer.forward(self, input, hx)
         x, states, sizes, batch = prepared
         y, finals = self._layers(x, states, sizes, batch)
         result: Any
@@ -176,14 +181,22 @@ class _FusedLayers(nn.RNNBase):
         return x, [torch.stack(s) for s in zip(*finals, strict=True)]
 
 
+def _refuse_projections(options: dict[str, Any]) -> None:
+    if "proj_size" in options:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+
+
 def _permuted(state: Tensor, order: Tensor | None) -> Tensor:
     return state if order is None else state.index_select(1, order)
 
 
-class RNN(_FusedLayers, nn.RNN):
+class RNN(_FusedLayers):
     """``torch.nn.RNN``, with each layer's loop over time in one operator.
 
     ``h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)``, or relu.
+
+    An ``nn.RNNBase`` but not an instance of ``torch.nn.RNN``, so that torch.compile takes it
+    in one graph.
 
     Args:
         Those of ``torch.nn.RNN``; parameters, state_dict and initialisation are its own, so weights
@@ -208,12 +221,30 @@ class RNN(_FusedLayers, nn.RNN):
         (torch.Size([2, 5, 4]), torch.Size([2, 2, 4]))
     """
 
+    _torch_layer = nn.RNN
 
-class LSTM(_FusedLayers, nn.LSTM):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_projections(kwargs)
+        if len(args) > 3:
+            self.nonlinearity = args[3]
+            args = args[:3] + args[4:]
+        else:
+            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise ValueError(
+                f"Unknown nonlinearity {self.nonlinearity!r}. Select from 'tanh' or 'relu'."
+            )
+        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
+
+
+class LSTM(_FusedLayers):
     """``torch.nn.LSTM``, with each layer's loop over time in one operator.
 
     ``c_t = s(f) c_{t-1} + s(i) tanh(g)``, ``h_t = s(o) tanh(c_t)`` with gates i, f, g, o from
     ``W_ih x_t + b_ih + W_hh h_{t-1} + b_hh``.
+
+    An ``nn.RNNBase`` but not an instance of ``torch.nn.LSTM``, so that torch.compile takes it
+    in one graph.
 
     Args:
         Those of ``torch.nn.LSTM``; parameters, state_dict and initialisation are its own, so
@@ -238,12 +269,24 @@ class LSTM(_FusedLayers, nn.LSTM):
         (torch.Size([5, 2, 8]), torch.Size([2, 2, 4]))
     """
 
+    _torch_layer = nn.LSTM
 
-class GRU(_FusedLayers, nn.GRU):
+    get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
+    check_forward_args: Any = nn.LSTM.check_forward_args
+    permute_hidden: Any = nn.LSTM.permute_hidden
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+
+class GRU(_FusedLayers):
     """``torch.nn.GRU``, with each layer's loop over time in one operator.
 
     ``n = tanh(W_in x_t + b_in + r (W_hn h_{t-1} + b_hn))``, ``h_t = (1 - z) n + z h_{t-1}`` with
     r and z the sigmoids of their gates.
+
+    An ``nn.RNNBase`` but not an instance of ``torch.nn.GRU``, so that torch.compile takes it
+    in one graph.
 
     Args:
         Those of ``torch.nn.GRU``; parameters, state_dict and initialisation are its own, so
@@ -266,3 +309,9 @@ class GRU(_FusedLayers, nn.GRU):
         >>> y.shape, h.shape
         (torch.Size([5, 2, 4]), torch.Size([1, 2, 4]))
     """
+
+    _torch_layer = nn.GRU
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_projections(kwargs)
+        super().__init__("GRU", *args, **kwargs)

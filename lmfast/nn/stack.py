@@ -60,7 +60,7 @@ class GatedStack(nn.Module):
             The top layer's states (B, T, E), zero behind a row's end, and the state to go on from.
         """
         given: Tensor | tuple[Tensor, Tensor] | None = state
-        if state is not None and isinstance(self.layers, nn.LSTM):
+        if state is not None and self.layers.mode == "LSTM":
             h, c = state.chunk(2)
             given = (h.contiguous(), c.contiguous())
         if lengths is None:

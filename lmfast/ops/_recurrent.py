@@ -207,15 +207,21 @@ def unsupported_by_recurrent_kernels(
     return unsupported_by_cpu_kernels(x, h0, c0, w_ih, w_hh, b_ih, b_hh)
 
 
-def _one_step(tensors: tuple[Any, ...], cell: str) -> tuple[Tensor, Tensor, Tensor]:
+def one_step(tensors: tuple[Any, ...], cell: str) -> tuple[Tensor, Tensor, Tensor]:
+    """y (..., H) and both states (B, H) after the one step of x (..., D), all of them float32."""
     x, h0, c0, w_ih, w_hh, b_ih, b_hh = tensors
     if b_ih is None and b_hh is not None:
         b_ih = torch.zeros_like(b_hh)
-    weights = [w if 1 in w.stride() else w.contiguous() for w in (w_ih, w_hh)]
-    weights += [b.contiguous() for b in (b_ih, b_hh) if b is not None]
-    h0, c0 = (None if s is None else s.contiguous()[None] for s in (h0, c0))
+    weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
+    h0 = None if h0 is None else h0.contiguous()[None]
+    c0 = None if c0 is None else c0.contiguous()[None]
     y, h_n, c_n = step_op(x.contiguous(), h0, c0, weights, 1, CELLS.index(cell), False)
-    return y, h_n[0], c_n[0] if cell == "lstm" else c_n.view(0, y.shape[1])
+    return y, h_n[0], c_n[0] if cell == "lstm" else c_n.view(0, y.shape[-1])
+
+
+def is_one_step(tensors: tuple[Any, ...], batch: int) -> bool:
+    """Whether `one_step` is the fastest way for x (..., D) with one row for each of the batch."""
+    return 0 < batch <= MAX_ROWS and tensors[0].shape[-1] > 0 and not needs_grad(*tensors)
 
 
 def cpu_layer(
@@ -242,10 +248,10 @@ def cpu_layer(
     tensors: tuple[Any, ...] = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
     if any(t is not None and t.dtype != torch.float32 for t in tensors):
         tensors = tuple(None if t is None else t.float() for t in tensors)
-    keep = needs_grad(*tensors)
-    if not keep and batch_sizes is None and x.shape[0] == batch and 0 < batch <= MAX_ROWS:
-        y, h_n, c_n = _one_step(tensors, cell)
+    if batch_sizes is None and x.shape[0] == batch and is_one_step(tensors, batch):
+        y, h_n, c_n = one_step(tensors, cell)
         return y.to(dtype), h_n.to(dtype), c_n.to(dtype)
+    keep = needs_grad(*tensors)
     run: Any = (lambda *args: apply(_Layer, *args)) if keep else _Layer.forward
     y, h_n, c_n, *_ = run(*tensors, batch_sizes, batch, cell, reverse, keep)
     if dtype == torch.float32:

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from lmfast._dispatch import Op, register, register_op
 from lmfast.ops._library import check_same_device, check_tensor
-from lmfast.ops._recurrent import backward_op, cpu_layer, unsupported_by_recurrent_kernels
+from lmfast.ops._recurrent import (
+    backward_op,
+    cpu_layer,
+    is_one_step,
+    one_step,
+    unsupported_by_recurrent_kernels,
+)
+from lmfast.ops._recurrent_bf16 import runs_in_bf16
 from lmfast.ops._recurrent_reference import GATES, reference_layer
 from lmfast.testing import Sample
 
@@ -161,6 +168,14 @@ def peer(*args: Any) -> Any:
 
 def cpu_forward(*args: Any) -> Any:
     """The op with the C++ loop on normalised arguments; differentiable."""
+    tensors, (lengths, cell, _) = args[:7], args[7:]
+    x, w_hh = args[0], args[4]
+    batch, steps, _ = x.shape
+    # One row through a GRU with H = 128: 13 us, and 22 by the way of sequences.
+    if steps == 1 and lengths is None and x.dtype is torch.float32 and is_one_step(tensors, batch):
+        if not runs_in_bf16(x, w_hh, batch, cell):
+            y, h_n, c_n = one_step(tensors, cell)
+            return y, (h_n, c_n) if cell == "lstm" else h_n
     return _over_batch(cpu_layer, *args)
 
 
