@@ -228,3 +228,11 @@ def test_torchs_own_module_inputs(mode: str, training: bool) -> None:
         )
         with pytest.raises(wrong.error_type, match=wrong.error_regex):
             getattr(lmfast.nn, mode)(*made.args, **made.kwargs)(*called.args, **called.kwargs)
+
+
+@EVERY_MODE
+def test_infinite_inputs_saturate_the_gates(mode: str, cpu_isa: str) -> None:
+    theirs, ours = pair(mode, 1, 20)
+    x = torch.zeros(3, 2, 1)
+    x[1] = torch.tensor([[torch.inf], [-torch.inf]])
+    torch.testing.assert_close(ours(x)[0], theirs(x)[0], **CLOSE)

@@ -20,8 +20,9 @@ LMFAST_INLINE VecF reciprocal(VecF x) {
 #endif
 }
 
-// e^(kSign x) for kSign x < 87, inf or a large number above; NaN stays. The product x log2(e) is
-// kept in two parts: one float of it is wrong by |x| / 2 ulp of the result.
+// e^(kSign x) for kSign x < 87, inf or a large number above; NaN stays, and kSign x = -inf gives
+// NaN. The product x log2(e) is kept in two parts: one float of it is wrong by |x| / 2 ulp of the
+// result.
 template <int kSign>
 LMFAST_INLINE VecF gate_exp(VecF x) {
   // Second operand when one is NaN, so NaN must come second.
@@ -39,7 +40,10 @@ LMFAST_INLINE VecF gate_exp(VecF x) {
 }
 
 // Within 2 ulp; NaN stays. Not below e^-87.
-LMFAST_INLINE VecF gate_sigmoid(VecF x) { return reciprocal(gate_exp<-1>(x) + VecF::set1(1.0f)); }
+LMFAST_INLINE VecF gate_sigmoid(VecF x) {
+  const VecF finite = min(VecF::set1(110.0f), x);
+  return reciprocal(gate_exp<-1>(finite) + VecF::set1(1.0f));
+}
 
 // Within 1 ulp; NaN stays. (e^2|x| - 1) / (e^2|x| + 1) cancels near zero, where an odd polynomial
 // (minimax on |x| < 0.625) takes over. The quotient is corrected by its remainder: an Elman state
