@@ -135,5 +135,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     path = config.getoption("--results")
     if path is not None:
         rows = [{k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()} for r in ROWS]
-        path.write_text(json.dumps({"machine": machine(config), "rows": rows}, indent=1) + "\n")
+        lines = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in rows)
+        path.write_text(f'{{"machine": {json.dumps(machine(config))},\n "rows": [\n{lines}\n]}}\n')
         write(f"rows written to {path}")
