@@ -185,6 +185,7 @@ def test_damaged_huggingface_files(tmp_path, change, message):
     ("change", "message"),
     [
         (lambda d: d["model"].update(vocab={}, merges=[]), "marker '▁' is not a character"),
+        (lambda d: d["model"].update(unk_token=[]), "unknown token must be a str or None"),
         (lambda d: d["model"]["vocab"].update({"▁a": 2**60}), "id of '▁a' must be an int"),
         (lambda d: d["model"]["vocab"].update({"▁a": -1}), "id of '▁a' must be an int"),
         (lambda d: d["model"]["vocab"].update({"▁a": 2}), "'a' and '▁a' have the same id 2"),
@@ -229,7 +230,8 @@ def test_the_last_call_of_a_transformers_tokenizer_is_no_part_of_it():
         ("byte", {"special_tokens": {"\ud800": 3}}, "holds surrogates"),
         ("byte", {"tokens": ["\udfff"]}, r"tokens\[0\]: '\\udfff' holds surrogates"),
         ("char", {"tokens": [{"base64": "/w=="}]}, "is not UTF-8"),
-        ("char", {"marker": "\ud800"}, "marker '.ud800' is not a character"),
+        ("char", {"marker": "\ud800"}, "marker must be text without surrogates"),
+        ("byte", {"marker": "\ud800"}, "marker must be text without surrogates"),
     ],
 )
 def test_damaged_own_entries(tmp_path, mode, change, message):

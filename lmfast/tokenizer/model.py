@@ -44,6 +44,10 @@ class Model:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
+        if not isinstance(self.marker, str) or _has_surrogates(self.marker):
+            raise ValueError(f"the marker must be text without surrogates, got {self.marker!r}")
+        if not isinstance(self.unk, (str, type(None))):
+            raise ValueError(f"the unknown token must be a str or None, got {self.unk!r}")
         object.__setattr__(self, "pattern", canonical_pattern(self.pattern))
         object.__setattr__(self, "tokens", tuple(self.tokens))
         object.__setattr__(self, "special_tokens", MappingProxyType(dict(self.special_tokens)))
@@ -111,7 +115,7 @@ class Model:
                 token.decode()
             except UnicodeDecodeError as error:
                 raise ValueError(f"token {id}, {token!r}, is not UTF-8: {error}") from error
-        if len(self.marker) != 1 or self.marker.encode("utf-8", "surrogatepass") not in seen:
+        if len(self.marker) != 1 or self.marker.encode() not in seen:
             raise ValueError(f"the marker {self.marker!r} is not a character of the vocabulary")
 
     def _check_specials(self) -> None:
