@@ -82,7 +82,7 @@ def test_files_that_are_not_json(tmp_path):
         (lambda d: d["merges"].__setitem__(0, [256, 2, 256, 0]), "merge 0 .* do not make"),
         (lambda d: d["merges"].append(d["merges"][0]), "repeats an earlier pair"),
         (lambda d: d["merges"].reverse(), "out of rank order"),
-        (lambda d: d.update(special_tokens={"<x>": 10**9}), "special token '<x>' has id"),
+        (lambda d: d.update(special_tokens={"<x>": 10**9}), "id of the special token '<x>' must"),
         (lambda d: d.update(special_tokens={"<x>": "1"}), "must be an int"),
         (lambda d: d.update(special_tokens={"": 1}), "non-empty str"),
         (lambda d: d.update(special_tokens={"<x>": 1, "<y>": 1}), "share the id 1"),
@@ -115,7 +115,7 @@ def test_a_cycle_of_merges(backend):
         (b"!! 0\n", "line 1: b'!!' is not base64"),
         (b"YQ== 0\nYg== 0\n", "b'a' and b'b' have the same rank 0"),
         (b"YQ== 0\n", "byte 0x00 is not in the vocabulary"),
-        (b"YQ== 99999999999\n", "rank of b'a' must be in"),
+        (b"YQ== 99999999999\n", "rank of b'a' must be an int in"),
     ],
 )
 def test_damaged_ranks(tmp_path, content, message):

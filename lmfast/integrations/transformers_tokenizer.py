@@ -13,6 +13,7 @@ from transformers import BatchEncoding, PreTrainedTokenizer
 
 from lmfast.tokenizer import BPETokenizer
 from lmfast.tokenizer.byte_alphabet import CHAR_TO_BYTE, from_stand_ins, to_stand_ins
+from lmfast.tokenizer.huggingface import check_stand_ins
 
 _FILE = "lmfast_tokenizer.json"
 _MARK = 1 << 40  # beyond every id
@@ -30,6 +31,7 @@ class LMFastTokenizer(PreTrainedTokenizer):
 
     Raises:
         TypeError: neither a file nor a tokenizer was given, or both.
+        ValueError: a special token is spelled like another token's stand-in characters.
 
     Example:
         >>> from lmfast import BPETokenizer
@@ -55,6 +57,7 @@ class LMFastTokenizer(PreTrainedTokenizer):
             tokenizer = BPETokenizer.load(vocab_file or "")
         self.bpe: BPETokenizer = tokenizer
         model = self.bpe.model
+        check_stand_ins(model)
         special = {id: text for text, id in model.special_tokens.items()}
         stand_in = to_stand_ins if model.mode == "byte" else _as_text
         self._names = [

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .byte_alphabet import from_stand_ins
-from .model import Model, make_merges
+from .model import Model, check_id, make_merges
 
 FORMAT, VERSION = "lmfast-bpe", 1
 _FIELDS: dict[str, Any] = {
@@ -56,7 +56,7 @@ def from_document(document: Any, name: str = "tokenizer") -> Model:
     """The model of a document; ValueError naming the entry that is wrong."""
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ValueError(f"{name}: not an lmfast tokenizer, its format must be {FORMAT!r}")
-    if document.get("version") != VERSION:
+    if type(document.get("version")) is not int or document["version"] != VERSION:
         raise ValueError(f"{name}: version {document.get('version')!r} is not {VERSION}")
     for key, kind in _FIELDS.items():
         if key not in document:
@@ -69,9 +69,6 @@ def from_document(document: Any, name: str = "tokenizer") -> Model:
             raise ValueError(f"{name}: merges[{i}] must be [left, right, new, rank], got {row!r}")
         if any(abs(v) > 1 << 40 for v in row):
             raise ValueError(f"{name}: merges[{i}] is out of range: {row!r}")
-    for text, id in document["special_tokens"].items():
-        if type(id) is not int:
-            raise ValueError(f"{name}: special_tokens[{text!r}] must be an int, got {id!r}")
     try:
         return Model(
             mode=document["mode"],
@@ -91,7 +88,10 @@ def _token(value: Any, name: str) -> bytes | None:
     if value is None:
         return None
     if isinstance(value, str):
-        return value.encode("utf-8", "surrogatepass")
+        try:
+            return value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name}: {value!r} holds surrogates") from error
     if isinstance(value, dict) and isinstance(value.get("base64"), str):
         return _base64(value["base64"], name)
     raise ValueError(f"{name} must be text, base64 or null, got {value!r}")
@@ -118,16 +118,48 @@ def save_json(model: Model, path: str | os.PathLike) -> None:
 
 def read_json(path: str | os.PathLike) -> Any:
     """A JSON file's content; ValueError naming the file if it is damaged."""
-    with open(path, encoding="utf-8") as file:
-        try:
-            return json.load(file)
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"{os.fspath(path)}: not a JSON file: {error}") from error
+    with open(path, "rb") as file:
+        return parse_json(file.read(), os.fspath(path))
+
+
+def parse_json(content: str | bytes, name: str) -> Any:
+    """The value of a JSON text; ValueError with its name if it is damaged or repeats a key."""
+    try:
+        text = content if isinstance(content, str) else content.decode("utf-8-sig")
+        return json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:  # ValueError also for numbers of many digits
+        raise ValueError(f"{name}: not a JSON file: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key!r} occurs twice")
+            seen.add(key)
+    return made
 
 
 def load_json(path: str | os.PathLike) -> Model:
     """Read what `save_json` wrote."""
     return from_document(read_json(path), os.fspath(path))
+
+
+def checked_size(vocab: Mapping[str, Any], specials: Mapping[str, Any], name: str) -> int:
+    """One more than the largest id; ValueError where an id is wrong or taken."""
+    owner: dict[int, str] = {}
+    for token, id in vocab.items():
+        check_id(id, f"{name}: the id of {token!r}")
+        if id in owner:
+            raise ValueError(f"{name}: {owner[id]!r} and {token!r} have the same id {id}")
+        owner[id] = token
+    for token, id in specials.items():
+        check_id(id, f"{name}: the id of the special token {token!r}")
+        if vocab.get(token, id) != id:
+            raise ValueError(f"{name}: {token!r} has the id {vocab[token]} and, as special, {id}")
+    return 1 + max([*vocab.values(), *specials.values()], default=-1)
 
 
 def pairs_to_model(
@@ -140,15 +172,7 @@ def pairs_to_model(
     whole_piece: bool = False,
 ) -> Model:
     """A byte-level model from tokens in stand-in characters and pairs of them."""
-    for token, id in vocab.items():
-        if type(id) is not int or not 0 <= id < 1 << 21:
-            raise ValueError(f"{name}: the id of {token!r} must be an int in [0, 2^21), got {id!r}")
-    size = 1 + max([*vocab.values(), *(special_tokens or {}).values()], default=-1)
-    owner: dict[int, str] = {}
-    for token, id in vocab.items():
-        if id in owner:
-            raise ValueError(f"{name}: {owner[id]!r} and {token!r} have the same id {id}")
-        owner[id] = token
+    size = checked_size(vocab, special_tokens or {}, name)
     triples = []
     made = set()
     for index, (left, right) in enumerate(pairs):
@@ -212,7 +236,7 @@ def read_gpt2(
     if not isinstance(vocab, dict):
         raise ValueError(f"{os.fspath(encoder_json)}: must hold an object of token -> id")
     try:
-        with open(vocab_bpe, encoding="utf-8") as file:
+        with open(vocab_bpe, encoding="utf-8-sig") as file:
             pairs = read_merge_lines(file.read(), os.fspath(vocab_bpe))
     except UnicodeDecodeError as error:
         raise ValueError(f"{os.fspath(vocab_bpe)}: not UTF-8: {error}") from error
@@ -245,7 +269,7 @@ def read_tiktoken(
                 parts = line.split()
                 if not parts:
                     continue
-                if len(parts) != 2 or not parts[1].isdigit():
+                if len(parts) != 2 or not parts[1].isdigit() or len(parts[1]) > 20:
                     raise ValueError(f"{name}: line {number} must be base64 and a rank: {line!r}")
                 token = _base64(parts[0], f"{name}: line {number}")
                 if token in table:
@@ -254,9 +278,10 @@ def read_tiktoken(
     for token, id in table.items():
         if not isinstance(token, bytes) or not token:
             raise ValueError(f"{name}: a token must be non-empty bytes, got {token!r}")
-        if type(id) is not int or not 0 <= id < 1 << 21:
-            raise ValueError(f"{name}: the rank of {token!r} must be in [0, 2^21), got {id!r}")
+        check_id(id, f"{name}: the rank of {token!r}")
     specials = dict(special_tokens or {})
+    for text, id in specials.items():
+        check_id(id, f"the id of the special token {text!r}")
     tokens: list[bytes | None] = [None] * (
         1 + max([*table.values(), *specials.values()], default=-1)
     )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from typing import Any
 
 import numpy as np
 
-from .byte_alphabet import to_stand_ins
-from .formats import pairs_to_model, read_json
-from .model import Model, make_merges
+from .byte_alphabet import CHAR_TO_BYTE, from_stand_ins, to_stand_ins
+from .formats import checked_size, pairs_to_model, parse_json, read_json
+from .model import Model, check_id, make_merges
 from .patterns import PUBLISHED
 from .reference import apply_merges
 
@@ -19,15 +19,16 @@ _SEPARATORS = {"words": r"[\s\x1c-\x1f]+", "lines": r"[\r\n]+"}
 
 def _document(source: Any) -> tuple[dict[str, Any], str]:
     """The tokenizer.json content of whatever was given, and a name for messages."""
-    source = getattr(source, "backend_tokenizer", source)
+    wrapper, source = source, getattr(source, "backend_tokenizer", source)
     if isinstance(source, os.PathLike):
         document, name = read_json(source), os.fspath(source)
     elif isinstance(source, str) and source.lstrip().startswith("{"):
-        document, name = json.loads(source), "tokenizer.json"
+        document, name = parse_json(source, "tokenizer.json"), "tokenizer.json"
     elif isinstance(source, str):
         document, name = read_json(source), source
     elif hasattr(source, "to_str"):
-        document, name = json.loads(source.to_str()), type(source).__name__
+        name = type(source).__name__
+        document = parse_json(source.to_str(), name)
     else:
         raise TypeError(
             "source must be a path, the text of a tokenizer.json, a tokenizers.Tokenizer or a "
@@ -35,30 +36,86 @@ def _document(source: Any) -> tuple[dict[str, Any], str]:
         )
     if not isinstance(document, dict) or not isinstance(document.get("model"), dict):
         raise ValueError(f"{name}: not a tokenizer.json, it has no model")
+    if wrapper is not source:
+        # What the last call of a transformers tokenizer asked for, not a part of it.
+        document.update(truncation=None, padding=None)
     return document, name
 
 
-def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    if part is None:
+def _steps(document: dict[str, Any], part: str, key: str, name: str) -> list[dict[str, Any]]:
+    """The steps of a part, which may be absent, one step, or a Sequence of steps."""
+    value = document.get(part)
+    if value is None:
         return []
-    return list(part[key]) if part.get("type") == "Sequence" else [part]
+    steps = value.get(key) if isinstance(value, dict) and value.get("type") == "Sequence" else None
+    steps = [value] if steps is None else steps
+    if not isinstance(steps, list) or not all(
+        isinstance(step, dict) and isinstance(step.get("type"), str) for step in steps
+    ):
+        raise ValueError(f"{name}: {part} must be a step or a Sequence of steps, got {value!r}")
+    return steps
 
 
 def _split_regex(step: dict[str, Any], behaviors: tuple[str, ...], name: str) -> str:
-    pattern = step.get("pattern", {})
-    if step.get("invert") or step.get("behavior") not in behaviors or "Regex" not in pattern:
+    pattern = step.get("pattern")
+    regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+    if step.get("invert") or step.get("behavior") not in behaviors or not isinstance(regex, str):
         raise ValueError(f"{name}: this Split has no counterpart: {step}")
-    return pattern["Regex"]
+    return regex
 
 
 def _added_tokens(document: dict[str, Any], name: str) -> dict[str, int]:
-    specials = {}
-    for token in document.get("added_tokens") or []:
+    specials: dict[str, int] = {}
+    tokens = document.get("added_tokens") or []
+    if not isinstance(tokens, list):
+        raise ValueError(f"{name}: added_tokens must be a list, got {tokens!r}")
+    for index, token in enumerate(tokens):
+        if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+            raise ValueError(f"{name}: added_tokens[{index}] has no content: {token!r}")
+        check_id(token.get("id"), f"{name}: added_tokens[{index}]: the id")
+        if token["content"] in specials:
+            raise ValueError(f"{name}: added_tokens[{index}] repeats {token['content']!r}")
         for flag in ("lstrip", "rstrip", "single_word"):
             if token.get(flag):
                 raise ValueError(f"{name}: the added token {token['content']!r} has {flag}")
         specials[token["content"]] = token["id"]
     return specials
+
+
+def _merges(model: dict[str, Any], name: str) -> list[tuple[str, str]]:
+    merges = model.get("merges", [])
+    if not isinstance(merges, list):
+        raise ValueError(f"{name}: merges must be a list, got {type(merges).__name__}")
+    pairs = []
+    for index, merge in enumerate(merges):
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if (
+            not isinstance(parts, list)
+            or len(parts) != 2
+            or not all(isinstance(part, str) and part for part in parts)
+        ):
+            raise ValueError(f"{name}: merge {index} must be a pair, got {merge!r}")
+        pairs.append((parts[0], parts[1]))
+    return pairs
+
+
+def _check_no_additions(document: dict[str, Any], name: str) -> None:
+    """ValueError for what changes the ids of a text after merging."""
+    for part in ("truncation", "padding"):
+        if document.get(part) is not None:
+            raise ValueError(f"{name}: {part} is set, which is not supported; set it to null")
+    for step in _steps(document, "post_processor", "processors", name):
+        parts = step.get("single")
+        whole_text = isinstance(parts, list) and all(
+            isinstance(part, dict) and "Sequence" in part for part in parts
+        )
+        if step["type"] != "ByteLevel" and not (
+            step["type"] == "TemplateProcessing" and whole_text
+        ):
+            raise ValueError(
+                f"{name}: the post_processor {step['type']} adds special tokens to every text, "
+                "which is not supported; set it to null and add them yourself"
+            )
 
 
 def read(source: Any) -> Model:
@@ -72,14 +129,12 @@ def read(source: Any) -> Model:
             raise ValueError(f"{name}: the model has {key}={model[key]!r}, which is not supported")
     if document.get("normalizer") is not None:
         raise ValueError(f"{name}: the normalizer {document['normalizer']} is not supported")
-    pairs = []
-    for index, merge in enumerate(model.get("merges", [])):
-        parts = merge.split(" ") if isinstance(merge, str) else merge
-        if len(parts) != 2:
-            raise ValueError(f"{name}: merge {index} must be a pair, got {merge!r}")
-        pairs.append((parts[0], parts[1]))
+    if not isinstance(model.get("vocab"), dict):
+        raise ValueError(f"{name}: vocab must be an object of token -> id")
+    pairs = _merges(model, name)
     specials = _added_tokens(document, name)
-    steps = _steps(document.get("pre_tokenizer"), "pretokenizers")
+    _check_no_additions(document, name)
+    steps = _steps(document, "pre_tokenizer", "pretokenizers", name)
     kinds = [step.get("type") for step in steps]
     if kinds == ["Split", "Metaspace"]:
         return _read_characters(model, pairs, steps, specials, name)
@@ -106,13 +161,25 @@ def read(source: Any) -> Model:
     )
 
 
-def _read_characters(model, pairs, steps, specials, name: str) -> Model:
+def _read_characters(
+    model: dict[str, Any],
+    pairs: list[tuple[str, str]],
+    steps: list[dict[str, Any]],
+    specials: dict[str, int],
+    name: str,
+) -> Model:
     """The form that `build` gives the char mode."""
     separator = _split_regex(steps[0], ("Removed",), name)
     pattern = next((p for p, regex in _SEPARATORS.items() if regex == separator), None)
     if pattern is None or steps[1].get("split", True) or model.get("fuse_unk"):
         raise ValueError(f"{name}: this Split and Metaspace have no counterpart")
+    space = steps[1]
+    if space.get("prepend_scheme", "always") != "always" or not space.get("add_prefix_space", True):
+        raise ValueError(f"{name}: this Metaspace does not mark every word: {space}")
+    if not isinstance(space.get("replacement"), str):
+        raise ValueError(f"{name}: this Metaspace has no replacement: {space}")
     vocab = model["vocab"]
+    size = checked_size(vocab, specials, name)
     for index, pair in enumerate(pairs):
         for part in (*pair, "".join(pair)):
             if part not in vocab:
@@ -120,19 +187,39 @@ def _read_characters(model, pairs, steps, specials, name: str) -> Model:
                     f"{name}: merge {index} {pair} needs the token {part!r}, which is not in the "
                     "vocabulary"
                 )
-    tokens: list[bytes | None] = [None] * (1 + max([*vocab.values(), *specials.values()]))
-    for token, id in vocab.items():
-        if token not in specials:
-            tokens[id] = token.encode()
-    return Model(
-        mode="char",
-        pattern=pattern,
-        tokens=tuple(tokens),
-        merges=make_merges([(vocab[a], vocab[b], vocab[a + b]) for a, b in pairs]),
-        special_tokens=specials,
-        marker=steps[1]["replacement"],
-        unk=model.get("unk_token"),
-    )
+    tokens: list[bytes | None] = [None] * size
+    try:
+        for token, id in vocab.items():
+            if token not in specials:
+                tokens[id] = token.encode()
+        return Model(
+            mode="char",
+            pattern=pattern,
+            tokens=tuple(tokens),
+            merges=make_merges([(vocab[a], vocab[b], vocab[a + b]) for a, b in pairs]),
+            special_tokens=specials,
+            marker=space["replacement"],
+            unk=model.get("unk_token"),
+        )
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def check_stand_ins(model: Model) -> None:
+    """ValueError for a special token spelled like another token's stand-in characters.
+
+    A vocabulary of stand-ins has one name for both, such as "é" for the byte 0xE9.
+    """
+    if model.mode == "char":
+        return
+    for text in model.special_tokens:
+        if all(c in CHAR_TO_BYTE for c in text):
+            token = from_stand_ins(text)
+            if token in model.ids and token != text.encode():
+                raise ValueError(
+                    f"the special token {text!r} is the name of the token {token!r} in a "
+                    "vocabulary of stand-in characters; choose another"
+                )
 
 
 def canonical_pairs(model: Model) -> list[tuple[int, int, int]]:
@@ -166,6 +253,7 @@ def build(model: Model) -> Any:
     """A tokenizers.Tokenizer that encodes the same (with ``add_special_tokens=False``)."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+    check_stand_ins(model)
     if model.mode == "char":
         name = {id: (token or b"").decode() for id, token in enumerate(model.tokens)}
         split = pre_tokenizers.Split(Regex(_SEPARATORS[model.pattern or "words"]), "removed")
@@ -180,11 +268,16 @@ def build(model: Model) -> Any:
             split = pre_tokenizers.Split(regex, "isolated")
             before = pre_tokenizers.Sequence([split, before])
         decoder = decoders.ByteLevel()
-    if model.mode == "char":
+    doubled = [
+        re.escape(text.encode())
+        for text, id in model.special_tokens.items()
+        if model.mode == "char" or model.ids.get(text.encode(), id) != id
+    ]
+    if doubled:
         # The text of a special token is matched before merging: tokens that hold it never occur.
+        special = re.compile(b"|".join(doubled))
         name = {
-            id: "" if any(special in text for special in model.special_tokens) else text
-            for id, text in name.items()
+            id: "" if special.search(model.tokens[id] or b"") else text for id, text in name.items()
         }
     name.update({id: text for text, id in model.special_tokens.items()})
     vocab = {text: id for id, text in name.items() if text}

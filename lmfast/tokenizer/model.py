@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from .patterns import canonical_pattern, scanner_code
+from .patterns import canonical_pattern, scanner_code, splitter
 
 MODES = ("byte", "char")
+ID_LIMIT = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -42,30 +44,52 @@ class Model:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
+        if not isinstance(self.marker, str) or _has_surrogates(self.marker):
+            raise ValueError(f"the marker must be text without surrogates, got {self.marker!r}")
+        if not isinstance(self.unk, (str, type(None))):
+            raise ValueError(f"the unknown token must be a str or None, got {self.unk!r}")
         object.__setattr__(self, "pattern", canonical_pattern(self.pattern))
         object.__setattr__(self, "tokens", tuple(self.tokens))
-        object.__setattr__(self, "special_tokens", dict(self.special_tokens))
-        merges = np.ascontiguousarray(self.merges, dtype=np.int64).reshape(-1, 4)
-        object.__setattr__(self, "merges", merges)
-        self._check_ids()
-        self._check_merges()
+        object.__setattr__(self, "special_tokens", MappingProxyType(dict(self.special_tokens)))
+        merges = np.array(self.merges, dtype=np.int64, order="C").reshape(-1, 4)
         merges.flags.writeable = False
+        object.__setattr__(self, "merges", merges)
+        self._check_pattern()
+        self._check_tokens()
+        self._check_specials()
+        self._check_merges()
 
     @classmethod
     def trusted(cls, **fields: Any) -> Model:
         """A model of fields that are known to fit together; the checks cost more than training."""
         model = object.__new__(cls)
         model.__dict__.update(fields)
+        model.__dict__["special_tokens"] = MappingProxyType(dict(model.special_tokens))
         model.merges.flags.writeable = False
         return model
 
-    @functools.cached_property
-    def ids(self) -> dict[bytes, int]:
-        """Token -> id."""
-        return {token: id for id, token in enumerate(self.tokens) if token is not None}
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return _restore, ({**values, "special_tokens": dict(self.special_tokens)},)
 
-    def _check_ids(self) -> None:
-        if len(self.tokens) >= 1 << 21:
+    @functools.cached_property
+    def ids(self) -> Mapping[bytes, int]:
+        """Token -> id."""
+        known = {token: id for id, token in enumerate(self.tokens) if token is not None}
+        return MappingProxyType(known)
+
+    def _check_pattern(self) -> None:
+        if self.pattern is None or scanner_code(self.pattern) is not None:
+            return
+        if _has_surrogates(self.pattern):
+            raise ValueError(f"the pattern {self.pattern!r} holds surrogates")
+        try:
+            splitter(self.pattern)
+        except ImportError:
+            pass  # Decoding needs no pattern; encoding says what is missing.
+
+    def _check_tokens(self) -> None:
+        if len(self.tokens) >= ID_LIMIT:
             raise ValueError(f"a vocabulary holds at most 2097151 ids, got {len(self.tokens)}")
         seen: dict[bytes, int] = {}
         for id, token in enumerate(self.tokens):
@@ -76,26 +100,43 @@ class Model:
             if token in seen:
                 raise ValueError(f"token {token!r} has two ids, {seen[token]} and {id}")
             seen[token] = id
+        if self.mode == "byte":
+            texts = {t.encode("utf-8", "replace") for t in self.special_tokens if type(t) is str}
+            missing = [b for b in range(256) if bytes([b]) not in seen and bytes([b]) not in texts]
+            if missing:
+                raise ValueError(f"the byte {missing[0]:#04x} is not in the vocabulary")
+            if self.unk is not None:
+                raise ValueError(f"the byte mode knows every text: unk must be None, {self.unk!r}")
+            return
+        if self.pattern not in ("words", "lines"):
+            raise ValueError(f"the char mode splits by words or lines, got {self.pattern!r}")
+        for token, id in seen.items():
+            try:
+                token.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"token {id}, {token!r}, is not UTF-8: {error}") from error
+        if len(self.marker) != 1 or self.marker.encode() not in seen:
+            raise ValueError(f"the marker {self.marker!r} is not a character of the vocabulary")
+
+    def _check_specials(self) -> None:
         owner: dict[int, str] = {}
         for text, id in self.special_tokens.items():
             if not isinstance(text, str) or not text:
                 raise ValueError(f"a special token must be a non-empty str, got {text!r}")
+            if _has_surrogates(text):
+                raise ValueError(f"the special token {text!r} holds surrogates")
+            check_id(id, f"the id of the special token {text!r}")
             if not 0 <= id < len(self.tokens):
                 raise ValueError(f"special token {text!r} has id {id}, outside the vocabulary")
             if id in owner:
                 raise ValueError(f"special tokens {owner[id]!r} and {text!r} share the id {id}")
             owner[id] = text
-        if self.mode == "byte":
-            texts = {text.encode() for text in self.special_tokens}
-            missing = [b for b in range(256) if bytes([b]) not in seen and bytes([b]) not in texts]
-            if missing:
-                raise ValueError(f"the byte {missing[0]:#04x} is not in the vocabulary")
-            return
-        if scanner_code(self.pattern) is None or self.pattern not in ("words", "lines"):
-            raise ValueError(f"the char mode splits by words or lines, got {self.pattern!r}")
-        if self.marker.encode("utf-8", "replace") not in seen or len(self.marker) != 1:
-            raise ValueError(f"the marker {self.marker!r} is not a character of the vocabulary")
-        if self.unk not in self.special_tokens:
+        for id, text in owner.items():
+            if self.tokens[id] not in (None, text.encode()):
+                raise ValueError(
+                    f"special token {text!r} has the id {id} of the token {self.tokens[id]!r}"
+                )
+        if self.mode == "char" and self.unk not in self.special_tokens:
             raise ValueError(f"the char mode needs a special token for unknown, got {self.unk!r}")
 
     def _check_merges(self) -> None:
@@ -161,6 +202,23 @@ class Model:
         if token is not None:
             return token
         return next((t.encode() for t, i in self.special_tokens.items() if i == id), None)
+
+
+def _restore(values: dict[str, Any]) -> Model:
+    return Model(**values)
+
+
+def _has_surrogates(text: str) -> bool:
+    return any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def check_id(id: Any, name: str) -> None:
+    """ValueError with the name of an id that is no int or beyond every vocabulary."""
+    if type(id) is int and 0 <= id < ID_LIMIT:
+        return
+    # Python refuses to print integers of thousands of digits.
+    shown = "a huge number" if type(id) is int and abs(id) >> 64 else repr(id)
+    raise ValueError(f"{name} must be an int in [0, 2^21), got {shown}")
 
 
 def make_merges(pairs: Sequence[tuple[int, int, int]]) -> np.ndarray:

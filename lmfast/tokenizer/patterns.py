@@ -58,6 +58,8 @@ def canonical_pattern(pattern: str | None) -> str | None:
         return pattern
     if not isinstance(pattern, str):
         raise TypeError(f"pattern must be a str or None, got {type(pattern).__name__}")
+    if pattern in ("", SCANNERS[0]):
+        raise ValueError(f"pattern must not be {pattern!r}; for no splitting it must be None")
     return _SPELLINGS.get(pattern, pattern)
 
 
