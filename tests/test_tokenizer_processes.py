@@ -27,10 +27,11 @@ def run(code: str, *arguments: str) -> str:
     return result.stdout
 
 
-# 32 GB of text without the memory, and a word whose first merges alone take minutes.
+# Tens of GB of text and a TB of words without the memory, and a word whose first merges alone take
+# minutes: none is done before the signal comes.
 CORPORA = {
     "counting": 'corpus, pattern = ["some words of a text\\n" * 25_000] * 65_000, "gpt2"',
-    "counting one word": 'corpus, pattern = [("ab" * 250_000)] * 65_000, None',
+    "counting one word": 'corpus, pattern = [("ab" * 250_000)] * 2_000_000, None',
     "merging": "corpus, pattern = [random.Random(1).randbytes(40_000_000)], None",
 }
 
