@@ -19,6 +19,8 @@ from .unicode_classes import (
     class_table,
 )
 
+_Rule = list[tuple[tuple[int, ...], tuple[int, ...]]]
+
 # Characters of class OTHER with rules of their own. A surrogate may be half of a character, or a
 # byte that is not UTF-8: next to one there is no cut.
 _APOSTROPHE, _SLASH, _SURROGATE = range(8, 11)
@@ -30,13 +32,13 @@ _SOLID = (*_WORD, MARK, OTHER, _APOSTROPHE, _SLASH)
 # no expression looks ahead. Cutting before whitespace keeps `\s+(?!\S)` from seeing an end of text
 # that is not one. In all but gpt2 line ends join the symbols before them, but never what follows;
 # in o200k a slash joins them, and an apostrophe may join a word.
-_WORD_ENDS = [(_WORD, (OTHER, _SLASH, *_BLANK))]
-_LINE_ENDS = [
+_WORD_ENDS: _Rule = [(_WORD, (OTHER, _SLASH, *_BLANK))]
+_LINE_ENDS: _Rule = [
     *_WORD_ENDS,
     (_SOLID, (SPACE,)),
     ((NEWLINE,), (*_WORD, MARK, OTHER, _APOSTROPHE)),
 ]
-_RULES = {
+_RULES: dict[str, _Rule] = {
     "words": [((*_SOLID, *_BLANK), _BLANK)],
     "lines": [((*_SOLID, *_BLANK), (NEWLINE,))],
     "whitespace": [(_SOLID, _BLANK), (_BLANK, _SOLID)],
@@ -75,7 +77,7 @@ def safe_cut(text: str, pattern: str | None, joined: Collection[str] = ()) -> in
     Returns:
         The number of characters before the cut; 0 where there is none.
     """
-    if pattern not in _RULES or len(text) < 2:
+    if pattern is None or pattern not in _RULES or len(text) < 2:
         return 0
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
     classes = _classes()[codes]
