@@ -204,10 +204,61 @@ def test_call_arguments(backend):
         tokenizer.encode_batch(["a", 3])
     with pytest.raises(ValueError, match="allowed_special holds '<x>'"):
         tokenizer.encode("a", allowed_special={"<x>"})
-    with pytest.raises(ValueError, match="max_tokens must be >= 0"):
+    with pytest.raises(ValueError, match="max_tokens must be at least 0"):
         tokenizer.truncate("a", -1)
     with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\]"):
         tokenizer.encode("a", dropout=2.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda t: t.truncate("ab", "3"), TypeError, "max_tokens must be an int, got '3'"),
+        (lambda t: t.truncate("ab", 1.5), TypeError, "max_tokens must be an int, got 1.5"),
+        (lambda t: t.truncate("ab", None), TypeError, "max_tokens must be an int, got None"),
+        (lambda t: t.encode_batch(["a"], threads="2"), TypeError, "threads must be an int"),
+        (lambda t: t.encode_batch(["a"], threads=1.5), TypeError, "threads must be an int"),
+        (lambda t: t.encode_batch(["a"], threads=0), ValueError, "threads must be at least 1"),
+        (lambda t: t.encode_batch("ab"), TypeError, "texts must be an iterable of str or bytes"),
+        (lambda t: t.encode("a", allowed_special=3), TypeError, "allowed_special must be None"),
+        (lambda t: t.encode("a", disallowed_special="<x>"), TypeError, "disallowed_special must"),
+        (lambda t: t.encode("a", disallowed_special=[3]), TypeError, "must hold str, got 3"),
+        (lambda t: t.encode("ab", dropout=[]), TypeError, r"dropout must be a float, got \[\]"),
+        (lambda t: t.encode("ab", seed="x"), TypeError, "seed must be an int or None, got 'x'"),
+        (lambda t: t.id_to_token("a"), TypeError, "id must be an int, got 'a'"),
+        (lambda t: t.id_to_token(1.5), TypeError, "id must be an int, got 1.5"),
+        (lambda t: t.id_to_token(-1), ValueError, "id must be at least 0, got -1"),
+        (lambda t: t.token_to_id([1]), TypeError, "token must be a str or bytes"),
+        (lambda t: t.token_to_id(3), TypeError, "token must be a str or bytes"),
+        (lambda t: t.decode([[1]], skip_special_tokens=True), TypeError, r"ids\[0\] must be"),
+        (lambda t: t.decode(([1], [1, 2])), TypeError, "ids must be a one-dimensional"),
+        (lambda t: t.decode([0, 9999], skip_special_tokens=True), ValueError, r"ids\[1\] is 9999"),
+        (lambda t: t.offsets("ab", dropout=0.1), TypeError, r"offsets\(\).*'dropout'"),
+        (lambda t: BPETokenizer.load(12345), TypeError, "path must be a str or os.PathLike"),
+        (
+            lambda t: t.decode(np.array([65, 2**32 - 1], dtype=np.uint32)),
+            ValueError,
+            r"ids\[1\] is 4294967295, which is not",
+        ),
+    ],
+)
+def test_wrong_calls(backend, call, error, message):
+    tokenizer = BPETokenizer.train([""], 257, special_tokens=["<x>"], backend=backend)
+    with pytest.raises(error, match=message):
+        call(tokenizer)
+
+
+def test_unusual_types_that_are_right(backend):
+    tokenizer = BPETokenizer.train(["ab ab"], 259, special_tokens=["<x>"], backend=backend)
+    for order in "<>":
+        for kind in ("i2", "i4", "u4", "i8"):
+            ids = np.array(tokenizer.encode("AB"), dtype=order + kind)
+            assert tokenizer.decode(ids) == "AB"
+    assert tokenizer.encode_batch(["ab"], threads=10**12)[0].tolist() == tokenizer.encode("ab")
+    once = tokenizer.encode_batch(["<x>", "<x>"], allowed_special=iter(["<x>"]))
+    assert [ids.tolist() for ids in once] == [[0], [0]]
+    plain = tokenizer.encode("ab ab", dropout=0.5, seed=3)
+    assert tokenizer.encode("ab ab", dropout=np.float32(0.5), seed=np.int64(3)) == plain
 
 
 @pytest.mark.parametrize("ids", [[0, 50257], [0, -1], [0, 2**31], [0, 2**70]])

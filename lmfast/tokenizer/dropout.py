@@ -9,6 +9,8 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
+import numpy as np
+
 _MASK = (1 << 64) - 1
 
 
@@ -30,9 +32,9 @@ def first_state(seed: int | None) -> int:
     """The state that a seed stands for; None: a new one."""
     if seed is None:
         return random.getrandbits(64)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int or None, got {type(seed).__name__}")
-    return seed & _MASK
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
+        raise TypeError(f"seed must be an int or None, got {seed!r}")
+    return int(seed) & _MASK
 
 
 def merge_with_dropout(
@@ -58,8 +60,8 @@ def merge_with_dropout(
 
 def check_dropout(dropout: float) -> None:
     """Raises unless it is a probability."""
-    if not isinstance(dropout, (int, float)):
-        raise TypeError(f"dropout must be a float, got {type(dropout).__name__}")
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float, np.integer, np.floating)):
+        raise TypeError(f"dropout must be a float, got {dropout!r}")
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be in [0, 1], got {dropout}")
 

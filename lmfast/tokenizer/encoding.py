@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from .backend import default_threads
+from .call_arguments import check_text, checked_ids, checked_special, checked_texts
 from .dropout import check_dropout, first_state, piece_ends
 from .invalid import encode_invalid
 from .model import Model
@@ -16,6 +17,7 @@ from .patterns import scanner_code, splitter
 from .reference import Specials, sound_text, to_bytes
 from .spans import character_spans
 from .streaming import Appender, StreamDecoder
+from .training_arguments import checked_threads, whole
 
 Special = Literal["all"] | Collection[str]
 
@@ -58,6 +60,8 @@ class Coding:
         specials = self._model.special_tokens
         if allowed is None and disallowed is None:
             return self._all_specials
+        allowed = checked_special("allowed_special", allowed)
+        disallowed = checked_special("disallowed_special", disallowed)
         wanted = set(specials) if allowed == "all" else set(allowed or ())
         unknown = wanted - set(specials)
         if unknown:
@@ -107,8 +111,8 @@ class Coding:
             List of int.
 
         Raises:
-            TypeError: text is neither str nor bytes.
-            ValueError: a disallowed special token is in the text.
+            TypeError: an argument is of the wrong type; names it.
+            ValueError: dropout is not in [0, 1], or a disallowed special token is in the text.
 
         Example:
             >>> from lmfast import BPETokenizer
@@ -116,14 +120,17 @@ class Coding:
             >>> t.encode("ab ab")
             [256, 257]
         """
-        if allowed_special is None and disallowed_special is None and not dropout:
+        plain = allowed_special is None and disallowed_special is None and seed is None
+        if plain and type(dropout) is float and not dropout:
             quick = self._encode_text
             if quick is not None and (ids := quick(text)) is not NotImplemented:
                 return ids
-        _check_text(text)
+        check_text(text)
+        check_dropout(dropout)
+        state = first_state(seed)
         specials = self._allowed(text, allowed_special, disallowed_special)
         if dropout:
-            return self._encode_with_dropout(text, specials, dropout, seed)
+            return self._encode_with_dropout(text, specials, float(dropout), state)
         ids = self._encode_by_python(text, specials)
         return self._encoder.encode(text, specials.matcher) if ids is None else ids
 
@@ -135,7 +142,7 @@ class Coding:
         disallowed_special: Special | None = None,
     ) -> np.ndarray:
         """As `encode`, as an int32 array: no Python object per token."""
-        _check_text(text)
+        check_text(text)
         specials = self._allowed(text, allowed_special, disallowed_special)
         ids = self._encode_by_python(text, specials)
         if ids is not None:
@@ -150,7 +157,7 @@ class Coding:
         disallowed_special: Special | None = None,
     ) -> int:
         """The number of tokens of a text, without making the ids."""
-        _check_text(text)
+        check_text(text)
         specials = self._allowed(text, allowed_special, disallowed_special)
         ids = self._encode_by_python(text, specials)
         return self._encoder.count(text, specials.matcher) if ids is None else len(ids)
@@ -175,13 +182,10 @@ class Coding:
         Returns:
             List of int32 arrays, or with ``flat`` an int32 and an int64 array.
         """
-        texts = list(texts)
-        kinds = set(map(type, texts))
-        if not kinds <= {str, bytes}:
-            for i, text in enumerate(texts):
-                _check_text(text, f"texts[{i}]")
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
+        texts = checked_texts(texts)
+        threads = checked_threads(threads)
+        allowed_special = checked_special("allowed_special", allowed_special)
+        disallowed_special = checked_special("disallowed_special", disallowed_special)
         specials = self._allowed("", allowed_special, disallowed_special)
         if disallowed_special is not None or allowed_special is not None:
             for text in texts:
@@ -205,10 +209,8 @@ class Coding:
         return [ids[a:b] for a, b in pairwise(bounds)]
 
     def _encode_with_dropout(
-        self, text: str | bytes, specials: Allowed, dropout: float, seed: int | None
+        self, text: str | bytes, specials: Allowed, dropout: float, state: int
     ) -> list[int]:
-        check_dropout(dropout)
-        state = first_state(seed)
         sound = isinstance(text, str) or self._engine.valid_prefix(text) == len(text)
         if sound and scanner_code(self._model.pattern) is not None:
             return self._encoder.encode_dropout(text, specials.matcher, None, dropout, state)[0]
@@ -260,11 +262,18 @@ class Coding:
         ends = np.array([len(piece)], dtype=np.int64)
         return self._encoder.encode(piece, self._no_specials.matcher, ends)
 
-    def offsets(self, text: str, **special: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    def offsets(
+        self,
+        text: str,
+        *,
+        allowed_special: Special | None = None,
+        disallowed_special: Special | None = None,
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of a text and, for each, the characters it covers.
 
         Args:
-            text: the text; keyword arguments are those of `encode`.
+            text: the text.
+            allowed_special, disallowed_special: as for `encode`.
 
         Returns:
             (ids, spans): ``text[start:end]`` of a span holds every character of which the token has
@@ -272,20 +281,34 @@ class Coding:
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be a str, got {type(text).__name__}")
-        ids = self.encode_numpy(text, **special)
-        keys = ("allowed_special", "disallowed_special")
-        allowed = self._allowed(text, *(special.get(key) for key in keys))
+        allowed_special = checked_special("allowed_special", allowed_special)
+        disallowed_special = checked_special("disallowed_special", disallowed_special)
+        ids = self.encode_numpy(
+            text, allowed_special=allowed_special, disallowed_special=disallowed_special
+        )
+        allowed = self._allowed(text, allowed_special, disallowed_special)
         return ids.tolist(), character_spans(self._model, text, ids, allowed.tokens)
 
-    def truncate(self, text: str, max_tokens: int, **special: Any) -> str:
+    def truncate(
+        self,
+        text: str,
+        max_tokens: int,
+        *,
+        allowed_special: Special | None = None,
+        disallowed_special: Special | None = None,
+    ) -> str:
         """The longest beginning of a text that ends with a token and has at most so many tokens.
 
         Args:
-            text: the text; further keyword arguments are those of `encode`.
+            text: the text.
             max_tokens: the most tokens, >= 0.
+            allowed_special, disallowed_special: as for `encode`.
         """
-        if max_tokens < 0:
-            raise ValueError(f"max_tokens must be >= 0, got {max_tokens}")
+        max_tokens = whole("max_tokens", max_tokens, 0)
+        special = {
+            "allowed_special": checked_special("allowed_special", allowed_special),
+            "disallowed_special": checked_special("disallowed_special", disallowed_special),
+        }
         ids, where = self.offsets(text, **special)
         keep = max_tokens
         while len(ids) > keep > 0:
@@ -339,32 +362,5 @@ class Coding:
         return StreamDecoder(self, errors=errors)
 
     def _clean_ids(self, ids: Any, skip: bool) -> Any:
-        if type(ids) is list:
-            if skip:
-                special = set(self._model.special_tokens.values())
-                return [id for id in ids if id not in special]
-            return ids
-        array = np.asarray(ids)
-        if array.size == 0:
-            return []
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise TypeError(
-                f"ids must be a one-dimensional sequence of ints, got shape {array.shape} of "
-                f"{array.dtype}"
-            )
-        if array.dtype.itemsize != 4:
-            # Beyond 32 bits an id must not wrap into the vocabulary.
-            far = np.flatnonzero((array < 0) | (array >= self._model.size))
-            if far.size:
-                raise ValueError(
-                    f"ids[{far[0]}] is {array[far[0]]}, which is not in the vocabulary"
-                )
-        array = np.ascontiguousarray(array, dtype=np.int32 if array.dtype.itemsize != 4 else None)
-        if skip:
-            array = array[~np.isin(array, list(self._model.special_tokens.values()))]
-        return array
-
-
-def _check_text(text: object, name: str = "text") -> None:
-    if not isinstance(text, (str, bytes)):
-        raise TypeError(f"{name} must be a str or bytes, got {type(text).__name__}")
+        model = self._model
+        return checked_ids(ids, model.size, model.special_tokens, skip=skip)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import takewhile
 
+from .cuts import safe_cut
 from .model import Model
-from .patterns import safe_cut, splitter
+from .patterns import splitter
 
 _BLANK = frozenset(b" \n\t")
 

@@ -131,26 +131,6 @@ def splitter(pattern: str | None) -> Callable[[str], Iterable[str]]:
     return split
 
 
-_WORD_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
-
-
-def safe_cut(text: str, pattern: str | None) -> int:
-    """The last place where a piece ends whatever follows; 0 where there is none.
-
-    In every named pattern a letter or digit ends a piece when a space or a line feed follows.
-    """
-    if pattern is None or pattern not in SCANNERS:
-        return 0
-    if pattern == "lines":
-        return text.rfind("\n") + 1
-    at = len(text)
-    while at > 0:
-        at = max(text.rfind(" ", 0, at), text.rfind("\n", 0, at))
-        if at > 0 and text[at - 1] in _WORD_CHARACTERS:
-            return at
-    return 0
-
-
 def compile_pattern(pattern: str):
     """Compile a user's regular expression with the ``regex`` package."""
     try:

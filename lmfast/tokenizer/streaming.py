@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .patterns import safe_cut
+from .cuts import pairs_inside, safe_cut
 
 if TYPE_CHECKING:
     from .encoding import Coding
@@ -17,8 +17,9 @@ class Appender:
     """The encoding of a text that grows at its end.
 
     What can no longer change is encoded once. With a named pattern that is everything up to the
-    last letter or digit before a space, so that appending costs in proportion to what is new; with
-    another pattern the whole text is encoded again when ids are asked for.
+    last certain end of a piece, such as a space or the end of a line, so that appending costs in
+    proportion to what is new; with a regular expression or no pattern the whole text is encoded
+    again whenever ids are asked for.
 
     Args:
         tokenizer: encodes; special tokens in the text become their ids.
@@ -36,28 +37,37 @@ class Appender:
     def __init__(self, tokenizer: Coding, text: str = "") -> None:
         self._tokenizer = tokenizer
         self._fixed: list[int] = []
-        self._tail = ""
-        # A special token with a space inside could span the cut.
-        self._cuts = not any(" " in t or "\n" in t for t in tokenizer.model.special_tokens)
+        # What follows, in the parts that came. Only its last character is looked at again.
+        self._tail: list[str] = []
+        self._last = ""
+        self._joined = pairs_inside(tokenizer.model.special_tokens)
         self.append(text)
 
     def append(self, text: str) -> None:
         """Add text at the end."""
         if not isinstance(text, str):
             raise TypeError(f"text must be a str, got {type(text).__name__}")
-        self._tail += text
-        cut = safe_cut(self._tail, self._tokenizer.model.pattern) if self._cuts else 0
+        if not text:
+            return
+        cut = safe_cut(self._last + text, self._tokenizer.model.pattern, self._joined)
         if cut:
-            self._fixed += self._tokenizer.encode(self._tail[:cut])
-            self._tail = self._tail[cut:]
+            cut -= len(self._last)
+            self._fixed += self._tokenizer.encode("".join((*self._tail, text[:cut])))
+            self._tail = []
+        self._tail.append(text[cut:])
+        self._last = text[-1]
+
+    def _rest(self) -> str:
+        self._tail = ["".join(self._tail)]
+        return self._tail[0]
 
     def ids(self) -> list[int]:
         """The ids of all text so far."""
-        return self._fixed + self._tokenizer.encode(self._tail)
+        return self._fixed + self._tokenizer.encode(self._rest())
 
     def __len__(self) -> int:
         """The number of ids of all text so far."""
-        return len(self._fixed) + self._tokenizer.count(self._tail)
+        return len(self._fixed) + self._tokenizer.count(self._rest())
 
 
 class StreamDecoder:

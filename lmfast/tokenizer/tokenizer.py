@@ -10,10 +10,11 @@ import numpy as np
 
 from . import formats, huggingface, training
 from .backend import engine
+from .call_arguments import check_text
 from .encoding import Allowed, Coding
 from .model import Model
 from .patterns import scanner_code
-from .training_arguments import is_one
+from .training_arguments import is_one, whole
 
 _NAMES = {
     "pad": ("<pad>", "[PAD]", "<|pad|>"),
@@ -128,8 +129,9 @@ class BPETokenizer(Coding):
         """Learn merges: again and again join the most frequent pair of neighbouring symbols.
 
         Args:
-            corpus: a str or bytes (one text), a path (read in blocks), an iterable of those, or a
-                mapping of words to counts, see `count_words`.
+            corpus: a str or bytes (one text), a path (read in blocks of a few MB; whole where the
+                pattern is a regular expression or None), an iterable of those, or a mapping of
+                words to counts, see `count_words`.
             vocab_size: number of ids to reach. In the byte mode special tokens and the 256 bytes
                 count; in the char mode symbols and merges count and special tokens come on top, so
                 that the merges are the textbook loop's. A sequence gives a list of tokenizers, one
@@ -195,6 +197,8 @@ class BPETokenizer(Coding):
     @classmethod
     def load(cls, path: str | os.PathLike, *, backend: str = "auto") -> BPETokenizer:
         """Read a file written by `save`. Raises ValueError naming the entry that is wrong."""
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"path must be a str or os.PathLike, got {path!r}")
         return cls(formats.load_json(path), backend=backend)
 
     def save(self, path: str | os.PathLike) -> None:
@@ -319,15 +323,14 @@ class BPETokenizer(Coding):
 
     def token_to_id(self, token: str | bytes) -> int | None:
         """Id of a token or special token; None if it is neither."""
+        check_text(token, "token")
         if isinstance(token, str) and token in self._model.special_tokens:
             return self._model.special_tokens[token]
         return self._model.ids.get(token.encode() if isinstance(token, str) else token)
 
     def id_to_token(self, id: int) -> bytes | None:
         """The bytes of an id, as stored (with the marker); None for an unused id."""
-        if not 0 <= id < self._model.size:
-            raise ValueError(f"id must be in [0, {self._model.size}), got {id}")
-        return self._model.text_of(id)
+        return self._model.text_of(whole("id", id, 0, self._model.size - 1))
 
     def __repr__(self) -> str:
         return (

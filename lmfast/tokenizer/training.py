@@ -10,8 +10,9 @@ import numpy as np
 
 from .backend import default_threads, engine
 from .byte_alphabet import BYTE_ORDER
+from .cuts import safe_cut_bytes
 from .model import Model
-from .patterns import safe_cut, scanner_code, splitter
+from .patterns import scanner_code, splitter
 from .reference import sound_text, to_bytes
 from .training_arguments import (
     checked_counts,
@@ -64,19 +65,20 @@ def _word_counts(words: dict[bytes, int], mode: str, pattern: str | None) -> Wor
 
 
 def _file_blocks(path: os.PathLike, pattern: str | None) -> Iterator[bytes]:
-    """A file in blocks that end at piece boundaries, so that no piece is cut in two."""
+    """A file in blocks that end at piece boundaries, so that no piece is cut in two.
+
+    Without a named pattern no boundary is certain before the end: the file is one block.
+    """
     with open(path, "rb") as file:
-        rest = b""
+        waiting: list[bytes] = []
         while block := file.read(_BLOCK):
-            rest += block
-            # Latin-1 keeps every byte; the cut is found among ASCII characters.
-            cut = safe_cut(rest[-_TAIL:].decode("latin-1"), pattern)
+            cut = safe_cut_bytes(block, pattern, _TAIL)
             if cut:
-                cut += max(0, len(rest) - _TAIL)
-                yield rest[:cut]
-                rest = rest[cut:]
-        if rest:
-            yield rest
+                yield b"".join((*waiting, block[:cut]))
+                waiting = []
+            waiting.append(block[cut:])
+        if waiting:
+            yield b"".join(waiting)
 
 
 def _texts(corpus: Corpus, pattern: str | None) -> Iterator[str | bytes]:
@@ -156,7 +158,8 @@ def count_words(
     """Count the words of a corpus, or of a part of it, for training later or elsewhere.
 
     Args:
-        corpus: text, a path, or an iterable of texts and paths.
+        corpus: text, a path, or an iterable of texts and paths. Files are read in blocks of a few
+            MB; with a regular expression or no pattern each must fit in memory.
         mode: "byte" or "char", as for training.
         pattern: as for training.
         threads: None takes all CPUs of the process. The result does not depend on it.
