@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from lmfast._forward_mode import has_tangent
+
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 
 # Best first. An op whose measurements say otherwise overrides this with `order=`.
@@ -170,6 +172,8 @@ def is_requested(op: str) -> bool:
 def _reason_against(candidate: Implementation, device: str, args: tuple[Any, ...]) -> str | None:
     if candidate.devices and device not in candidate.devices:
         return f"runs on {' and '.join(candidate.devices)} tensors, not {device}"
+    if candidate.backend != "torch" and has_tangent(*args):
+        return "no kernel for forward-mode differentiation"
     return candidate.supports(*args)
 
 

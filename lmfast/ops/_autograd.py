@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -22,8 +23,10 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 def recording_backward() -> bool:
-    """Whether a backward is itself being differentiated (``create_graph=True``)."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    """Whether a backward is itself being differentiated: ``create_graph=True``, or forward mode."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def differentiate(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lmfast import _extension
+from lmfast._forward_mode import has_tangent
 
 LIBRARY = torch.library.Library("lmfast", "DEF")
 
@@ -29,10 +30,10 @@ def define(schema: str, fake: Callable[..., Any]) -> Any:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd must record a call with these tensors."""
-    if not torch.is_grad_enabled():
-        return False
-    return any(t is not None and t.requires_grad for t in tensors)
+    """Whether autograd must record a call with these tensors, or they have tangents."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    return has_tangent(*tensors)
 
 
 def unsupported_by_cpu_kernels(*tensors: Tensor | None) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lmfast._dispatch import Op, implementation, register, register_op, select
+from lmfast._forward_mode import has_tangent
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import (
     define,
@@ -107,6 +108,8 @@ def linear_cross_entropy(
         softcap=softcap,
     )
     chosen = select(OP, args, backend)
+    if has_tangent(*args):  # the chunks compute gradients, no tangents
+        return _reference(*args)
     if needs_grad(hidden, weight, bias):
         wanted = tuple(t is not None and t.requires_grad for t in (hidden, weight, bias))
         return apply(_LinearCrossEntropy, *args, chosen.backend, wanted)[0]
