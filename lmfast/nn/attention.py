@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lmfast import ops
-from lmfast.nn.attend import attend, is_causal_mask
+from lmfast.nn.attend import as_visible, attend, is_causal_mask
 from lmfast.nn.norm import RMSNorm
 from lmfast.nn.packed import PackedParameters
 from lmfast.nn.rotary import RotaryEmbedding
@@ -51,7 +51,8 @@ class MultiHeadAttention(PackedParameters):
         qkv_bias, o_bias: add a bias to queries, keys and values, and to the output.
         qk_norm: normalise every head's query and key by RMSNorm before the rotation, with one
             `q_norm.scale` and `k_norm.scale` (D) for all heads.
-        window: sliding window: a token sees itself and the window - 1 before it; None for all.
+        window: sliding window: a token sees itself and the window - 1 before it, and with a mask,
+            which takes the place of causality, also the window - 1 behind it; None for all.
         softcap: scores become ``softcap * tanh(score / softcap)``.
         scale: of the scores, 1 / sqrt(D) by default.
         norm_eps: of `qk_norm`.
@@ -175,7 +176,9 @@ class MultiHeadAttention(PackedParameters):
         Args:
             x: (B, T, E).
             mask: None for causal; otherwise zero or False = hidden, (T, S), (B, T, S) or
-                (B, 1, T, S). A lower-triangular one in host memory is recognised as causal.
+                (B, 1, T, S), in floating point only 0 and 1. A lower-triangular one in host memory
+                is recognised as causal. S is T, or with a cache the longest row after this step,
+                column j the row's token j; what is behind a row's end is not seen.
             cache: one layer of a `lmfast.KVCache`; keys and values are appended to it, and the
                 queries continue where it ended.
             positions: for the rotation, as in `RotaryEmbedding.forward`; by default they continue
@@ -183,6 +186,10 @@ class MultiHeadAttention(PackedParameters):
 
         Returns:
             (B, T, E).
+
+        Raises:
+            ValueError: a mask of another shape, one to be added to the scores, or one beside a
+                cache that keeps only a window of this layer.
         """
         batch, steps, _ = x.shape
         heads, kv_heads = self.num_heads, self.num_kv_heads
@@ -202,14 +209,13 @@ class MultiHeadAttention(PackedParameters):
             q, k = self.rope(q, k, positions, inplace=inplace)
             out = attend(q, k, v, mask=mask, **options)  # (B, H, T, D)
         else:
+            visible = None if mask is None or is_causal_mask(mask) else as_visible(mask)
+            if visible is not None:
+                cache.check_mask()
             cos, sin = self.rope.tables(max(cache.longest + steps, 1), x.device)
             interleaved = self.rope.interleaved
             q = cache.rope_append(q, k, v, cos, sin, interleaved=interleaved, positions=positions)
-            if mask is None or is_causal_mask(mask):
-                out = cache.attend(q, **options)
-            else:
-                k, v = (t.to(q.dtype) for t in cache.contents(q.dtype))
-                out = attend(q, k, v, mask=mask, **options)
+            out = cache.attend(q, mask=visible, **options)
         joined = out.transpose(1, 2).reshape(batch, steps, heads * self.head_dim)
         return ops.linear(joined, self.W_O.t(), self.B_O)
 
