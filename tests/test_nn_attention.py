@@ -230,3 +230,27 @@ def test_layer_rejects_sizes_that_do_not_fit():
         MultiHeadAttention(12, 4, num_kv_heads=3)
     with pytest.raises(ValueError, match="dim must be even"):
         MultiHeadAttention(12, 4)
+
+
+@pytest.mark.parametrize(
+    ("option", "error", "message"),
+    [
+        ({"softcap": -1}, ValueError, "softcap must be positive, got -1"),
+        ({"window": 2.5}, TypeError, "window must be int or None, got float"),
+        ({"scale": "a"}, TypeError, "scale must be a float, got str"),
+        ({"head_dim": -8}, ValueError, "head_dim must be at least 1 or None, got -8"),
+    ],
+)
+def test_layer_rejects_options(option, error, message):
+    with pytest.raises(error, match=message):
+        MultiHeadAttention(8, 2, **option)
+
+
+def test_layer_rejects_inputs_of_another_kind():
+    layer, x = MultiHeadAttention(8, 2), torch.zeros(1, 3, 8)
+    with pytest.raises(ValueError, match=r"x must be \(B, T, 8\), got \(3, 8\)"):
+        layer(x[0])
+    with pytest.raises(TypeError, match=r"positions must be an int .*, got 1\.5"):
+        layer(x, positions=1.5)
+    with pytest.raises(TypeError, match=r"cache must be one layer of a KVCache, cache\.layer\(i\)"):
+        layer(x, cache=KVCache(1, 1, 2, 4))

@@ -13,6 +13,7 @@ from lmfast.nn.attend import as_visible, attend, is_causal_mask
 from lmfast.nn.norm import RMSNorm
 from lmfast.nn.packed import PackedParameters
 from lmfast.nn.rotary import RotaryEmbedding
+from lmfast.ops._attention_arguments import check_positive, check_scale
 
 if TYPE_CHECKING:
     from lmfast.generation.cache import LayerCache
@@ -64,8 +65,9 @@ class MultiHeadAttention(PackedParameters):
     loaded bit for bit; a packed `W_QKV` loads as well.
 
     Raises:
-        ValueError: a size is not positive, E is no multiple of H and `head_dim` is not given, H is
-            no multiple of Hkv, or `rope_dim` exceeds D.
+        TypeError: `window` is not an integer, `softcap` or `scale` not a number.
+        ValueError: a size, `window` or `softcap` is not positive, E is no multiple of H and
+            `head_dim` is not given, H is no multiple of Hkv, or `rope_dim` exceeds D.
 
     Backends: those of `lmfast.ops.rope`, `lmfast.ops.attention` and `lmfast.ops.rms_norm`.
 
@@ -115,14 +117,17 @@ class MultiHeadAttention(PackedParameters):
                     "or head_dim must be given"
                 )
             head_dim = emb_dim // num_heads
+        elif head_dim < 1:
+            raise ValueError(f"head_dim must be at least 1 or None, got {head_dim}")
         if num_heads % num_kv_heads:
             raise ValueError(
                 f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}"
             )
         if rope_dim is not None and rope_dim > head_dim:
             raise ValueError(f"rope_dim must be at most head_dim {head_dim}, got {rope_dim}")
-        if window is not None and window < 1:
-            raise ValueError(f"window must be at least 1 or None, got {window}")
+        check_positive("window", window, int)
+        check_positive("softcap", softcap, float)
+        check_scale(scale, head_dim)
         self.emb_dim = emb_dim
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -188,9 +193,16 @@ class MultiHeadAttention(PackedParameters):
             (B, T, E).
 
         Raises:
-            ValueError: a mask of another shape, one to be added to the scores, or one beside a
+            TypeError: `cache` is not one layer's, or `positions` are not integers.
+            ValueError: x or a mask of another shape, one to be added to the scores, or one beside a
                 cache that keeps only a window of this layer.
         """
+        if x.ndim != 3 or x.shape[2] != self.emb_dim:
+            raise ValueError(f"x must be (B, T, {self.emb_dim}), got {tuple(x.shape)}")
+        if cache is not None and hasattr(cache, "layer"):
+            raise TypeError("cache must be one layer of a KVCache, cache.layer(i), got all of it")
+        if isinstance(positions, float):
+            raise TypeError(f"positions must be an int or a tensor of integers, got {positions}")
         batch, steps, _ = x.shape
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv = ops.linear(x, self.W_QKV.t(), self.B_QKV)
