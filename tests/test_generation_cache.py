@@ -124,6 +124,42 @@ def test_errors_name_what_is_wrong():
         cache.append(0, one, one, counts=[1], padding="middle")
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"batch": True}, {"batch": 2.0}, {"window": 1.5}, {"max_length": 2.5}, {"head_dim": 2.0}],
+)
+def test_sizes_must_be_integers(given):
+    sizes = {"num_layers": 1, "batch": 2, "num_kv_heads": 1, "head_dim": 2} | given
+    (name, value), *_ = given.items()
+    with pytest.raises(TypeError, match=f"{name} must be an integer, got {value}"):
+        KVCache(**sizes)
+
+
+def test_rows_lengths_and_counts_must_be_integers():
+    cache = KVCache(1, 2, 1, 2)
+    k = torch.zeros(2, 1, 3, 2)
+    with pytest.raises(TypeError, match=r"every entry of counts must be an integer, got 1\.5"):
+        cache.append(0, k, k, counts=[1.5, 3])
+    with pytest.raises(ValueError, match='padding must be "right" or "left", got \'x\''):
+        cache.append(0, k, k, padding="x")
+    with pytest.raises(TypeError, match=r"k must have a floating-point dtype, got torch\.int64"):
+        cache.append(0, k.long(), k)
+    cache.append(0, k, k)
+    with pytest.raises(TypeError, match=r"every entry of lengths must be an integer, got 1\.5"):
+        cache.truncate([1.5, 1])
+    with pytest.raises(TypeError, match="lengths must be a sequence or 1-d tensor of integers"):
+        cache.truncate(1.5)
+    for rows in (torch.tensor([1.0, 0.0]), torch.tensor([True, False])):
+        with pytest.raises(TypeError, match="every entry of rows must be an integer"):
+            cache.reorder(rows)
+    with pytest.raises(ValueError, match=r"layer must be in 0\.\.0, got 3"):
+        cache.attend(3, k)
+    cache.truncate(9)
+    assert cache.lengths.tolist() == [3, 3]
+    cache.truncate(torch.tensor([1, 2]))
+    assert cache.lengths.tolist() == [1, 2]
+
+
 def test_a_step_in_progress():
     cache = KVCache(2, 1, 1, 2, window=[3, None])
     one, two = torch.ones(1, 1, 1, 2), torch.ones(1, 1, 2, 2)

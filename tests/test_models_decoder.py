@@ -283,3 +283,14 @@ def test_loss_compiles_as_one_graph(tie):
     torch.testing.assert_close(compiled(), loss())
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("softcap", [0, -1.0])
+def test_a_logit_softcap_is_positive(softcap):
+    with pytest.raises(ValueError, match="logit_softcap must be positive, got"):
+        DecoderLanguageModel(20, 8, 2, 1, 0, logit_softcap=softcap)
+
+
+def test_ids_have_two_dimensions():
+    with pytest.raises(ValueError, match=r"ids must be \(B, T\), got \(3,\)"):
+        DecoderLanguageModel(20, 8, 2, 1, 0)(torch.tensor([1, 2, 3]))

@@ -119,6 +119,64 @@ def test_layer_takes_any_mask():
         layer(x, mask[0])
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_layer_with_cache_takes_a_mask_of_rows_of_different_length(window):
+    torch.manual_seed(0)
+    layer = MultiHeadAttention(32, 4, window=window)
+    x, token = torch.randn(2, 4, 32), torch.randn(2, 1, 32)
+    results = []
+    mask = torch.tensor([[[1, 1, 1, 1, 1]], [[1, 1, 1, 0, 0]]])
+    for given in (None, mask):
+        cache = KVCache(1, 2, 4, 8)
+        with torch.no_grad():
+            layer(x, cache=cache.layer(0, counts=[4, 2]))
+            results.append(layer(token, given, cache=cache.layer(0)))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+
+
+def test_layer_with_cache_reads_nothing_behind_a_row():
+    torch.manual_seed(0)
+    layer = MultiHeadAttention(32, 4)
+    x, token = torch.randn(2, 4, 32), torch.randn(2, 1, 32)
+    mask = torch.tensor([[[1, 1, 1, 1, 1]], [[1, 0, 1, 0, 0]]])
+    results = []
+    for value in (0.0, float("nan")):
+        x[1, 2:] = value
+        cache = KVCache(1, 2, 4, 8)
+        with torch.no_grad():
+            layer(x, cache=cache.layer(0))
+            cache.truncate([4, 2])
+            results.append(layer(token, mask, cache=cache.layer(0)))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+def test_layer_refuses_a_mask_where_the_cache_keeps_a_window():
+    layer = MultiHeadAttention(32, 4, window=3)
+    cache = KVCache(1, 1, 4, 8, window=3)
+    with torch.no_grad(), pytest.raises(ValueError, match="whose layer 0 keeps only the last 3"):
+        layer(torch.zeros(1, 2, 32), torch.ones(2, 2), cache.layer(0))
+    assert cache.longest == 0
+    with torch.no_grad():
+        layer(torch.zeros(1, 2, 32), torch.ones(2, 2).tril(), cache.layer(0))
+    assert cache.longest == 2
+
+
+def test_layer_refuses_a_mask_that_would_be_added():
+    layer, x = MultiHeadAttention(8, 2), torch.randn(1, 3, 8)
+    added = torch.full((3, 3), float("-inf")).triu(1)
+    with pytest.raises(ValueError, match=r"must hold only 1 .* got -inf; .* give mask == 0"):
+        layer(x, added)
+    torch.testing.assert_close(layer(x, added == 0), layer(x))
+
+
+def test_window_of_a_mask_has_two_sides():
+    layer, x = MultiHeadAttention(8, 2, window=2).double(), torch.randn(1, 5, 8).double()
+    band = torch.ones(5, 5).tril(1).triu(-1)
+    torch.testing.assert_close(
+        layer(x, torch.ones(5, 5)), reference_attention(layer, x, band.bool())
+    )
+
+
 def test_state_dict_is_per_head_and_lossless():
     torch.manual_seed(0)
     layer = MultiHeadAttention(12, 3, num_kv_heads=1)
@@ -172,3 +230,27 @@ def test_layer_rejects_sizes_that_do_not_fit():
         MultiHeadAttention(12, 4, num_kv_heads=3)
     with pytest.raises(ValueError, match="dim must be even"):
         MultiHeadAttention(12, 4)
+
+
+@pytest.mark.parametrize(
+    ("option", "error", "message"),
+    [
+        ({"softcap": -1}, ValueError, "softcap must be positive, got -1"),
+        ({"window": 2.5}, TypeError, "window must be int or None, got float"),
+        ({"scale": "a"}, TypeError, "scale must be a float, got str"),
+        ({"head_dim": -8}, ValueError, "head_dim must be at least 1 or None, got -8"),
+    ],
+)
+def test_layer_rejects_options(option, error, message):
+    with pytest.raises(error, match=message):
+        MultiHeadAttention(8, 2, **option)
+
+
+def test_layer_rejects_inputs_of_another_kind():
+    layer, x = MultiHeadAttention(8, 2), torch.zeros(1, 3, 8)
+    with pytest.raises(ValueError, match=r"x must be \(B, T, 8\), got \(3, 8\)"):
+        layer(x[0])
+    with pytest.raises(TypeError, match=r"positions must be an int .*, got 1\.5"):
+        layer(x, positions=1.5)
+    with pytest.raises(TypeError, match=r"cache must be one layer of a KVCache, cache\.layer\(i\)"):
+        layer(x, cache=KVCache(1, 1, 2, 4))

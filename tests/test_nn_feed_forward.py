@@ -92,7 +92,7 @@ def test_names_what_does_not_fit():
         SwiGLU(8, 0)
     with pytest.raises(TypeError, match="windw"):
         DecoderBlock(8, 2, windw=3)
-    with pytest.raises(ValueError, match="window must be at least 1 or None, got 0"):
+    with pytest.raises(ValueError, match="window must be positive, got 0"):
         DecoderBlock(8, 2, window=0)
     with pytest.raises(ValueError, match="rope_dim must be at most head_dim 4, got 6"):
         DecoderBlock(8, 2, rope_dim=6)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lmfast.generation._blocks import BlockTable
-from lmfast.generation._step import Placement, Step
+from lmfast.generation._step import Placement, Step, check_integer, integers
 from lmfast.generation._storage import STORAGE_DTYPES, on_device
 from lmfast.generation._window import WindowedLayers
 
@@ -83,17 +83,18 @@ class CachedRows:
     def truncate(self, lengths: int | Sequence[int] | Tensor) -> None:
         """Forget everything behind the given length of all rows, or of each row.
 
-        A step that was interrupted, some of its layers done, is forgotten as well.
+        A step that was interrupted, some of its layers done, is forgotten as well. Of one length
+        for all, rows that are shorter stay as they are.
 
         Raises:
-            ValueError: a length is negative or beyond the row's end, there is not one per row, or
-                a layer with a window no longer has what would be seen from there.
+            TypeError: lengths are not integers.
+            ValueError: a length is negative, one of several is beyond its row's end, there is not
+                one per row, or a layer with a window no longer has what would be seen from there.
         """
-        if isinstance(lengths, int):
+        if isinstance(lengths, int) and not isinstance(lengths, bool):
             wanted = np.minimum(self._lengths, lengths)
         else:
-            values = lengths.tolist() if isinstance(lengths, Tensor) else lengths
-            wanted = np.array([int(n) for n in values], dtype=np.int64)
+            wanted = integers("lengths", lengths)
             if len(wanted) != self.batch:
                 raise ValueError(f"lengths must have {self.batch} entries, got {len(wanted)}")
             beyond = np.flatnonzero(wanted > self._lengths)
@@ -118,6 +119,7 @@ class CachedRows:
         Nothing is copied: rows that occur several times share their blocks until they go on.
 
         Raises:
+            TypeError: rows are not integers.
             IndexError: a row does not exist.
         """
         chosen = self._rows(rows)
@@ -147,6 +149,7 @@ class CachedRows:
         """Let rows begin with the first `length` tokens of another, whatever they were before.
 
         Raises:
+            TypeError: rows are not integers.
             IndexError: a row does not exist.
             ValueError: the source is shorter, is among the rows, or a layer with a window no
                 longer has those tokens.
@@ -181,15 +184,16 @@ class CachedRows:
         """Drop rows; those behind them move up.
 
         Raises:
+            TypeError: rows are not integers.
             IndexError: a row does not exist.
         """
         self.reorder(np.delete(np.arange(self.batch), self._rows(rows)).tolist())
 
     def _rows(self, rows: Sequence[int] | Tensor) -> np.ndarray:
-        chosen = rows.tolist() if isinstance(rows, Tensor) else list(rows)
-        if any(not 0 <= row < self.batch for row in chosen):
-            raise IndexError(f"rows must be in 0..{self.batch - 1}, got {chosen}")
-        return np.array(chosen, dtype=np.int64)
+        chosen = integers("rows", rows)
+        if ((chosen < 0) | (chosen >= self.batch)).any():
+            raise IndexError(f"rows must be in 0..{self.batch - 1}, got {chosen.tolist()}")
+        return chosen
 
     def _check_whole(self) -> None:
         for group in self._groups:
@@ -223,6 +227,14 @@ def check_sizes(
 ) -> None:
     """TypeError or ValueError for arguments no cache can be made with."""
     sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    for name, size in (
+        *sizes.items(),
+        ("batch", batch),
+        ("max_length", max_length),
+        ("rows", rows),
+    ):
+        if size is not None:
+            check_integer(name, size)
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
@@ -239,7 +251,13 @@ def check_sizes(
 
 def layer_windows(window: int | Sequence[int | None] | None, num_layers: int) -> list[int | None]:
     """The window of each layer."""
-    windows = [window] * num_layers if window is None or isinstance(window, int) else list(window)
+    if isinstance(window, Sequence) and not isinstance(window, str):
+        windows = list(window)
+    else:
+        windows = [window] * num_layers
+    for w in windows:
+        if w is not None:
+            check_integer("window", w)
     if len(windows) != num_layers:
         raise ValueError(f"window must have {num_layers} entries, got {len(windows)}")
     if any(w is not None and w < 1 for w in windows):

@@ -70,20 +70,37 @@ class Step:
     positions: int | Tensor
 
 
+def check_integer(name: str, value: object) -> None:
+    """TypeError for what is no integer, a truth value among it."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
+def integers(name: str, values: object) -> np.ndarray:
+    """A sequence or tensor of integers as int64; TypeError for other numbers."""
+    found = values.tolist() if isinstance(values, (Tensor, np.ndarray)) else values
+    if not isinstance(found, Sequence) or isinstance(found, (str, bytes)):
+        raise TypeError(f"{name} must be a sequence or 1-d tensor of integers, got {found!r}")
+    for value in found:
+        check_integer(f"every entry of {name}", value)
+    return np.array(found, dtype=np.int64)
+
+
 def new_tokens(
     lengths: np.ndarray, steps: int, counts: Sequence[int] | None, padding: Padding
 ) -> NewTokens:
     """Where T tokens per row belong, of which `counts` are real and the others padding.
 
     Raises:
+        TypeError: counts are not integers.
         ValueError: the counts or the side of the padding make no sense.
     """
+    if padding not in ("right", "left"):
+        raise ValueError(f'padding must be "right" or "left", got {padding!r}')
     if counts is None:
         ends = lengths + steps
         return NewTokens(lengths, ends, ends, lengths[:, None] + np.arange(steps), None)
-    if padding not in ("right", "left"):
-        raise ValueError(f'padding must be "right" or "left", got {padding!r}')
-    real = np.asarray(counts, dtype=np.int64)
+    real = integers("counts", counts)
     if real.shape != lengths.shape or (real < 0).any() or (real > steps).any():
         raise ValueError(
             f"counts must be {len(lengths)} numbers from 0 to T = {steps}, got {list(counts)}"

@@ -13,7 +13,7 @@ from torch import Tensor
 from lmfast import ops
 from lmfast.generation._blocks import BlockPool, BlockTable
 from lmfast.generation._rows import CachedRows, Group, check_sizes, layer_windows
-from lmfast.generation._step import Padding, Placement, Step, make_step, new_tokens
+from lmfast.generation._step import Padding, Placement, Step, check_integer, make_step, new_tokens
 from lmfast.generation._storage import Storage, on_device
 from lmfast.generation._window import WindowedLayers, columns_for
 
@@ -53,7 +53,7 @@ class KVCache(CachedRows):
             when needed.
 
     Raises:
-        TypeError: a dtype that cannot be stored.
+        TypeError: a dtype that cannot be stored, or a number that is not an integer.
         ValueError: a size is not positive; from other methods, a shape, layer or length that does
             not fit, or no room left.
 
@@ -150,6 +150,8 @@ class KVCache(CachedRows):
             rows share, and in k's dtype from int8. In a shorter row what lies behind its end is to
             be masked. Of a layer with a window, the last tokens of each row: see `first`.
         """
+        if not k.is_floating_point():
+            raise TypeError(f"k must have a floating-point dtype, got {k.dtype}")
         self.rope_append(layer, k[:, :0], k, v, counts=counts, padding=padding)
         return self.contents(layer, k.dtype)
 
@@ -220,6 +222,7 @@ class KVCache(CachedRows):
         layer: int,
         q: Tensor,
         *,
+        mask: Tensor | None = None,
         window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
@@ -231,13 +234,33 @@ class KVCache(CachedRows):
         Args:
             layer: index, after its `append` or `rope_append`, or between steps.
             q: (B, H, T, D), rotated.
+            mask: in the place of causality, as in `lmfast.ops.attention`, with S the longest row
+                and column j a row's token j; not for a layer with a window of the cache's own.
             window, softcap, sinks, alibi, scale: as in `lmfast.ops.cached_attention`; the window
                 is the layer's own by default, and not longer.
 
         Returns:
             (B, H, T, D) in q's dtype. Where padding is, zeros or numbers that mean nothing.
         """
-        _, placement = self._look(layer)
+        group, placement = self._look(layer)
+        if mask is not None:
+            self.check_mask(layer)
+            assert self._step is not None
+            s = group.gathered(layer, placement)
+            keys, values = (t.to(q.dtype) for t in s.read(placement.longest, q.dtype))
+            return ops.attention(
+                *(q, keys, values),
+                causal=False,
+                q_offset=placement.lengths - q.shape[2],
+                mask=mask,
+                # Padding is not stored, and what was truncated may hold anything.
+                lengths=on_device(self._step.new.ends, self.device),
+                window=window,
+                softcap=softcap,
+                sinks=sinks,
+                alibi=alibi,
+                scale=scale,
+            )
         s = placement.storage[layer]
         own = self._windows[layer]
         if own is not None:
@@ -259,13 +282,25 @@ class KVCache(CachedRows):
             scale=scale,
         )
 
+    def check_mask(self, layer: int) -> None:
+        """ValueError if `attend` takes no mask for a layer: a window does not keep all columns."""
+        if self._windows[layer] is not None:
+            raise ValueError(
+                f"mask must be None or causal with this cache, whose layer {layer} keeps only the "
+                f"last {self._windows[layer]} tokens: make the cache without window"
+            )
+
+    def _check_layer(self, layer: int) -> None:
+        check_integer("layer", layer)
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer must be in 0..{self.num_layers - 1}, got {layer}")
+
     def _begin(self, layer: int, k: Tensor, counts: Sequence[int] | None, padding: Padding) -> Step:
         """The step in progress, or a new one; ValueError if k does not come next."""
         step = self._step
         if step is not None and k.shape == step.shape and layer == self._next_layer > 0:
             return step
-        if not 0 <= layer < self.num_layers:
-            raise ValueError(f"layer must be in 0..{self.num_layers - 1}, got {layer}")
+        self._check_layer(layer)
         if layer != self._next_layer:
             raise ValueError(
                 f"layer {self._next_layer} is the next to append, got layer {layer}; truncate or "
@@ -300,6 +335,7 @@ class KVCache(CachedRows):
 
     def _look(self, layer: int) -> tuple[Group, Placement]:
         """Where a layer's tokens lie."""
+        self._check_layer(layer)
         index = self._group_of[layer]
         done = self._next_layer == 0
         if self._step is None or (done and layer not in self._placements[index].storage):
@@ -348,6 +384,10 @@ class LayerCache:
     def contents(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Return all keys and values of this layer, see `KVCache.contents`."""
         return self.cache.contents(self.index, dtype)
+
+    def check_mask(self) -> None:
+        """Refuse a mask where the layer has a window, see `KVCache.check_mask`."""
+        self.cache.check_mask(self.index)
 
     def attend(self, q: Tensor, **options: Any) -> Tensor:
         """Attend to all keys of this layer, see `KVCache.attend`."""

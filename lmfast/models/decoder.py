@@ -13,6 +13,7 @@ from lmfast.models.base import LanguageModel, check_sizes, keep_row_fixed
 from lmfast.nn.block import BlockOptions, DecoderBlock
 from lmfast.nn.embedding import Embedding
 from lmfast.nn.norm import RMSNorm
+from lmfast.ops._attention_arguments import check_positive
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -51,8 +52,8 @@ class DecoderLanguageModel(LanguageModel):
     unless tied, and with the options `norm.scale`, `output_bias` and those of the layers.
 
     Raises:
-        TypeError: an argument that the blocks do not have.
-        ValueError: sizes that do not fit together.
+        TypeError: an argument that the blocks do not have, or of another kind.
+        ValueError: sizes that do not fit together, or a softcap that is not positive.
 
     Backends: those of `lmfast.ops.rms_norm`, `add_rms_norm`, `rope`, `attention`, `swiglu` and
     `linear_cross_entropy`.
@@ -91,6 +92,7 @@ class DecoderLanguageModel(LanguageModel):
             raise ValueError(
                 f"num_blocks and num_heads must be at least 1, got {num_blocks} and {num_heads}"
             )
+        check_positive("logit_softcap", logit_softcap, float)
         if windows is None:
             windows = [block.get("window")] * num_blocks
         elif len(windows) != num_blocks or "window" in block:
@@ -201,6 +203,8 @@ class DecoderLanguageModel(LanguageModel):
         positions: Tensor | None = None,
     ) -> Tensor:
         """Return the features (B, T, E) before the output matrix."""
+        if ids.ndim != 2:
+            raise ValueError(f"ids must be (B, T), got {tuple(ids.shape)}")
         x = self.embedding(ids)
         if self.embedding_scale is not None:
             # Rounded to the dtype first, as models trained in bf16 have it.

@@ -19,6 +19,29 @@ def is_causal_mask(mask: Tensor) -> bool:
     return torch.equal(mask != 0, torch.ones_like(mask, dtype=torch.bool).tril())
 
 
+def as_visible(mask: Tensor) -> Tensor:
+    """Return a mask as booleans, True at the keys that are seen.
+
+    A floating-point mask is looked at, so that one that is meant to be added to the scores, 0 where
+    a key is seen, is not taken for its opposite; on a GPU that waits for the device, and while
+    compiling it is not done.
+
+    Raises:
+        ValueError: the mask has another number of dimensions, or holds fractions, negative or
+            other numbers in floating point.
+    """
+    if mask.ndim not in (2, 3, 4):
+        raise ValueError(f"mask must have 2, 3 or 4 dimensions, got {tuple(mask.shape)}")
+    if mask.is_floating_point() and not torch.compiler.is_compiling():
+        wrong = mask[(mask != 0) & (mask != 1)]
+        if wrong.numel():
+            raise ValueError(
+                "a floating-point mask must hold only 1 (seen) and 0 (hidden), got "
+                f"{wrong[0].item()}; of one that is added to the scores give mask == 0"
+            )
+    return mask.bool() if mask.ndim != 3 else mask.bool()[:, None]
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -37,26 +60,30 @@ def attend(
     Args:
         q: (B, H, T, D); k, v: (B, Hkv, S, D) with H a multiple of Hkv: query head h reads
             key/value head h // (H / Hkv).
-        mask: (T, S), (B, T, S) or (B, H or 1, T, S), zero or False = hidden; replaces causality. A
-            query that sees no key gives zeros.
+        mask: (T, S), (B, T, S) or (B, H or 1, T, S), zero or False = hidden, in floating point
+            only 0 and 1; replaces causality. A query that sees no key gives zeros.
         q_offset: absolute position of the first query, int or (B,) int64; S - T by default.
-        window, softcap, scale: as in `lmfast.ops.attention`.
+        window, softcap, scale: as in `lmfast.ops.attention`; with a mask, the window reaches as far
+            forward as back.
 
     Returns:
         (B, H, T, D).
 
     Raises:
-        ValueError: the mask has another number of dimensions.
+        ValueError: the mask has another number of dimensions, or is one to be added to the scores.
     """
-    # A mask for all keys is the operator's to recognise; one for the queries among themselves, with
-    # more keys before them in a cache, can only mean causality.
-    if mask is None or (mask.shape[-1] != k.shape[2] and is_causal_mask(mask)):
+    # One for the queries among themselves, with more keys before them, can only mean causality.
+    whole = mask is not None and mask.shape[-1] == k.shape[2]
+    if mask is None or (not (whole and q_offset is not None) and is_causal_mask(mask)):
         return ops.attention(
             q, k, v, q_offset=q_offset, window=window, softcap=softcap, scale=scale
         )
-    if mask.ndim not in (2, 3, 4):
-        raise ValueError(f"mask must have 2, 3 or 4 dimensions, got {tuple(mask.shape)}")
-    visible = mask.bool() if mask.ndim != 3 else mask.bool()[:, None]
     return ops.attention(
-        q, k, v, causal=False, mask=visible, window=window, softcap=softcap, scale=scale
+        *(q, k, v),
+        causal=False,
+        q_offset=q_offset,
+        mask=as_visible(mask),
+        window=window,
+        softcap=softcap,
+        scale=scale,
     )

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lmfast import ops
-from lmfast.nn.attend import attend, is_causal_mask
+from lmfast.nn.attend import as_visible, attend, is_causal_mask
 from lmfast.nn.norm import RMSNorm
 from lmfast.nn.packed import PackedParameters
 from lmfast.nn.rotary import RotaryEmbedding
+from lmfast.ops._attention_arguments import check_positive, check_scale
 
 if TYPE_CHECKING:
     from lmfast.generation.cache import LayerCache
@@ -51,7 +52,8 @@ class MultiHeadAttention(PackedParameters):
         qkv_bias, o_bias: add a bias to queries, keys and values, and to the output.
         qk_norm: normalise every head's query and key by RMSNorm before the rotation, with one
             `q_norm.scale` and `k_norm.scale` (D) for all heads.
-        window: sliding window: a token sees itself and the window - 1 before it; None for all.
+        window: sliding window: a token sees itself and the window - 1 before it, and with a mask,
+            which takes the place of causality, also the window - 1 behind it; None for all.
         softcap: scores become ``softcap * tanh(score / softcap)``.
         scale: of the scores, 1 / sqrt(D) by default.
         norm_eps: of `qk_norm`.
@@ -63,8 +65,9 @@ class MultiHeadAttention(PackedParameters):
     loaded bit for bit; a packed `W_QKV` loads as well.
 
     Raises:
-        ValueError: a size is not positive, E is no multiple of H and `head_dim` is not given, H is
-            no multiple of Hkv, or `rope_dim` exceeds D.
+        TypeError: `window` is not an integer, `softcap` or `scale` not a number.
+        ValueError: a size, `window` or `softcap` is not positive, E is no multiple of H and
+            `head_dim` is not given, H is no multiple of Hkv, or `rope_dim` exceeds D.
 
     Backends: those of `lmfast.ops.rope`, `lmfast.ops.attention` and `lmfast.ops.rms_norm`.
 
@@ -114,14 +117,17 @@ class MultiHeadAttention(PackedParameters):
                     "or head_dim must be given"
                 )
             head_dim = emb_dim // num_heads
+        elif head_dim < 1:
+            raise ValueError(f"head_dim must be at least 1 or None, got {head_dim}")
         if num_heads % num_kv_heads:
             raise ValueError(
                 f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}"
             )
         if rope_dim is not None and rope_dim > head_dim:
             raise ValueError(f"rope_dim must be at most head_dim {head_dim}, got {rope_dim}")
-        if window is not None and window < 1:
-            raise ValueError(f"window must be at least 1 or None, got {window}")
+        check_positive("window", window, int)
+        check_positive("softcap", softcap, float)
+        check_scale(scale, head_dim)
         self.emb_dim = emb_dim
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -175,7 +181,9 @@ class MultiHeadAttention(PackedParameters):
         Args:
             x: (B, T, E).
             mask: None for causal; otherwise zero or False = hidden, (T, S), (B, T, S) or
-                (B, 1, T, S). A lower-triangular one in host memory is recognised as causal.
+                (B, 1, T, S), in floating point only 0 and 1. A lower-triangular one in host memory
+                is recognised as causal. S is T, or with a cache the longest row after this step,
+                column j the row's token j; what is behind a row's end is not seen.
             cache: one layer of a `lmfast.KVCache`; keys and values are appended to it, and the
                 queries continue where it ended.
             positions: for the rotation, as in `RotaryEmbedding.forward`; by default they continue
@@ -183,7 +191,18 @@ class MultiHeadAttention(PackedParameters):
 
         Returns:
             (B, T, E).
+
+        Raises:
+            TypeError: `cache` is not one layer's, or `positions` are not integers.
+            ValueError: x or a mask of another shape, one to be added to the scores, or one beside a
+                cache that keeps only a window of this layer.
         """
+        if x.ndim != 3 or x.shape[2] != self.emb_dim:
+            raise ValueError(f"x must be (B, T, {self.emb_dim}), got {tuple(x.shape)}")
+        if cache is not None and hasattr(cache, "layer"):
+            raise TypeError("cache must be one layer of a KVCache, cache.layer(i), got all of it")
+        if isinstance(positions, float):
+            raise TypeError(f"positions must be an int or a tensor of integers, got {positions}")
         batch, steps, _ = x.shape
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv = ops.linear(x, self.W_QKV.t(), self.B_QKV)
@@ -202,14 +221,13 @@ class MultiHeadAttention(PackedParameters):
             q, k = self.rope(q, k, positions, inplace=inplace)
             out = attend(q, k, v, mask=mask, **options)  # (B, H, T, D)
         else:
+            visible = None if mask is None or is_causal_mask(mask) else as_visible(mask)
+            if visible is not None:
+                cache.check_mask()
             cos, sin = self.rope.tables(max(cache.longest + steps, 1), x.device)
             interleaved = self.rope.interleaved
             q = cache.rope_append(q, k, v, cos, sin, interleaved=interleaved, positions=positions)
-            if mask is None or is_causal_mask(mask):
-                out = cache.attend(q, **options)
-            else:
-                k, v = (t.to(q.dtype) for t in cache.contents(q.dtype))
-                out = attend(q, k, v, mask=mask, **options)
+            out = cache.attend(q, mask=visible, **options)
         joined = out.transpose(1, 2).reshape(batch, steps, heads * self.head_dim)
         return ops.linear(joined, self.W_O.t(), self.B_O)
 
