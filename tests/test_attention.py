@@ -275,15 +275,31 @@ def test_all_options_crossed(data: st.DataObject) -> None:
         ({"alibi": [1.0, 2.0]}, TypeError, "alibi must be a torch.Tensor"),
         ({"scale": "1"}, TypeError, "scale must be a float"),
         ({"causal": 1}, TypeError, "causal must be a bool"),
-        ({"lengths": torch.tensor([9])}, RuntimeError, "lengths must lie between 0 and the 4"),
+        ({"lengths": torch.tensor([9])}, ValueError, r"lengths must lie in 0\.\.4, got 9"),
+        ({"lengths": torch.tensor([-2])}, ValueError, r"lengths must lie in 0\.\.4, got -2"),
+        ({"softcap": 1e-50}, ValueError, "softcap must lie between"),
+        ({"softcap": math.inf}, ValueError, "softcap must lie between"),
+        ({"q_offset": 2**70}, ValueError, "q_offset must lie between"),
+        ({"q_offset": 2**62}, ValueError, "q_offset must lie between"),
     ],
 )
 def test_errors_name_the_argument(
     change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     arguments = {name: torch.zeros(1, 2, 4, 8) for name in "qkv"} | change
-    with pytest.raises(error, match=message):
-        ops.attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+    for backend in (None, "torch"):
+        with pytest.raises(error, match=message):
+            ops.attention(**arguments, backend=backend)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_window_beyond_every_position_hides_nothing(causal: bool) -> None:
+    q, k, v = qkv(1, 1, 1, 5, 7, 8)
+    expected = ops.attention(q, k, v, causal=causal)
+    for window in (2**63 - 1, 2**70):
+        for backend in (None, "torch"):
+            found = ops.attention(q, k, v, causal=causal, window=window, backend=backend)
+            torch.testing.assert_close(found, expected)
 
 
 def test_compiles_without_a_break() -> None:

@@ -92,6 +92,9 @@ def test_int8_is_its_scales_times_its_numbers() -> None:
         ({"int8": True, "key_scales": torch.ones(1, 2, 4).half()}, TypeError, "must be float32"),
         ({"window": 0}, ValueError, "window must be positive"),
         ({"scale": "1"}, TypeError, "scale must be a float"),
+        ({"scale": True}, TypeError, "scale must be a float"),
+        ({"softcap": True}, TypeError, "softcap must be float"),
+        ({"softcap": 1e-50}, ValueError, "softcap must lie between"),
         ({"q": torch.zeros(1, 2, 1, 8, requires_grad=True)}, ValueError, "no gradient"),
     ],
 )
@@ -156,20 +159,26 @@ def test_threads_and_splits_change_nothing(cpu_isa: str) -> None:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.usefixtures("needs_cpu_kernels")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lengths": torch.tensor([100])}, "lengths must lie between 0 and the 70"),
-        ({"lengths": torch.tensor([-1])}, "lengths must lie between 0 and the 70"),
-        ({"table": torch.tensor([[0, 3]], dtype=torch.int32)}, "one of the 1 rows of storage"),
+        ({"lengths": torch.tensor([100])}, r"lengths must lie in 0\.\.70, got 100"),
+        ({"lengths": torch.tensor([-1])}, r"lengths must lie in 0\.\.70, got -1"),
+        ({"table": torch.tensor([[0, 3]], dtype=torch.int32)}, r"table must lie in 0\.\.0, got 3"),
+        (
+            {"table": torch.tensor([[-1, 0]], dtype=torch.int32)},
+            r"table must lie in 0\.\.0, got -1",
+        ),
     ],
 )
 def test_contents_that_do_not_fit_are_named(change: dict[str, Any], message: str) -> None:
     keys, values = storage(1, 1, 70, 8)
     arguments: dict[str, Any] = {"lengths": torch.tensor([70])} | change
-    with pytest.raises(RuntimeError, match=message):
-        ops.cached_attention(torch.zeros(1, 1, 1, 8), keys, values, **arguments)
+    for backend in (None, "torch"):
+        with pytest.raises(ValueError, match=message):
+            ops.cached_attention(
+                torch.zeros(1, 1, 1, 8), keys, values, **arguments, backend=backend
+            )
 
 
 @pytest.mark.usefixtures("needs_cpu_kernels")

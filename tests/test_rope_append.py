@@ -170,10 +170,32 @@ def test_errors_name_the_argument():
         ops.rope_append(q, k.clone().requires_grad_(), v, keys, values, slots)
 
 
+@pytest.mark.parametrize("backend", [None, "torch"])
 @pytest.mark.parametrize("wrong", [-1, 10])
-def test_a_slot_outside_the_storage_is_an_error(wrong, needs_cpu_kernels):
+def test_a_slot_outside_the_storage_is_an_error_and_nothing_is_written(wrong, backend):
     q, k, v = new_tokens()
+    before = q.clone()
     keys, values = torch.zeros(2, 2, 2, 5, 24).unbind(0)
     slots = torch.tensor([0, 1, 2, 3, 4, wrong])
-    with pytest.raises(RuntimeError, match=rf"slots must lie in 0\.\.9, got {wrong}"):
-        ops.rope_append(q, k, v, keys, values, slots, backend="cpu")
+    tables = ops.rope_tables(8, 24)
+    with pytest.raises(ValueError, match=rf"slots must lie in 0\.\.9, got {wrong}"):
+        ops.rope_append(q, k, v, keys, values, slots, *tables, backend=backend)
+    with pytest.raises(ValueError, match=r"tokens must lie in 0\.\.5, got 6"):
+        ops.rope_append(
+            q, k, v, keys, values, slots[:1], *tables, tokens=torch.tensor([6]), backend=backend
+        )
+    assert torch.equal(q, before)
+    assert not keys.any()
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_tensors_written_to_must_not_be_expanded(backend):
+    q, k, v = new_tokens()
+    keys, values = torch.zeros(2, 2, 2, 5, 24).unbind(0)
+    tables = ops.rope_tables(8, 24)
+    heads = q[:, :1].expand(-1, 4, -1, -1)
+    with pytest.raises(ValueError, match="q is written to, and must not be expanded"):
+        ops.rope_append(heads, k, v, keys, values, torch.arange(6), *tables, backend=backend)
+    rows = values[:1].expand(2, -1, -1, -1)
+    with pytest.raises(ValueError, match="values is written to, and must not be expanded"):
+        ops.rope_append(q, k, v, keys, rows, torch.arange(6), *tables, backend=backend)

@@ -39,13 +39,15 @@ Tensor cached_attention(const Tensor& q, const Tensor& keys, const Tensor& value
                         std::optional<double> softcap, const std::optional<Tensor>& sinks,
                         const std::optional<Tensor>& alibi, std::optional<double> scale) {
   LMFAST_CHECK(q.dim() == 4, "q must have 4 dimensions, got ", q.dim());
-  LMFAST_CHECK(window.value_or(1) > 0 && softcap.value_or(1) > 0,
-               "window and softcap must be positive");
+  LMFAST_CHECK(window.value_or(1) > 0, "window must be positive");
+  const double cap = softcap.value_or(1);
+  LMFAST_CHECK(cap >= 1e-30 && cap <= 1e30, "softcap must lie between 1e-30 and 1e30, got ", cap);
   const AttentionCache cache{table, key_scales, value_scales};
   AttentionOptions options{};
   options.causal = true;
   options.lengths = lengths;
-  options.window = window.value_or(0);
+  // Beyond any position, and small enough to be added to one.
+  options.window = std::min<int64_t>(window.value_or(0), int64_t{1} << 61);
   options.softcap = softcap.value_or(0);
   options.sinks = sinks;
   options.alibi = alibi;

@@ -191,6 +191,10 @@ AttentionCall::AttentionCall(const Tensor& q, const Tensor& k, const Tensor& v,
                  " keys there are, got ", n);
   }
   set_storage(k, cache);
+  constexpr int64_t kFarthest = int64_t{1} << 61;
+  const int64_t offset = o.offset.value_or(0);
+  LMFAST_CHECK(offset >= -kFarthest && offset <= kFarthest,
+               "q_offset must lie between -2**61 and 2**61, got ", offset);
   offsets_ = per_row(o.offsets, a.batch, o.offset.value_or(0), "q_offset");
   if (!o.offsets.has_value() && !o.offset.has_value()) {
     for (size_t b = 0; b < offsets_.size(); ++b) offsets_[b] = lengths_[b] - a.length;

@@ -36,6 +36,13 @@ CacheStorage cache_storage(const Tensor& t, const std::optional<Tensor>& scales,
   return s;
 }
 
+// Threads, and the loop itself, would write the same memory more than once.
+void check_not_expanded(const Tensor& t, const char* name) {
+  for (int d = 0; d < 4; ++d) {
+    LMFAST_CHECK(t.size(d) <= 1 || t.stride(d) != 0, name, " is written to, and is expanded");
+  }
+}
+
 // A vector of int64 on the CPU; null if there is none.
 const int64_t* indices(const std::optional<Tensor>& t, const char* name) {
   if (!t.has_value()) return nullptr;
@@ -128,6 +135,9 @@ void rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
     LMFAST_CHECK((a.storage == DType::kF64) == (a.dtype == DType::kF64),
                  "float64 is stored as float64 only");
   }
+  if (cos.has_value()) check_not_expanded(q, "q");
+  check_not_expanded(keys, "keys");
+  check_not_expanded(values, "values");
   a.columns = keys.size(2);
   a.interleaved = interleaved;
   a.slots = indices(slots, "slots");

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from lmfast.ops._attention_reference import Options
-from lmfast.ops._library import check_same_device, check_tensor
+from lmfast.ops._library import check_range, check_same_device, check_tensor
+
+# Positions and windows stay below, so that sums of both are no larger than an int64.
+_FARTHEST = 2**61
+_SOFTCAPS = (1e-30, 1e30)  # what float32 holds with room for the scale
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
@@ -100,6 +104,26 @@ def check_positive(name: str, value: object, kind: type) -> Any:
     return kind(value)
 
 
+def check_window(window: object) -> int:
+    """``window``, at most what positions can be summed with; 0 for None."""
+    return min(check_positive("window", window, int), _FARTHEST)
+
+
+def check_softcap(softcap: object) -> float:
+    """``softcap`` if the kernels' float32 can hold it; 0 for None."""
+    value: float = check_positive("softcap", softcap, float)
+    if softcap is not None and not _SOFTCAPS[0] <= value <= _SOFTCAPS[1]:
+        raise ValueError(f"softcap must lie between 1e-30 and 1e30, got {softcap}")
+    return value
+
+
+def check_lengths(lengths: object, q: Tensor, keys: int) -> Tensor:
+    """(B,) int64, none above the number of keys."""
+    rows = check_rows("lengths", lengths, q)
+    check_range("lengths", rows, keys + 1)
+    return rows
+
+
 def check_scale(scale: object, head_dim: int) -> float:
     """``scale``, or 1 / sqrt(D) for None."""
     if scale is None:
@@ -132,6 +156,8 @@ def check(
     if isinstance(q_offset, bool):
         raise TypeError("q_offset must be an int or a tensor of integers, got bool")
     if isinstance(q_offset, int):
+        if abs(q_offset) > _FARTHEST:
+            raise ValueError(f"q_offset must lie between -2**61 and 2**61, got {q_offset}")
         offset = q_offset
     elif q_offset is not None:
         offsets = check_rows("q_offset", q_offset, q)
@@ -143,10 +169,10 @@ def check(
             causal=causal,
             offset=offset,
             offsets=offsets,
-            lengths=None if lengths is None else check_rows("lengths", lengths, q),
+            lengths=None if lengths is None else check_lengths(lengths, q, k.shape[2]),
             mask=_mask(mask, q, k),
-            window=check_positive("window", window, int),
-            softcap=check_positive("softcap", softcap, float),
+            window=check_window(window),
+            softcap=check_softcap(softcap),
             sinks=check_heads("sinks", sinks, q),
             alibi=check_heads("alibi", alibi, q),
             scale=check_scale(scale, q.shape[3]),

@@ -7,9 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfast.ops._attention_arguments import check_heads, check_positive, check_rows, check_scale
+from lmfast.ops._attention_arguments import (
+    check_heads,
+    check_lengths,
+    check_scale,
+    check_softcap,
+    check_window,
+)
 from lmfast.ops._cached_attention_reference import TABLE_BLOCK, CacheOptions
-from lmfast.ops._library import check_same_device, check_tensor, needs_grad
+from lmfast.ops._library import check_range, check_same_device, check_tensor, needs_grad
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float64)
 
@@ -113,8 +119,8 @@ def check(
         table=_check_table(table, q, keys),
         key_scales=_check_scales("key_scales", key_scales, keys),
         value_scales=_check_scales("value_scales", value_scales, keys),
-        window=check_positive("window", window, int),
-        softcap=check_positive("softcap", softcap, float),
+        window=check_window(window),
+        softcap=check_softcap(softcap),
         sinks=check_heads("sinks", sinks, q),
         alibi=check_heads("alibi", alibi, q),
         scale=check_scale(scale, q.shape[3]),
@@ -124,4 +130,10 @@ def check(
             "cached_attention has no gradient, and one of its tensors requires one: call it under "
             "torch.no_grad(), or use lmfast.ops.attention for training"
         )
-    return q, keys, values, check_rows("lengths", lengths, q), *options
+    rows = check_lengths(lengths, q, keys.shape[2])
+    if options.table is not None:
+        # Entries behind a row's keys are not read, and may be anything.
+        first = torch.arange(options.table.shape[1], device=q.device) * TABLE_BLOCK
+        used = first < rows[:, None]
+        check_range("table", options.table.masked_fill(~used, 0), max(1, keys.shape[0]))
+    return q, keys, values, rows, *options

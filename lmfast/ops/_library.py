@@ -72,6 +72,21 @@ def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) 
         )
 
 
+def check_range(name: str, value: Tensor, past: int) -> None:
+    """ValueError unless every number of a CPU tensor lies in 0..past - 1.
+
+    On a GPU it would have to wait for the device; in a graph it would be data the graph depends on.
+    """
+    if not value.is_cpu or value.numel() == 0 or torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():
+        return
+    lowest, highest = int(value.min()), int(value.max())
+    if lowest < 0 or highest >= past:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(f"{name} must lie in 0..{past - 1}, got {wrong}")
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32

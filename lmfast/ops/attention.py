@@ -74,7 +74,8 @@ def attention(
 
     Raises:
         TypeError: an argument of another kind, or dtypes that differ.
-        ValueError: shapes that do not fit; a window or softcap that is not positive.
+        ValueError: shapes that do not fit; a window that is not positive, a softcap outside
+            1e-30..1e30, a q_offset beyond 2**61; on the CPU, lengths outside 0..S.
         BackendError: the backend asked for cannot run this call.
 
     Backends:

@@ -67,9 +67,10 @@ def cached_attention(
 
     Raises:
         TypeError: an argument of another kind or dtype.
-        ValueError: shapes that do not fit, scales without int8 or int8 without scales, a window or
-            softcap that is not positive, a tensor that requires a gradient.
-        RuntimeError: a length beyond the capacity, or a table entry that is no storage row.
+        ValueError: shapes that do not fit, scales without int8 or int8 without scales, a window
+            that is not positive, a softcap outside 1e-30..1e30, a tensor that requires a gradient
+            or has a tangent; on the CPU, a length beyond the capacity or a table entry in use that
+            is no storage row.
         BackendError: the backend asked for cannot run this call.
 
     Backends:
@@ -92,7 +93,7 @@ def cached_attention(
         _extension.cpu.loaded
         and backend is None
         and not is_requested("cached_attention")
-        and not isinstance(window, bool)
+        and bool not in (type(window), type(softcap), type(scale))
     )
     if at_once and not torch.compiler.is_compiling():
         # One token's attention takes some 10 us, and so do the checks below. The operator has its

@@ -10,6 +10,7 @@ from torch import Tensor
 from lmfast import _extension
 from lmfast._dispatch import Op, is_requested, register, register_op, select
 from lmfast.ops._library import (
+    check_range,
     check_same_device,
     check_tensor,
     define,
@@ -72,8 +73,9 @@ def rope_append(
     Raises:
         TypeError: wrong types or dtypes.
         ValueError: shapes that do not fit, scales without int8 or int8 without scales, positions
-            past the tables, a tensor that requires a gradient.
-        RuntimeError: a slot outside the storage.
+            past the tables, a tensor that requires a gradient or has a tangent, one to be written
+            whose elements share memory; on the CPU, slots outside the storage or tokens that are
+            not there. Nothing is written then.
         BackendError: the backend asked for cannot run this call.
 
     Backends:
@@ -160,6 +162,16 @@ def _check(
     slots = _check_indices("slots", slots, k, None if tokens is not None else count)
     if tokens is not None:
         tokens = _check_indices("tokens", tokens, k, slots.shape[0])
+    check_range("slots", slots, keys.shape[0] * keys.shape[2])
+    if tokens is not None:
+        check_range("tokens", tokens, count)
+    rotated = () if cos is None else (("q", q),)
+    for name, t in (*rotated, ("keys", keys), ("values", values)):
+        if any(size > 1 and step == 0 for size, step in zip(t.shape, t.stride(), strict=True)):
+            raise ValueError(
+                f"{name} is written to, and must not be expanded: got strides {t.stride()} for "
+                f"shape {tuple(t.shape)}; pass {name}.contiguous()"
+            )
     if needs_grad(q, k, v, keys, values):
         raise ValueError(
             "rope_append has no gradient, and one of its tensors requires one: call it under "
