@@ -251,6 +251,19 @@ def test_to_huggingface_encodes_the_same():
         assert theirs.encode(text, add_special_tokens=False).ids == gpt2().encode(text)
 
 
+@EXAMPLES
+@given(ANY_TEXT)
+def test_gpt2_equals_huggingface_on_any_text(text):
+    assert gpt2().encode(text) == _gpt2_huggingface().encode(text).ids
+
+
+def _gpt2_huggingface():
+    if "huggingface" not in _cache:
+        pytest.importorskip("tokenizers")
+        _cache["huggingface"] = gpt2().to_huggingface()
+    return _cache["huggingface"]
+
+
 @pytest.mark.parametrize("pattern", ["whitespace", "llama3", "o200k", r"\d|\D+", None])
 def test_huggingface_round_trip(pattern):
     pytest.importorskip("tokenizers")
