@@ -226,13 +226,14 @@ def test_ctrl_c_saves_and_the_run_can_go_on(tmp_path):
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120
     )
     assert result.stdout.split() == ["6", "True"], result.stderr
+    handler = signal.getsignal(signal.SIGINT)
     whole = trainer(decoder(), 9).fit()
     continued = trainer(decoder(), 9, tmp_path)
     continued.resume()
     assert continued.report.step == 6
     assert continued.fit().losses == whole.losses
     assert not continued.report.interrupted
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_model_round_trip_is_lossless(tmp_path):
