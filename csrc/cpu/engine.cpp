@@ -8,6 +8,7 @@
 #include <cstring>
 #include <vector>
 
+#include "attention_binding.h"
 #include "attention_division.h"
 #include "engine_model.h"
 #include "scratch.h"
@@ -29,22 +30,6 @@ void check_below(const int64_t* values, int64_t count, int64_t limit, const char
     LMFAST_CHECK(values[i] >= 0 && values[i] < limit, name, " must lie in 0..", limit - 1, ", got ",
                  values[i]);
   }
-}
-
-Stored stored_as(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Stored::kF32;
-    case ScalarType::BFloat16:
-      return Stored::kBF16;
-    case ScalarType::Half:
-      return Stored::kF16;
-    case ScalarType::Char:
-      return Stored::kI8;
-    default:
-      LMFAST_CHECK(false, "a cache must hold float32, bfloat16, float16 or int8");
-  }
-  return Stored::kF32;
 }
 
 CacheStorage storage_of(const Tensor& t, const Tensor* scales, const EngineModel& m) {
@@ -133,12 +118,12 @@ class EngineStep {
                      (scales.empty() || scales.size() == 2 * layers),
                  "keys and values of ", m.layers, " layers are needed");
     for (size_t i = 0; i < layers; ++i) {
-      const Stored type = stored_as(keys[i]);
+      const Stored type = stored_type(keys[i]);
       check_same_shape(keys[i], values[i], "keys", "values");
       LMFAST_CHECK(values[i].scalar_type() == keys[i].scalar_type() &&
                        (type == Stored::kI8) == !scales.empty(),
                    "keys and values must have one type, and int8 scales");
-      LMFAST_CHECK(type == stored_as(keys[0]), "all layers must be stored in one type");
+      LMFAST_CHECK(type == stored_type(keys[0]), "all layers must be stored in one type");
       const bool scaled = !scales.empty();
       storage_.push_back({type, storage_of(keys[i], scaled ? &scales[2 * i] : nullptr, m),
                           storage_of(values[i], scaled ? &scales[2 * i + 1] : nullptr, m)});

@@ -112,8 +112,8 @@ def _layer(block: DecoderBlock, ropes: list[Rope]) -> Layer:
     q, k, v = (Linear(w, b) for w, b in zip(weights, biases, strict=True))
     gate: Linear | None = None
     activation: Activation
-    if isinstance(mlp, MLP):
-        activation = mlp.activation
+    if type(mlp) is MLP:
+        activation = mlp.activation  # type: ignore[assignment]
         up, down = Linear(mlp.W_1.t(), mlp.B_1), Linear(mlp.W_2.t(), mlp.B_2)
     else:
         activation = _gate_activation(mlp)

@@ -10,6 +10,7 @@ import torch
 
 from lmfast import _extension
 from lmfast.generation.engine.from_lmfast import decoder_plan
+from lmfast.generation.engine.from_transformers import plan_maker
 from lmfast.generation.engine.packing import WEIGHTS
 from lmfast.generation.engine.plan import CannotPack, Plan
 from lmfast.generation.engine.runner import EngineRunner
@@ -22,7 +23,9 @@ def make_engine(
     """Pack a model for the CPU.
 
     Args:
-        model: a `lmfast.models.DecoderLanguageModel`, in float32 or bfloat16 on the CPU.
+        model: a `lmfast.models.DecoderLanguageModel`, or transformers' GPT-2, GPT-NeoX, Llama,
+            Mistral, Qwen 2 or 3, Gemma 2 or 3, Phi-3 or OLMo 2 with a language model's head; in
+            float32 or bfloat16 on the CPU.
         weights: "fp32", "bf16" (products in float32), "int8" (a scale per output channel) or "int4"
             (a scale per 32 inputs; the output layer and embeddings are int8).
         cache_dtype: of keys and values; float32 for "fp32", else bfloat16 by default.
@@ -48,6 +51,9 @@ def make_engine(
         raise CannotPack(str(_extension.cpu.reason))
     if type(model) is DecoderLanguageModel:
         return EngineRunner(_planner(decoder_plan, model), weights, cache_dtype)
+    make_plan = plan_maker(model)
+    if make_plan is not None:
+        return EngineRunner(_planner(make_plan, model), weights, cache_dtype)
     raise CannotPack(f"a {type(model).__name__} is not a model the engine knows")
 
 

@@ -73,7 +73,7 @@ def as_panels(codes: Tensor, kind: str, fill: int = 0) -> Tensor:
     if kind == "int4":
         low, high = parts[..., :4], parts[..., 4:]
         parts = low | (high << 4)
-    return parts.contiguous().view(torch.uint8).flatten()
+    return parts.flatten().view(torch.uint8)
 
 
 @dataclass(frozen=True)
