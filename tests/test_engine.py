@@ -174,6 +174,68 @@ def test_results_do_not_depend_on_threads(weights: str) -> None:
     assert all(torch.equal(f, found[0]) for f in found)
 
 
+@pytest.mark.parametrize("windows", [[None, None], [20, None]])
+def test_greedy_runs_are_single_steps(windows: list[int | None], cpu_isa: str) -> None:
+    model = model_of({**OPTIONS["llama"], "windows": windows})
+    runner = make_engine(model)
+    for batch in (1, 3):
+        logits, state = runner.step(ids_of(batch, 6), runner.new_state(batch))
+        other = state.fork()
+        first = logits.argmax(-1)
+        expected, now = [], first
+        for _ in range(90):
+            logits, other = runner.step(now[:, None], other)
+            now = logits.argmax(-1)
+            expected.append(now)
+        found: list[torch.Tensor] = []
+        now = first
+        while len(found) < 90:
+            found += runner.greedy(now, state, min(17, 90 - len(found))).unbind()
+            now = found[-1]
+        assert torch.equal(torch.stack(found), torch.stack(expected))
+        assert torch.equal(state.lengths, other.lengths)
+        # The first of the stops that a row meets ends the run, and the state is there.
+        stop = int(expected[40][-1])
+        until = next(i for i, t in enumerate(expected) if (t == stop).any()) + 1
+        state.truncate(6)
+        now, count = first, 0
+        while True:
+            run = runner.greedy(now, state, 50, [stop, V - 1])
+            count += len(run)
+            now = run[-1]
+            if (run == stop).any() or (run == V - 1).any():
+                break
+        assert count <= until
+        assert state.lengths.tolist() == [6 + count] * batch
+
+
+def test_greedy_takes_the_first_of_equals() -> None:
+    model = model_of({"output_bias": True})
+    with torch.no_grad():
+        model.output.zero_()
+        model.output_bias.zero_()
+        model.output_bias[[40, 41, 90]] = 1.0
+    runner = make_engine(model)
+    assert runner.greedy(torch.tensor([5]), runner.new_state(1), 3).tolist() == [[40]] * 3
+    with torch.no_grad():
+        model.output_bias[70] = torch.nan
+    runner.repack()
+    assert runner.greedy(torch.tensor([5]), runner.new_state(1), 2).tolist() == [[70]] * 2
+
+
+def test_the_model_may_go() -> None:
+    model = model_of(OPTIONS["plain"])
+    runner = make_engine(model, "int8")
+    expected, _ = runner.step(ids_of(1, 3), runner.new_state(1))
+    del model
+    state = runner.new_state(1)
+    found, state = runner.step(ids_of(1, 3), state)
+    assert torch.equal(found, expected)
+    assert runner.greedy(found.argmax(-1), state, 4).shape == (4, 1)
+    with pytest.raises(ValueError, match=r"the model this engine was packed from is gone"):
+        runner.repack()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8])
 def test_other_cache_types(dtype: torch.dtype) -> None:
     model = model_of(OPTIONS["llama"])

@@ -65,7 +65,8 @@ class Memory {
 
 class EngineStep {
  public:
-  EngineStep(const Tensor& weights, const Tensor& program) : model_(weights, program) {
+  EngineStep(const Tensor& weights, const Tensor& program, int64_t steps)
+      : model_(weights, program), steps_(steps) {
     a_.model = &model_.model();
     a_.layers = model_.layers();
     a_.weights = model_.weights();
@@ -75,14 +76,15 @@ class EngineStep {
   void set_tokens(const Tensor& ids, const Tensor& positions, const Tensor& wanted, Tensor& out) {
     const EngineModel& m = *a_.model;
     a_.tokens = ids.numel();
-    a_.ids = integers(ids, "ids", a_.tokens);
-    a_.positions = integers(positions, "positions", a_.tokens);
+    a_.ids = const_cast<int64_t*>(integers(ids, "ids", a_.tokens));
+    a_.positions = integers(positions, "positions", steps_ * a_.tokens);
+    a_.steps = steps_;
     a_.outputs = wanted.numel();
     a_.wanted = integers(wanted, "wanted", a_.outputs);
     check_below(a_.ids, a_.tokens, m.vocab, "ids");
     check_below(a_.wanted, a_.outputs, a_.tokens, "wanted");
     if (m.positions != kEngineNone) {
-      check_below(a_.positions, a_.tokens, m.position_count, "positions");
+      check_below(a_.positions, steps_ * a_.tokens, m.position_count, "positions");
     }
     LMFAST_CHECK(out.is_cpu() && out.scalar_type() == ScalarType::Float && out.is_contiguous() &&
                      out.numel() == a_.outputs * m.vocab,
@@ -103,7 +105,7 @@ class EngineStep {
                      "cos and sin must be contiguous float32 matrices (length, rotary / 2)");
       }
       check_same_shape(cos, sin, "cos", "sin");
-      check_below(a_.positions, a_.tokens, cos.size(0), "positions");
+      check_below(a_.positions, steps_ * a_.tokens, cos.size(0), "positions");
       tables_.push_back({static_cast<const float*>(cos.const_data_ptr()),
                          static_cast<const float*>(sin.const_data_ptr()), 2 * cos.size(1)});
     }
@@ -131,18 +133,19 @@ class EngineStep {
     a_.storage = storage_.data();
   }
 
-  // rows (groups, B, 4): first token, number of tokens, position of the first, keys after the last.
+  // rows (groups, B, 4): first token, number of tokens, its column, columns in use afterwards; of
+  // the first step, the next ones have one token more each. slots (steps, tokens) of each group.
   void set_groups(const Tensor& rows, const std::vector<Tensor>& slots,
                   const std::vector<Tensor>& tables, const std::vector<Tensor>& keys) {
     const EngineModel& m = *a_.model;
-    const size_t groups = static_cast<size_t>(m.groups);
     LMFAST_CHECK(rows.dim() == 3 && rows.size(0) == m.groups && rows.size(2) == 4 &&
-                     slots.size() == groups && tables.size() == groups,
+                     static_cast<int64_t>(slots.size()) == m.groups &&
+                     tables.size() == slots.size(),
                  "rows, slots and tables of ", m.groups, " groups of layers are needed");
     a_.batch = rows.size(1);
     const int64_t* r = integers(rows, "rows", m.groups * a_.batch * 4);
-    rows_.resize(static_cast<size_t>(m.groups * a_.batch));
-    groups_.resize(groups);
+    rows_.resize(static_cast<size_t>(steps_ * m.groups * a_.batch));
+    groups_.resize(static_cast<size_t>(steps_ * m.groups));
     for (int64_t g = 0; g < m.groups; ++g) {
       const Tensor* layer = nullptr;
       for (int64_t i = 0; i < m.layers; ++i) {
@@ -151,16 +154,33 @@ class EngineStep {
         layer = &keys[i];
       }
       LMFAST_CHECK(layer != nullptr, "group ", g, " has no layers");
-      EngineGroup& group = groups_[g];
-      group = {rows_.data() + g * a_.batch, 0, 0, nullptr, nullptr, 0, layer->size(2)};
-      group.slots = integers(slots[g], "slots", a_.tokens);
-      check_below(group.slots, a_.tokens, layer->size(0) * group.columns, "slots");
-      set_table(group, tables[g], layer->size(0));
-      for (int64_t b = 0; b < a_.batch; ++b, r += 4) {
-        set_row(group, rows_[g * a_.batch + b], b, r, layer->size(0));
+      EngineGroup base{};
+      base.columns = layer->size(2);
+      base.slots = integers(slots[g], "slots", steps_ * a_.tokens);
+      check_below(base.slots, steps_ * a_.tokens, layer->size(0) * base.columns, "slots");
+      set_table(base, tables[g], layer->size(0));
+      for (int64_t step = 0; step < steps_; ++step) {
+        const int64_t at = step * m.groups + g;
+        EngineGroup& group = groups_[at] = base;
+        EngineRow* own = rows_.data() + at * a_.batch;
+        group.rows = own;
+        group.slots = base.slots + step * a_.tokens;
+        for (int64_t b = 0; b < a_.batch; ++b) {
+          set_row(group, own[b], b, step, r + (g * a_.batch + b) * 4, layer->size(0));
+        }
       }
     }
     a_.groups = groups_.data();
+  }
+
+  // The tokens that are chosen go to `chosen` (steps, B).
+  void set_choice(const Tensor& stops, Tensor& chosen) {
+    a_.stop_count = stops.numel();
+    a_.stops = integers(stops, "stops", a_.stop_count);
+    integers(chosen, "chosen", steps_ * a_.tokens);
+    LMFAST_CHECK(a_.tokens == a_.batch && a_.outputs == a_.tokens,
+                 "tokens are chosen one to a row");
+    a_.chosen = static_cast<int64_t*>(chosen.mutable_data_ptr());
   }
 
   void run() {
@@ -186,6 +206,8 @@ class EngineStep {
                                 4096);
     const int64_t threads = participants();
     const int64_t scratch = memory.add(threads * a_.scratch_bytes);
+    const int64_t segments = (m.vocab + kEngineSegment - 1) / kEngineSegment;
+    const int64_t best = memory.add(a_.chosen != nullptr ? n * segments * 8 : 0);
     const int64_t progress = memory.add(sizeof(EngineProgress));
     const ScratchMemory allocated = allocate_scratch(memory.size());
     char* base = static_cast<char*>(allocated.get());
@@ -195,6 +217,7 @@ class EngineStep {
     a_.hidden = reinterpret_cast<float*>(base + hidden);
     a_.update = reinterpret_cast<float*>(base + update);
     a_.operand = base + operand;
+    a_.best = reinterpret_cast<int64_t*>(base + best);
     a_.partial = reinterpret_cast<float*>(base + partial);
     a_.scratch = base + scratch;
     a_.progress = reinterpret_cast<EngineProgress*>(base + progress);
@@ -225,10 +248,10 @@ class EngineStep {
     }
   }
 
-  void set_row(EngineGroup& group, EngineRow& row, int64_t b, const int64_t* r,
+  void set_row(EngineGroup& group, EngineRow& row, int64_t b, int64_t step, const int64_t* r,
                int64_t storage_rows) {
     const EngineModel& m = *a_.model;
-    row = {r[0], r[1], r[2], r[3], b, 1, 1, 0, true, group.units, 0, group.combines};
+    row = {r[0], r[1], r[2] + step, r[3] + step, b, 1, 1, 0, true, group.units, 0, group.combines};
     LMFAST_CHECK(row.first >= 0 && row.length >= 0 && row.first + row.length <= a_.tokens &&
                      row.offset >= 0 && row.keys == row.offset + row.length &&
                      row.keys <= group.columns && (group.table != nullptr || b < storage_rows),
@@ -252,8 +275,9 @@ class EngineStep {
     group.units += m.kv_heads * t.ranges * t.splits;
     const int64_t records = attention_rows(t) * attention_record_size(t);
     if (t.splits > 1) {
-      row.partial = partial_floats_;
-      partial_floats_ += m.kv_heads * t.splits * records;
+      row.partial = group.partial;
+      group.partial += m.kv_heads * t.splits * records;
+      partial_floats_ = std::max(partial_floats_, group.partial);
       group.combines += m.heads * row.length;
     }
     const int64_t bytes = row.decoding ? records * 4 : attention_fwd_scratch_bytes(t);
@@ -275,6 +299,7 @@ class EngineStep {
   }
 
   EngineMemory model_;
+  int64_t steps_;
   EngineArgs a_{};
   std::vector<EngineTables> tables_;
   std::vector<EngineStorage> storage_;
@@ -288,7 +313,7 @@ void engine_step(const Tensor& weights, const Tensor& program, const Tensor& ids
                  std::vector<Tensor> slots, std::vector<Tensor> tables, std::vector<Tensor> keys,
                  std::vector<Tensor> values, std::vector<Tensor> scales, std::vector<Tensor> rope,
                  Tensor logits) {
-  EngineStep step(weights, program);
+  EngineStep step(weights, program, 1);
   step.set_tokens(ids, positions, wanted, logits);
   step.set_rope(rope);
   step.set_storage(keys, values, scales);
@@ -296,8 +321,27 @@ void engine_step(const Tensor& weights, const Tensor& program, const Tensor& ids
   step.run();
 }
 
+// A step of one token per row, and another with the likeliest after it, up to `steps` of them.
+void engine_greedy(const Tensor& weights, const Tensor& program, const Tensor& ids,
+                   const Tensor& positions, const Tensor& wanted, const Tensor& rows,
+                   std::vector<Tensor> slots, std::vector<Tensor> tables, std::vector<Tensor> keys,
+                   std::vector<Tensor> values, std::vector<Tensor> scales, std::vector<Tensor> rope,
+                   Tensor logits, const Tensor& stops, Tensor chosen) {
+  LMFAST_CHECK(chosen.dim() == 2 && chosen.size(1) == ids.numel(), "chosen must be (steps, B)");
+  EngineStep step(weights, program, chosen.size(0));
+  step.set_tokens(ids, positions, wanted, logits);
+  step.set_rope(rope);
+  step.set_storage(keys, values, scales);
+  step.set_groups(rows, slots, tables, keys);
+  step.set_choice(stops, chosen);
+  step.run();
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lmfast, CPU, m) { m.impl("engine_step", TORCH_BOX(&engine_step)); }
+STABLE_TORCH_LIBRARY_IMPL(lmfast, CPU, m) {
+  m.impl("engine_step", TORCH_BOX(&engine_step));
+  m.impl("engine_greedy", TORCH_BOX(&engine_greedy));
+}
 
 }  // namespace lmfast

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from lmfast.generation._blocks import BlockTable
 from lmfast.generation._step import NewTokens, Placement, new_tokens
@@ -86,12 +84,3 @@ def row_spans(step: WholeStep, group: int) -> np.ndarray:
     spans[:, 2] = new.starts if first is None else new.starts - first
     spans[:, 3] = spans[:, 2] + counts
     return spans
-
-
-_NO_TABLE = torch.empty((0, 0), dtype=torch.int32)
-
-
-def table_of(step: WholeStep, group: int) -> Tensor:
-    """The table of a group of layers, empty where there is none."""
-    table = step.placements[group].table
-    return _NO_TABLE if table is None else table

@@ -24,9 +24,32 @@ LMFAST_INLINE bool is_present(const EngineNorm& norm) {
   return norm.kind != static_cast<int64_t>(EngineNormKind::kNone);
 }
 
-class Step {
+// The first of the largest of x[0], ..., x[n - 1].
+inline int64_t first_largest(const float* x, int64_t n) {
+  constexpr int W = VecF::kWidth;
+  VecF top = VecF::set1(x[0]), broken = VecF::zero();
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const VecF v = VecF::load(x + i);
+    top = max(top, v);
+    broken = broken + v * VecF::zero();
+  }
+  float largest = hmax(top);
+  for (; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+  if (sum(broken) != 0.0f || largest != largest) {  // NaN or infinity among them
+    for (i = 0; i < n; ++i) {
+      if (x[i] != x[i]) return i;
+    }
+    largest = x[0];
+    for (i = 1; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+  }
+  for (i = 0; i < n && x[i] != largest;) ++i;
+  return i < n ? i : 0;
+}
+
+class Steps {
  public:
-  explicit Step(const EngineArgs& a) : a_(a), m_(*a.model), phases_(*a.progress) {
+  explicit Steps(const EngineArgs& a) : a_(a), m_(*a.model), phases_(*a.progress) {
     char* mine = a.scratch + phases_.me() * a.scratch_bytes;
     attention_ = mine;
     mine += a.attention_scratch;
@@ -36,7 +59,23 @@ class Step {
     operand_ = mine;
   }
 
+  // What a step reads is never written again, so that a thread that comes late finds the numbers of
+  // chunks that all others had.
   void run() {
+    for (int64_t step = 0; step < a_.steps; ++step) {
+      forward();
+      if (a_.chosen == nullptr) return;
+      choose();
+      if (stopped()) return;
+      a_.ids = a_.chosen;
+      a_.chosen += a_.tokens;
+      a_.positions += a_.tokens;
+      a_.groups += m_.groups;
+    }
+  }
+
+ private:
+  void forward() {
     phases_.run(a_.tokens, a_.tokens * m_.width * 8, 1, [&](int64_t first, int64_t past) {
       for (int64_t i = first; i < past; ++i) embed(a_, i);
     });
@@ -44,7 +83,38 @@ class Step {
     head();
   }
 
- private:
+  // The first of the largest logits of every row; NaN counts as the largest, as for torch.argmax.
+  void choose() {
+    const int64_t segments = (m_.vocab + kEngineSegment - 1) / kEngineSegment;
+    phases_.run(a_.tokens * segments, a_.tokens * m_.vocab, 1, [&](int64_t first, int64_t past) {
+      for (int64_t i = first; i < past; ++i) {
+        const int64_t from = i % segments * kEngineSegment, left = m_.vocab - from;
+        const float* x = a_.logits + i / segments * m_.vocab + from;
+        a_.best[i] = from + first_largest(x, left < kEngineSegment ? left : kEngineSegment);
+      }
+    });
+    phases_.run(a_.tokens, a_.tokens * 256, 1, [&](int64_t first, int64_t past) {
+      for (int64_t i = first; i < past; ++i) {
+        const float* x = a_.logits + i * m_.vocab;
+        int64_t best = a_.best[i * segments];
+        for (int64_t s = 1; s < segments && x[best] == x[best]; ++s) {
+          const int64_t other = a_.best[i * segments + s];
+          if (!(x[other] <= x[best])) best = other;
+        }
+        a_.chosen[i] = best;
+      }
+    });
+  }
+
+  bool stopped() const {
+    for (int64_t i = 0; i < a_.tokens; ++i) {
+      for (int64_t s = 0; s < a_.stop_count; ++s) {
+        if (a_.chosen[i] == a_.stops[s]) return true;
+      }
+    }
+    return false;
+  }
+
   // Runs done(row, rows, panel, panels, sums) for all panels of the product, phase and barrier. A
   // unit is `unit` panels; finish(first, past) comes after those units, by the same thread.
   template <class Done, class Finish>
@@ -299,7 +369,7 @@ class Step {
             });
   }
 
-  const EngineArgs& a_;
+  EngineArgs a_;  // of the step
   const EngineModel& m_;
   Phases phases_;
   void* attention_;
@@ -310,7 +380,7 @@ class Step {
 }  // namespace
 
 void engine_run(const EngineArgs& a, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) Step(a).run();
+  for (int64_t i = begin; i < end; ++i) Steps(a).run();
 }
 
 }  // namespace lmfast::LMFAST_ISA

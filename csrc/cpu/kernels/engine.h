@@ -96,9 +96,9 @@ struct EngineRow {
 };
 struct EngineGroup {
   const EngineRow* rows;
-  int64_t units, combines;
-  const int64_t* slots;  // of every token
-  const int32_t* table;  // (B, table_row), or null
+  int64_t units, combines, partial;  // of attention; floats of splits
+  const int64_t* slots;              // of every token
+  const int32_t* table;              // (B, table_row), or null
   int64_t table_row, columns;
 };
 struct EngineStorage {
@@ -115,12 +115,19 @@ struct EngineArgs {
   const EngineLayer* layers;
   const char* weights;
   int64_t batch, tokens;     // rows of the cache, and of x
-  const int64_t* ids;        // (tokens)
-  const int64_t* positions;  // (tokens)
+  int64_t* ids;              // (steps, tokens)
+  const int64_t* positions;  // (steps, tokens)
   const int64_t* wanted;     // rows of x whose logits are wanted
   int64_t outputs;
-  float* logits;  // (outputs, V)
-  const EngineGroup* groups;
+  float* logits;              // (outputs, V)
+  const EngineGroup* groups;  // of every step
+  // Steps of one token per row, each the likeliest after the one before, which `chosen` (steps,
+  // tokens) gets; until one of `stops` comes. Of a single step nothing is chosen.
+  int64_t steps;
+  int64_t* chosen;
+  const int64_t* stops;
+  int64_t stop_count;
+  int64_t* best;                 // (tokens, V / kEngineSegment): the likeliest of each segment
   const EngineStorage* storage;  // of every layer
   const EngineTables* tables;
   bool vnni;  // the processor has AVX512-VNNI, whatever the level was compiled for
@@ -139,7 +146,8 @@ struct EngineArgs {
 static inline int64_t engine_operand_bytes(int64_t rows, int64_t stride) {
   return rows * (stride * 8 + round_up(stride, 128) / 8 * 4 + 64) + 256;
 }
-constexpr int64_t kEngineFewRows = 8;  // that every thread prepares for itself
+constexpr int64_t kEngineFewRows = 8;     // that every thread prepares for itself
+constexpr int64_t kEngineSegment = 4096;  // logits that one thread looks through
 
 // Ranges: participants.
 LMFAST_DECLARE_KERNEL(engine_run, EngineArgs)

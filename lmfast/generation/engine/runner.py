@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lmfast.generation import _whole_step
 from lmfast.generation.cache import KVCache
+from lmfast.generation.engine.decoding import NO_TABLE, Lane
 from lmfast.generation.engine.plan import CannotPack, Plan
 from lmfast.generation.engine.program import Packed, pack
 from lmfast.ops._library import define
@@ -31,6 +33,14 @@ _step = define(
     "engine_step(Tensor weights, Tensor program, Tensor ids, Tensor positions, Tensor wanted, "
     "Tensor rows, Tensor[] slots, Tensor[] tables, Tensor(a!)[] keys, Tensor(b!)[] values, "
     "Tensor(c!)[] scales, Tensor[] rope, Tensor(d!) logits) -> ()",
+    _fake,
+)
+
+# positions (steps, B), slots (steps, B) of each group; chosen (steps, B) gets the tokens.
+_greedy = define(
+    "engine_greedy(Tensor weights, Tensor program, Tensor ids, Tensor positions, Tensor wanted, "
+    "Tensor rows, Tensor[] slots, Tensor[] tables, Tensor(a!)[] keys, Tensor(b!)[] values, "
+    "Tensor(c!)[] scales, Tensor[] rope, Tensor(d!) logits, Tensor stops, Tensor(e!) chosen) -> ()",
     _fake,
 )
 
@@ -77,7 +87,11 @@ class EngineRunner:
         self._rope: list[Tensor] = []
         self._rope_length = 0
         # Weak: whoever drops the model after packing has its memory back.
-        self._seen = [(weakref.ref(p), _version(p), p.data_ptr()) for p in plan.parameters]
+        watched = [p for p in plan.parameters if not p.is_inference()]
+        self._seen = [weakref.ref(p) for p in watched]
+        self._versions = [p._version for p in watched]
+        self._places = [p.data_ptr() for p in watched]
+        self._lanes: WeakKeyDictionary[KVCache, dict[int, Lane]] = WeakKeyDictionary()
 
     def memory(self) -> int:
         """Bytes of the packed weights."""
@@ -96,7 +110,6 @@ class EngineRunner:
             dtype=self.cache_dtype,
         )
 
-    @torch.inference_mode()
     def step(
         self,
         ids: Tensor,
@@ -122,6 +135,10 @@ class EngineRunner:
             ValueError: shapes, ids or lengths that do not fit, a cache of another model or full,
                 more positions than the model has, parameters that changed since packing.
         """
+        if lengths is None and not all_positions:
+            found = self._next(ids, state)
+            if found is not None:
+                return found, state
         counts = self._check(ids, state, lengths)
         batch, steps = ids.shape
         shape = (batch, steps, self.vocab_size) if all_positions else (batch, self.vocab_size)
@@ -153,6 +170,98 @@ class EngineRunner:
             done += size
         assert logits is not None
         return logits, state
+
+    def greedy(self, ids: Tensor, state: KVCache, steps: int, stops: Sequence[int] = ()) -> Tensor:
+        """Feed the next token of every row, then up to `steps - 1` times the likeliest after it.
+
+        One call of C++ for all of them: of two logits that are equal the first counts, as for
+        `torch.argmax`.
+
+        Args:
+            ids: (B,) int64, the newest tokens, which the state does not have yet.
+            state: from `new_state` or `step`; it then has `ids` and all new tokens but the last.
+            steps: how many tokens to choose at most, at least 1.
+            stops: once a row gets one of these ids, no further tokens are chosen.
+
+        Returns:
+            (n, B) int64, the tokens chosen, 1 <= n <= steps.
+
+        Raises:
+            TypeError, ValueError: as `step`.
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        lane = self._lane(ids.view(-1, 1), state, steps)
+        if lane is None or state.batch == 0:
+            logits, _ = self.step(ids.view(-1, 1), state)
+            return logits.argmax(-1)[None]
+        chosen = torch.full((steps, lane.batch), -1)
+        logits = torch.empty((lane.batch, self.vocab_size))
+        stop_ids = torch.tensor(stops, dtype=torch.int64)
+        self._call(_greedy, ids.view(-1, 1), state, lane, logits, stop_ids, chosen)
+        done = steps if not len(stops) else int((chosen[:, 0] >= 0).sum())
+        lane.finish(state, done)
+        return chosen[:done]
+
+    def _next(self, ids: Tensor, state: KVCache) -> Tensor | None:
+        """The logits after one token per row, by the short way; None where there is none."""
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] != 1:
+            return None
+        lane = self._lane(ids, state, 1)
+        if lane is None:
+            return None
+        logits = torch.empty((lane.batch, self.vocab_size))
+        self._call(_step, ids, state, lane, logits)
+        lane.finish(state, 1)
+        return logits
+
+    def _lane(self, ids: Tensor, state: KVCache, steps: int) -> Lane | None:
+        """The arrays for a state, ready for so many steps; None: it has to go the long way."""
+        lanes = self._lanes.get(state) if isinstance(state, KVCache) else None
+        lane = None if lanes is None else lanes.get(steps)
+        if lane is None or lane.batch != state.batch:
+            self._check(ids, state, None)
+            lane = Lane(state.batch, steps, len(self._packed.windows))
+            self._lanes.setdefault(state, {})[steps] = lane
+        most = state._longest + steps
+        if [p._version for ref in self._seen if (p := ref()) is not None] != self._versions:
+            self._check_parameters()
+        if (
+            ids.shape[0] != lane.batch
+            or (self.max_positions is not None and most > self.max_positions)
+            or not lane.begin(state)
+        ):
+            self._check(ids, state, None)
+            return None
+        return lane
+
+    def _call(
+        self,
+        operator: Callable[..., None],
+        ids: Tensor,
+        state: KVCache,
+        lane: Lane,
+        *more: Tensor,
+    ) -> None:
+        try:
+            operator(
+                self._packed.weights,
+                self._packed.program,
+                ids if ids.is_contiguous() else ids.contiguous(),
+                lane.positions,
+                lane.wanted,
+                lane.spans,
+                lane.slots,
+                lane.tables,
+                lane.keys,
+                lane.values,
+                lane.scales,
+                self._rotations(state._longest + lane.steps),
+                *more,
+            )
+        except RuntimeError:
+            self._check(ids, state, None)  # which says what is wrong with the ids
+            raise
 
     def _run(
         self,
@@ -203,7 +312,7 @@ class EngineRunner:
             torch.from_numpy(wanted),
             torch.from_numpy(spans),
             [step.placements[g].slots for g in groups],
-            [_whole_step.table_of(step, g) for g in groups],
+            [NO_TABLE if (t := step.placements[g].table) is None else t for g in groups],
             [s.keys for s in storage],
             [s.values for s in storage],
             scales,
@@ -249,12 +358,20 @@ class EngineRunner:
                 raise ValueError(f"ids must lie in 0..{self.vocab_size - 1}, got {wrong}")
         counts = None if lengths is None else _counts(lengths, *ids.shape)
         self._check_positions(state, ids.shape[1], counts)
-        if any(
-            p is not None and (_version(p) != version or p.data_ptr() != at)
-            for p, version, at in ((ref(), version, at) for ref, version, at in self._seen)
-        ):
-            raise ValueError("the model's parameters changed since they were packed: call repack()")
+        self._check_parameters()
         return counts
+
+    def _check_parameters(self) -> None:
+        """ValueError if one of the model's parameters changed; those that are gone cannot."""
+        for index in reversed(range(len(self._seen))):
+            p = self._seen[index]()
+            if p is None:
+                for known in (self._seen, self._versions, self._places):
+                    del known[index]  # type: ignore[attr-defined]
+            elif p._version != self._versions[index] or p.data_ptr() != self._places[index]:
+                raise ValueError(
+                    "the model's parameters changed since they were packed: call repack()"
+                )
 
     def _check_positions(self, state: KVCache, steps: int, counts: list[int] | None) -> None:
         if self.max_positions is None:
@@ -266,10 +383,6 @@ class EngineRunner:
             raise ValueError(
                 f"the model has {self.max_positions} positions, a row would have {most} tokens"
             )
-
-
-def _version(p: Tensor) -> int:
-    return 0 if p.is_inference() else p._version
 
 
 def _counts(lengths: Tensor, batch: int, steps: int) -> list[int] | None:
