@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfast._dispatch import Op, register_op, select
+from lmfast._dispatch import Op, register, register_op, select
 from lmfast.ops._library import (
     accumulation_dtype,
     check_range,
     check_same_device,
     check_tensor,
+    define,
+    unsupported_by_cpu_kernels,
     with_unit_last_stride,
 )
 from lmfast.ops._sample_reference import SETTINGS, reference
@@ -82,7 +84,7 @@ def sample(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        torch. For inference only.
+        cpu (C++), torch. For inference only.
 
     Source:
         Holtzman et al. 2019 (top-p), arXiv:1904.09751; Keskar et al. 2019 (repetition),
@@ -235,6 +237,31 @@ def _check(
     )
 
 
+def _fake(
+    logits: Tensor,
+    uniform: Tensor,
+    settings: Tensor,
+    counts: Tensor | None,
+    prompt_mask: Tensor | None,
+    bias: Tensor | None,
+    suppress: Tensor | None,
+    want_log_probs: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = logits.shape[0]
+    dtype = accumulation_dtype(logits.dtype)
+    return (
+        logits.new_empty((rows,), dtype=torch.int64),
+        logits.new_empty((rows,) if want_log_probs else (0,), dtype=dtype),
+    )
+
+
+sample_op = define(
+    "sample(Tensor logits, Tensor uniform, Tensor settings, Tensor? counts, Tensor? prompt_mask, "
+    "Tensor? bias, Tensor? suppress, bool want_log_probs) -> (Tensor, Tensor)",
+    _fake,
+)
+
+
 def _samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     random = torch.Generator(device).manual_seed(0)
 
@@ -282,6 +309,11 @@ def _samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("strided", (wide[:, 3:1502],), strided)
 
 
+def _plain(*args: Any) -> Any:
+    ids, log_probs = reference(*args)
+    return (ids, log_probs) if args[-1] else ids
+
+
 OP = register_op(
     Op(
         name="sample",
@@ -290,5 +322,15 @@ OP = register_op(
         check=_check,
         sample_inputs=_samples,
         differentiable=(),
+        peer=_plain,
     )
+)
+
+register(
+    "sample",
+    "cpu",
+    ("cpu",),
+    sample_op,
+    None,
+    lambda logits, *rest: unsupported_by_cpu_kernels(logits),
 )
