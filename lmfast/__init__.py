@@ -4,7 +4,7 @@ from lmfast import models, nn, ops, training
 from lmfast._allocator import tune_allocator
 from lmfast._dispatch import BackendError, explain, use_backend
 from lmfast._info import info
-from lmfast.generation import KVCache, generate
+from lmfast.generation import Generator, KVCache, generate
 from lmfast.tokenizer import BPETokenizer
 
 __version__ = "0.1.0"
@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BPETokenizer",
     "BackendError",
+    "Generator",
     "KVCache",
     "explain",
     "generate",

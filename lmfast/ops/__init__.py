@@ -23,6 +23,7 @@ from lmfast.ops.rms_norm import rms_norm
 from lmfast.ops.rope import rope
 from lmfast.ops.rope_append import rope_append
 from lmfast.ops.rope_tables import rope_tables
+from lmfast.ops.sample import sample
 from lmfast.ops.selected_log_probs import selected_log_probs
 from lmfast.ops.swiglu import swiglu
 
@@ -44,6 +45,7 @@ __all__ = [
     "rope",
     "rope_append",
     "rope_tables",
+    "sample",
     "selected_log_probs",
     "swiglu",
 ]
