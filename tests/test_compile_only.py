@@ -27,6 +27,8 @@ HOT = {
     "_attention_fwd_kernel",
     "_attention_dq_kernel",
     "_attention_dkv_kernel",
+    "_cross_entropy_kernel",
+    "_rope_append_kernel",
 }
 # A saved predicate or address, outside the loops; arrays that spill take hundreds of bytes.
 STACK_LIMIT = 16

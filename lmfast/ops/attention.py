@@ -170,6 +170,8 @@ def _plain_call(
         return None
     offset, offsets = (None, q_offset) if isinstance(q_offset, Tensor) else (q_offset, None)
     try:
+        if not q.is_cpu:
+            return None
         # bool and int pass for each other in an operator.
         if isinstance(q_offset, bool) or not isinstance(causal, bool) or needs_grad(q, k, v):
             return None
