@@ -16,6 +16,7 @@ import lmfast
 from lmfast._dispatch import ops
 
 GPU_BACKENDS = ("cuda", "triton")
+CUDNN = ("elman_rnn", "lstm", "gru")  # their backend cuda is no kernel of the extension
 Variants = dict[str, Callable[..., Any]]
 
 
@@ -48,7 +49,7 @@ def our_variants(op: str, function: Callable[..., Any]) -> Variants:
     for backend in GPU_BACKENDS:
         if backend not in ops()[op].implementations:
             continue
-        if backend == "cuda" and not lmfast._extension.cuda.loaded:
+        if backend == "cuda" and op not in CUDNN and not lmfast._extension.cuda.loaded:
             continue
         found[backend] = lambda *a, b=backend: function(*a, backend=b)
     return found

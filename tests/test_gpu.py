@@ -25,7 +25,13 @@ from lmfast.testing import Sample, assert_within_error_rule, relative_error
 
 pytestmark = pytest.mark.gpu
 
-PAIRS = [(op, backend) for backend in ("triton", "cuda") for op in ops_with(backend)]
+RECURRENT = ("elman_rnn", "lstm", "gru")  # cuDNN's own: see the test at the end
+PAIRS = [
+    (op, backend)
+    for backend in ("triton", "cuda")
+    for op in ops_with(backend)
+    if op.name not in RECURRENT
+]
 EVERY_PAIR = pytest.mark.parametrize(
     ("op", "backend"), PAIRS, ids=[f"{op.name}-{backend}" for op, backend in PAIRS]
 )
@@ -317,3 +323,30 @@ def test_automatic_choice_is_a_kernel() -> None:
     x = normal(4, 64)
     assert lmfast.explain("rms_norm", x) in ("cuda", "triton")
     assert lmfast.explain("rms_norm", x.double()) == "torch"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers_by_cudnn(name: str, dtype: torch.dtype) -> None:
+    """As close to float64 as a loop in the same dtype, forward and backward."""
+    op = _dispatch.ops()[name]
+    for sample in op.sample_inputs("cuda", dtype):
+        if op.check(*sample.args, **sample.kwargs)[-2] == "gru_textbook":
+            continue
+        found = []
+        for function, s in (
+            (op.implementations["cuda"].forward, sample),
+            (op.peer, sample),
+            (op.reference, sample.to_fp64()),
+        ):
+            args = list(op.check(*s.args, **s.kwargs))
+            leaves = [t.detach().requires_grad_() for t in args[:7] if t is not None]
+            made = iter(leaves)
+            args[:7] = [None if t is None else next(made) for t in args[:7]]
+            outputs = torch.utils._pytree.tree_leaves(function(*args))
+            outputs = [o for o in outputs if o.requires_grad]
+            grads = torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
+            found.append([*outputs, *grads])
+        for value, plain, exact in zip(*found, strict=True):
+            unit = torch.finfo(dtype).eps
+            assert relative_error(value, exact) <= 1.5 * relative_error(plain, exact) + unit
