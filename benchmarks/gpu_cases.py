@@ -355,6 +355,25 @@ def recurrent_cases() -> Iterator[Case]:
                 )
 
 
+def scan_cases() -> Iterator[Case]:
+    reference = ops()["linear_recurrence"].reference
+    for grad in (False, True):
+        yield Case(
+            f"linear_recurrence {'fwd+bwd' if grad else 'fwd'} 16x4096x1024",
+            lambda g=grad: tuple(
+                torch.rand(16, 4096, 1024, device="cuda").bfloat16().requires_grad_(g)
+                for _ in range(2)
+            ),
+            with_peers(
+                "linear_recurrence",
+                lambda a, b, backend: lmfast.ops.linear_recurrence(a, b, backend=backend)[0],
+                lambda a, b: reference(a, b, None)[0],
+            ),
+            moved=16 * 4096 * 1024 * 2 * (3 + 5 * grad),
+            backward=grad,
+        )
+
+
 CASES = (
     norm_cases,
     rope_cases,
@@ -362,6 +381,7 @@ CASES = (
     attention_cases,
     cache_cases,
     loss_cases,
+    scan_cases,
     recurrent_cases,
 )
 

@@ -126,5 +126,6 @@ def check_gradients(op: Op, sample: Sample, backend: str) -> None:
     for i, (g, p, e) in enumerate(zip(got, plain, exact, strict=True)):
         # The reference keeps weights and their gradients in fp32; kernels round both to the dtype
         # on the way into the matrix units. Seen on tiny samples: up to 3.1 times its error.
-        factor = 4.0 if op.name in SUMS else 1.5
+        # The scores' gradients of additive attention add up to zero: seen on sums of ten up to 3.
+        factor = 4.0 if op.name in (*SUMS, "additive_attention") else 1.5
         assert_sum_within_rule(g, p, e, f"gradient {i}", factor)

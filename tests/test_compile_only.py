@@ -29,6 +29,10 @@ HOT = {
     "_attention_dkv_kernel",
     "_cross_entropy_kernel",
     "_rope_append_kernel",
+    "_additive_scores_kernel",
+    "_additive_grad_kernel",
+    "_linear_recurrence_fwd_kernel",
+    "_linear_recurrence_bwd_kernel",
 }
 # A saved predicate or address, outside the loops; arrays that spill take hundreds of bytes.
 STACK_LIMIT = 16

@@ -281,6 +281,8 @@ def test_operators_pass_opcheck(op: Op, backend: str) -> None:
         "attention": ("attention", "attention_backward"),
         "cached_attention": ("cached_attention",),
         "rope_append": ("rope_append",),
+        "additive_attention": ("additive_attention", "additive_attention_backward"),
+        "linear_recurrence": ("linear_recurrence", "linear_recurrence_backward"),
         "cross_entropy": ("cross_entropy", "cross_entropy_"),
         "linear_cross_entropy": ("linear_cross_entropy",),
     }[op.name]
@@ -302,6 +304,12 @@ def test_operators_pass_opcheck(op: Op, backend: str) -> None:
         "cross_entropy_": (x.view(6, 64).clone(), ids, None, *loss),
         "linear_cross_entropy": (x.view(6, 64), normal(65, 64), ids, None, None, None, *loss)
         + (0.0, False, True, True, False),
+        "additive_attention": (x.float(), keys[:, 0][:1].expand(3, -1, -1))
+        + (keys[:, 0][:1].expand(3, -1, -1), weight.float(), None),
+        "additive_attention_backward": (x.float(), None, x.float(), x, x, weight.float(), None)
+        + (torch.rand(3, 2, 2, device="cuda"),),
+        "linear_recurrence": (x, x.clone(), x[:, 0].clone()),
+        "linear_recurrence_backward": (x, x.clone(), x.clone(), None),
         "attention": (q, keys, keys, *options),
         "attention_backward": (q, q, keys, keys, out.zero_(), lse, *options),
         "rms_norm": (x, weight, 1e-6),

@@ -236,7 +236,47 @@ def loss_cases(dtype: torch.dtype) -> Iterator[Case]:
         )
 
 
-CASES = (norm_cases, rope_cases, glu_cases, attention_cases, cache_cases, loss_cases)
+def scan_cases(dtype: torch.dtype) -> Iterator[Case]:
+    from lmfast.triton import linear_recurrence as kernels
+
+    for steps, width in ((7, 33), (512, 1024)):
+        a = torch.empty(2, steps, width, dtype=dtype)
+        yield f"scan {steps}", lambda a=a: kernels.linear_recurrence(a, a, a[:, 0])
+        yield (
+            f"scan backward {steps}",
+            lambda a=a: kernels.linear_recurrence_backward(a, a, a, a[:, 0]),
+        )
+
+
+def additive_cases(dtype: torch.dtype) -> Iterator[Case]:
+    from lmfast.triton import additive_attention as kernels
+
+    v = torch.empty(256)
+    for steps in (1, 30):
+        q, keys = torch.empty(2, steps, 256), torch.zeros(2, 40, 256, dtype=dtype)
+        weights = torch.zeros(2, steps, 40)
+        yield (
+            f"additive attention {steps}",
+            lambda q=q, k=keys: kernels.additive_attention(q, k, k, v, None),
+        )
+        yield (
+            f"additive attention backward {steps}",
+            lambda q=q, k=keys, w=weights: kernels.additive_attention_backward(
+                q, w, q, k, k, v, None, w
+            ),
+        )
+
+
+CASES = (
+    norm_cases,
+    rope_cases,
+    glu_cases,
+    attention_cases,
+    cache_cases,
+    loss_cases,
+    scan_cases,
+    additive_cases,
+)
 
 
 def main(out: str) -> None:

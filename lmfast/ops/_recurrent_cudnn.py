@@ -74,19 +74,10 @@ def _backwards(sizes: Tensor | None, steps: int, batch: int, device: torch.devic
 
 
 def _run(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    batch_sizes: Tensor | None,
-    batch: int,
-    cell: str,
-    reverse: bool,
-    training: bool,
+    tensors: tuple[Any, ...], options: tuple[Any, ...], training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh = tensors
+    batch_sizes, batch, cell, reverse = options
     hidden, steps = w_hh.shape[1], x.shape[0] // batch
     order = _backwards(batch_sizes, steps, batch, x.device) if reverse else None
     if order is not None:
@@ -136,11 +127,11 @@ def cudnn_layer(
     reduced = torch.get_float32_matmul_precision() != "highest"
     if needs_grad(*tensors):
         found = with_reference(
-            lambda *given: _run(*given, *options, True),
+            lambda *given: _run(given, options, training=True),
             lambda *given: reference_layer(*given, *options),
             tensors,
             lambda: _precision(reduced),
         )
         return found[0], found[1], found[2]
     with _precision(reduced):
-        return _run(*tensors, *options, False)
+        return _run(tensors, options, training=False)

@@ -21,11 +21,14 @@ from lmfast._dispatch import register
 from lmfast.ops._attention_reference import Options
 from lmfast.ops._glu import launchers
 from lmfast.ops._library import needs_grad, with_unit_last_stride
+from lmfast.ops.additive_attention import launchers as additive_launchers
+from lmfast.ops.additive_attention import unsupported_by_kernels as additive_unsupported_by
 from lmfast.ops.attention import kernel_options, sink_gradient
 from lmfast.ops.cached_attention import launcher as cached_attention_launcher
 from lmfast.ops.cached_attention import unsupported_by_kernels as cache_unsupported_by
 from lmfast.ops.cross_entropy import launcher as cross_entropy_launcher
 from lmfast.ops.linear_cross_entropy import launcher as linear_cross_entropy_launcher
+from lmfast.ops.linear_recurrence import launcher as linear_recurrence_launcher
 from lmfast.ops.rope_append import launcher as rope_append_launcher
 from lmfast.ops.rope_append import unsupported_by_kernels as append_unsupported_by
 from lmfast.triton._launch import DEVICES, twin, unsupported
@@ -215,6 +218,27 @@ register(
     lambda *args: _linear_cross_entropy(None, *args)[0],
     _linear_cross_entropy,
     lambda hidden, weight, targets, bias, *settings: unsupported(hidden, weight, bias),
+)
+register(
+    "linear_recurrence",
+    "triton",
+    DEVICES,
+    linear_recurrence_launcher(
+        twin("linear_recurrence", "linear_recurrence"), "triton", widen=False
+    ),
+    twin("linear_recurrence_backward", "linear_recurrence"),
+    unsupported,
+)
+register(
+    "additive_attention",
+    "triton",
+    DEVICES,
+    *additive_launchers(
+        twin("additive_attention", "additive_attention"),
+        twin("additive_attention_backward", "additive_attention"),
+        "triton",
+    ),
+    additive_unsupported_by(unsupported),
 )
 register(
     "rope_append",
