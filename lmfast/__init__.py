@@ -5,6 +5,7 @@ from lmfast._allocator import tune_allocator
 from lmfast._dispatch import BackendError, explain, use_backend
 from lmfast._info import info
 from lmfast.generation import KVCache, generate
+from lmfast.patching import PatchReport, patch, unpatch
 from lmfast.tokenizer import BPETokenizer
 
 __version__ = "0.1.0"
@@ -13,13 +14,16 @@ __all__ = [
     "BPETokenizer",
     "BackendError",
     "KVCache",
+    "PatchReport",
     "explain",
     "generate",
     "info",
     "models",
     "nn",
     "ops",
+    "patch",
     "training",
     "tune_allocator",
+    "unpatch",
     "use_backend",
 ]
