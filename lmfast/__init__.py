@@ -4,7 +4,8 @@ from lmfast import models, nn, ops, training
 from lmfast._allocator import tune_allocator
 from lmfast._dispatch import BackendError, explain, use_backend
 from lmfast._info import info
-from lmfast.generation import KVCache, generate
+from lmfast.generation import Generator, KVCache, generate
+from lmfast.patching import PatchReport, patch, unpatch
 from lmfast.tokenizer import BPETokenizer
 
 __version__ = "0.1.0"
@@ -12,14 +13,18 @@ __version__ = "0.1.0"
 __all__ = [
     "BPETokenizer",
     "BackendError",
+    "Generator",
     "KVCache",
+    "PatchReport",
     "explain",
     "generate",
     "info",
     "models",
     "nn",
     "ops",
+    "patch",
     "training",
     "tune_allocator",
+    "unpatch",
     "use_backend",
 ]

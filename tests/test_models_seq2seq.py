@@ -112,7 +112,7 @@ def test_more_beams_never_find_less_and_rows_are_independent() -> None:
 def test_beam_search_stops_only_when_nothing_can_improve() -> None:
     """A long text of likely words beats the short one that is finished first."""
     log_p = torch.tensor([0.0, 0.0, 0.3, 0.7]).log()
-    ids, scores = beam_search(
+    ids, scores, _ = beam_search(
         lambda tokens, state: (log_p.expand(len(tokens), 4), state),
         lambda state, index: state,
         None,

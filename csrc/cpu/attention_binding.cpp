@@ -43,22 +43,6 @@ MaskKind mask_kind(const Tensor& mask) {
   return MaskKind::kNone;
 }
 
-Stored stored_type(const Tensor& k) {
-  switch (k.scalar_type()) {
-    case ScalarType::Float:
-      return Stored::kF32;
-    case ScalarType::BFloat16:
-      return Stored::kBF16;
-    case ScalarType::Half:
-      return Stored::kF16;
-    case ScalarType::Char:
-      return Stored::kI8;
-    default:
-      LMFAST_CHECK(false, "k and v must be float32, bfloat16, float16 or int8");
-  }
-  return Stored::kF32;
-}
-
 const float* scales_of(const Tensor& scales, const Tensor& k, int64_t (&stride)[2]) {
   LMFAST_CHECK(scales.is_cpu() && scales.scalar_type() == ScalarType::Float && scales.dim() == 3 &&
                    scales.size(0) == k.size(0) && scales.size(1) == k.size(1) &&
@@ -70,6 +54,22 @@ const float* scales_of(const Tensor& scales, const Tensor& k, int64_t (&stride)[
 }
 
 }  // namespace
+
+Stored stored_type(const Tensor& k) {
+  switch (k.scalar_type()) {
+    case ScalarType::Float:
+      return Stored::kF32;
+    case ScalarType::BFloat16:
+      return Stored::kBF16;
+    case ScalarType::Half:
+      return Stored::kF16;
+    case ScalarType::Char:
+      return Stored::kI8;
+    default:
+      LMFAST_CHECK(false, "keys and values must be float32, bfloat16, float16 or int8");
+  }
+  return Stored::kF32;
+}
 
 AttentionTensor attention_tensor(const Tensor& t, const char* name) {
   check_rows(t, name);

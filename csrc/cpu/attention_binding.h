@@ -31,6 +31,9 @@ struct AttentionCache {
 
 AttentionTensor attention_tensor(const Tensor& t, const char* name);
 
+// What keys or values are stored as; raises for any other type.
+Stored stored_type(const Tensor& k);
+
 // Kernel arguments with the memory they point to. Not to be copied while in use.
 class AttentionCall {
  public:

@@ -2,43 +2,10 @@
 #include <memory>
 
 #include "attention_binding.h"
+#include "attention_division.h"
 #include "scratch.h"
 
 namespace lmfast {
-namespace {
-
-// The division depends on shapes and lengths only, never on the number of threads, and so does the
-// result.
-constexpr int64_t kUnits = 64;  // that let threads even out
-constexpr int64_t kFewUnits = 16;
-
-// Whether rows are taken one by one (attention_decode.cpp) or as lanes of blocks. At 2048 keys of
-// 64 the first is faster up to 12 rows in fp32, and up to 5 where AMX multiplies the blocks.
-bool is_decoding(const AttentionArgs& a) {
-  const bool amx = a.dtype == DType::kBF16 && current_isa() == Isa::kAmx &&
-                   (a.stored.type == Stored::kBF16 || a.stored.type == Stored::kI8);
-  return attention_rows(a) <= (amx ? 5 : kAttentionDecodeRows);
-}
-
-// Ranges of query rows: each repeats the packing of the keys, so not too short.
-int64_t query_ranges(const AttentionArgs& a) {
-  constexpr int64_t kRowsPerRange = 256;
-  const int64_t pairs = std::max<int64_t>(1, a.batch * a.kv_heads);
-  return std::max<int64_t>(1, std::min(kUnits / pairs, attention_rows(a) / kRowsPerRange));
-}
-
-// Splits of the keys. Each repeats the packing of the queries and leaves a part of the result to be
-// added: 4 splits of 512 keys cost 10 % more than one of 2048 for 4 rows to a head, 30 % for 64.
-void set_splits(AttentionArgs& a, int64_t longest) {
-  const int64_t units = a.batch * a.kv_heads * a.ranges;
-  const int64_t least = units < kFewUnits ? 1024 : 4096;
-  const int64_t most = std::max<int64_t>(1, kUnits / units);
-  const int64_t wanted = std::max<int64_t>(1, std::min(most, longest / least));
-  a.keys_per_split = std::max<int64_t>(64, round_up((longest + wanted - 1) / wanted, 64));
-  a.splits = std::max<int64_t>(1, (longest + a.keys_per_split - 1) / a.keys_per_split);
-}
-
-}  // namespace
 
 void run_attention(AttentionArgs& a) {
   const int64_t pairs = a.batch * a.kv_heads, rows = attention_rows(a);

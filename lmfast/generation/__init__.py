@@ -1,7 +1,20 @@
-"""Generation: the key/value cache, sampling, and the loop over tokens."""
+"""Generation: the key/value cache, sampling, searches, and the loop over tokens."""
 
 from lmfast.generation.cache import KVCache
-from lmfast.generation.generate import generate
+from lmfast.generation.generator import Completion, Generator, generate
+from lmfast.generation.options import GenerationOptions
+from lmfast.generation.prefill import Prefix
+from lmfast.generation.running_batch import RunningBatch
 from lmfast.generation.sampling import sample, sampling_probabilities
 
-__all__ = ["KVCache", "generate", "sample", "sampling_probabilities"]
+__all__ = [
+    "Completion",
+    "GenerationOptions",
+    "Generator",
+    "KVCache",
+    "Prefix",
+    "RunningBatch",
+    "generate",
+    "sample",
+    "sampling_probabilities",
+]

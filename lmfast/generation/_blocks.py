@@ -231,6 +231,20 @@ class BlockTable:
         table = self._explicit(lengths)
         return BlockTable(self.pool, len(rows), table[rows], self._live[rows])
 
+    def same_storage(self, other: object) -> bool:
+        """Whether the other group's rows can be taken over as they lie."""
+        return isinstance(other, BlockTable) and other.pool is self.pool
+
+    def join(self, other: BlockTable, lengths: np.ndarray, their_lengths: np.ndarray) -> None:
+        """Takes over the rows of another table of the same pool, which stays as it is."""
+        mine, theirs = self._explicit(lengths), other._explicit(their_lengths)
+        mine = self._widened()  # writing out the other table may have made room for more columns
+        self._table = np.concatenate((mine, theirs))
+        self._live = np.concatenate((self._live, other._live))
+        self._own_until = np.zeros(len(self._live), dtype=np.int64)  # asked again when they append
+        self._rows += other._rows
+        self._forget_views()
+
     def share(self, source: int, rows: np.ndarray, length: int, lengths: np.ndarray) -> None:
         """Lets rows begin with the first `length` tokens of another."""
         table = self._explicit(lengths)

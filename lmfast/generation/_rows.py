@@ -145,6 +145,34 @@ class CachedRows:
         self._forget_step()
         return other
 
+    def sibling(self: Cache, batch: int) -> Cache:
+        """Return a cache of `batch` empty rows in the same storage: `append_rows` takes them."""
+        other = self.fork()
+        other.reorder([])
+        other.add_rows(batch)
+        return other
+
+    def append_rows(self: Cache, other: Cache) -> None:
+        """Take over the rows of a cache made by `sibling` or `fork`, behind the own ones.
+
+        Nothing is copied but layers with a window. The other cache is left without rows.
+
+        Raises:
+            ValueError: the other one is this cache or has storage of its own.
+        """
+        if other is self or not all(
+            mine.same_storage(theirs)
+            for mine, theirs in zip(self._groups, other._groups, strict=True)
+        ):
+            raise ValueError("other must be made from this cache by sibling or fork")
+        for cache in (self, other):
+            cache._check_whole()
+        for mine, theirs in zip(self._groups, other._groups, strict=True):
+            mine.join(theirs, self._lengths, other._lengths)  # type: ignore[arg-type]
+        lengths = np.concatenate((self._lengths, other._lengths))
+        other.reorder([])
+        self._set_lengths(lengths)
+
     def share_prefix(self, source: int, rows: Sequence[int] | Tensor, length: int) -> None:
         """Let rows begin with the first `length` tokens of another, whatever they were before.
 

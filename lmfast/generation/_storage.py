@@ -96,6 +96,13 @@ class Storage:
             parts = [t.index_select(0, rows) for t in self.tensors()]
         return Storage(*parts, *(None,) * (4 - len(parts)))
 
+    def joined(self, other: Storage) -> Storage:
+        """A copy with the rows of another storage of as many columns behind the own ones."""
+        with torch.inference_mode(False):
+            pairs = zip(self.tensors(), other.tensors(), strict=True)
+            parts = [torch.cat(pair) for pair in pairs]
+        return Storage(*parts, *(None,) * (4 - len(parts)))
+
     def gathered(self, rows: Tensor) -> Storage:
         """A copy (B, Hkv, S, D) in which column s of row b is what lies in row rows[b, s]."""
         columns = torch.arange(rows.shape[1], device=rows.device)

@@ -156,6 +156,16 @@ class WindowedLayers:
         other.first = self.first[rows]
         return other
 
+    def same_storage(self, other: object) -> bool:
+        """Whether the other group has the same layers; its rows are copied anyway."""
+        return isinstance(other, WindowedLayers) and other.storage.keys() == self.storage.keys()
+
+    def join(self, other: WindowedLayers, lengths: np.ndarray, their_lengths: np.ndarray) -> None:
+        """Copies the rows of another group of the same layers behind the own ones."""
+        storage = self.storage.items()
+        self.storage = {layer: s.joined(other.storage[layer]) for layer, s in storage}
+        self.first = np.concatenate((self.first, other.first))
+
     def _selected(self, rows: np.ndarray) -> dict[int, Storage]:
         index = on_device(rows, self.device)
         return {layer: storage.selected(index) for layer, storage in self.storage.items()}

@@ -1,15 +1,18 @@
-"""Deciding per row when generation ends, on the device where it runs."""
+"""Deciding per row when generation ends."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lmfast.generation.text import TextStream
 
-class StopCondition:
-    """End-of-text ids and stop sequences of several ids, checked for each row by itself.
+
+class StopOnDevice:
+    """End-of-text ids and stop sequences, compared where the ids are: nothing waits for a GPU.
 
     Args:
         batch: number B of rows.
@@ -17,12 +20,9 @@ class StopCondition:
         sequences: runs of ids that end a row as soon as its new tokens end with one of them.
         device: where the generated ids are.
 
-    Raises:
-        ValueError: a stop sequence is empty.
-
     Example:
-        >>> stop = StopCondition(1, eos_ids=[], sequences=[[7, 8]], device="cpu")
-        >>> [stop.update(torch.tensor([i])).item() for i in (8, 7, 8)]
+        >>> stop = StopOnDevice(1, eos_ids=[], sequences=[[7, 8]], device="cpu")
+        >>> [stop.update(torch.tensor([i]))[0].item() for i in (8, 7, 8)]
         [False, False, True]
     """
 
@@ -33,9 +33,7 @@ class StopCondition:
         sequences: Sequence[Sequence[int]],
         device: torch.device | str,
     ) -> None:
-        if any(len(sequence) == 0 for sequence in sequences):
-            raise ValueError("a stop sequence must have at least one id")
-        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
+        self._finished = torch.zeros(batch, dtype=torch.bool, device=device)
         self._eos = torch.tensor(list(eos_ids), dtype=torch.int64, device=device)
         self._sequences = [torch.tensor(list(s), device=device) for s in sequences]
         longest = max((len(s) for s in sequences), default=0)
@@ -52,5 +50,64 @@ class StopCondition:
             ended = torch.isin(new_ids, self._eos)
             for sequence in self._sequences:
                 ended |= (self._tail[:, -len(sequence) :] == sequence).all(dim=1)
-            self.finished = self.finished | ended
-        return self.finished
+            self._finished = self._finished | ended
+        return self._finished
+
+
+class StopOfRow:
+    """End-of-text ids, stop sequences and stop strings of one row, on the host.
+
+    Args:
+        eos_ids: ids that end the row.
+        sequences: runs of ids that end it as soon as the new tokens end with one of them.
+        strings: texts that end it with the token that completes one.
+        tokenizer: decodes for them.
+
+    Example:
+        >>> stop = StopOfRow([], [[7, 8]])
+        >>> [stop.ends(i) for i in (8, 7, 8)]
+        [False, False, True]
+    """
+
+    def __init__(
+        self,
+        eos_ids: Sequence[int],
+        sequences: Sequence[Sequence[int]] = (),
+        strings: Sequence[str] = (),
+        tokenizer: Any = None,
+    ) -> None:
+        self._eos = frozenset(eos_ids)
+        self._sequences = [list(sequence) for sequence in sequences]
+        self._longest = max((len(s) for s in self._sequences), default=0)
+        self._tail: list[int] = []
+        self._strings = list(strings)
+        self._kept = max((len(s) for s in self._strings), default=1) - 1
+        self._stream = TextStream(tokenizer) if self._strings else None
+        self._text = ""
+
+    def ends(self, new_id: int, count_as_end: bool = True) -> bool:
+        """Take the next id and return whether the row ends with it."""
+        ended = new_id in self._eos
+        if self._longest:
+            self._tail = (self._tail + [new_id])[-self._longest :]
+            ended = ended or any(self._tail[-len(s) :] == s for s in self._sequences)
+        if self._stream is not None:
+            text = self._text + self._stream.push(new_id)
+            ended = ended or any(s in text for s in self._strings)
+            self._text = text[len(text) - self._kept :] if self._kept else ""
+        return ended and count_as_end
+
+
+def completes(
+    ids: Sequence[int],
+    eos_ids: Sequence[int],
+    sequences: Sequence[Sequence[int]],
+    strings: Sequence[str],
+    tokenizer: Any,
+) -> bool:
+    """Whether the last of new ids ends a row that had not ended before it."""
+    if ids[-1] in eos_ids:
+        return True
+    if any(list(ids[-len(s) :]) == list(s) for s in sequences):
+        return True
+    return bool(strings) and any(s in tokenizer.decode(list(ids)) for s in strings)

@@ -93,7 +93,14 @@ class LanguageModel(nn.Module):
             softcap=self.logit_softcap,
         )
 
-    def step(self, ids: Tensor, state: Any, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
+    def step(
+        self,
+        ids: Tensor,
+        state: Any,
+        lengths: Tensor | None = None,
+        *,
+        all_positions: bool = False,
+    ) -> tuple[Tensor, Any]:
         """Feed the next tokens and return the logits of the one that follows.
 
         Args:
@@ -101,11 +108,15 @@ class LanguageModel(nn.Module):
             state: from `new_state` or the previous call. A key/value cache is extended in place.
             lengths: (B,) int64, number of real tokens of each right-padded row, at least 1; None
                 = all T.
+            all_positions: return the logits after every token.
 
         Returns:
-            Logits (B, V) after each row's last real token, and the state to pass next.
+            Logits (B, V) after each row's last real token, or (B, T, V) with `all_positions`, and
+            the state to pass next.
         """
         features, state = self.advance(ids, state, lengths)
+        if all_positions:
+            return self._logits(features), state
         if lengths is None:
             last = features[:, -1]  # (B, E)
         else:

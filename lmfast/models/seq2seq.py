@@ -280,7 +280,7 @@ class Seq2Seq(nn.Module):
             features, _, state = self.decoder(tokens[:, None], beams, state)
             return self.fc(features[:, 0]).log_softmax(-1), state
 
-        ids, scores = beam_search(
+        ids, scores, _ = beam_search(
             step,
             DecoderState.reordered,
             state.reordered(torch.arange(batch, device=device).repeat_interleave(num_beams)),

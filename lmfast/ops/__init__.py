@@ -17,11 +17,13 @@ from lmfast.ops.gru import gru
 from lmfast.ops.linear import linear
 from lmfast.ops.linear_cross_entropy import linear_cross_entropy
 from lmfast.ops.linear_recurrence import linear_recurrence
+from lmfast.ops.lora_linear import lora_linear
 from lmfast.ops.lstm import lstm
 from lmfast.ops.rms_norm import rms_norm
 from lmfast.ops.rope import rope
 from lmfast.ops.rope_append import rope_append
 from lmfast.ops.rope_tables import rope_tables
+from lmfast.ops.sample import sample
 from lmfast.ops.selected_log_probs import selected_log_probs
 from lmfast.ops.swiglu import swiglu
 
@@ -37,11 +39,13 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_recurrence",
+    "lora_linear",
     "lstm",
     "rms_norm",
     "rope",
     "rope_append",
     "rope_tables",
+    "sample",
     "selected_log_probs",
     "swiglu",
 ]

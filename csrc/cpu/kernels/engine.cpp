@@ -1,0 +1,386 @@
+// One step of a packed decoder: from the ids of a few new tokens to the logits after them, in one
+// call, every participating thread going through the same phases.
+//
+// Floor: reading all weights once per step, from memory: 622 MB of fp32 for GPT-2 124M. What makes
+// a step of small rows reach it: one fork of the thread pool (engine_phases.h), weights in the
+// order they are read (engine_product.h), and no pass over data between products that is not part
+// of one: norms are computed by every thread for itself where rows are few, bias, activation,
+// residual sum and rotation at the end of the product that makes their operand, and keys go from
+// the product into the cache.
+//
+// A layer is: norm, QKV, rotation, append | attention | output, residual | norm, up | down,
+// residual; a bar is a barrier.
+#include "engine.h"
+
+#include "../simd_tanh.h"
+#include "engine_phases.h"
+#include "engine_product_int.h"
+#include "engine_rows.h"
+
+namespace lmfast::LMFAST_ISA {
+namespace {
+
+LMFAST_INLINE bool is_present(const EngineNorm& norm) {
+  return norm.kind != static_cast<int64_t>(EngineNormKind::kNone);
+}
+
+// The first of the largest of x[0], ..., x[n - 1].
+inline int64_t first_largest(const float* x, int64_t n) {
+  constexpr int W = VecF::kWidth;
+  VecF top = VecF::set1(x[0]), broken = VecF::zero();
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const VecF v = VecF::load(x + i);
+    top = max(top, v);
+    broken = broken + v * VecF::zero();
+  }
+  float largest = hmax(top);
+  for (; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+  if (sum(broken) != 0.0f || largest != largest) {  // NaN or infinity among them
+    for (i = 0; i < n; ++i) {
+      if (x[i] != x[i]) return i;
+    }
+    largest = x[0];
+    for (i = 1; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+  }
+  for (i = 0; i < n && x[i] != largest;) ++i;
+  return i < n ? i : 0;
+}
+
+class Steps {
+ public:
+  explicit Steps(const EngineArgs& a) : a_(a), m_(*a.model), phases_(*a.progress) {
+    char* mine = a.scratch + phases_.me() * a.scratch_bytes;
+    attention_ = mine;
+    mine += a.attention_scratch;
+    carried_ = reinterpret_cast<float*>(mine);
+    const int64_t most = a.tokens > a.outputs ? a.tokens : a.outputs;
+    mine += round_up(most + 8, 8) * kSumsStride * 4;
+    operand_ = mine;
+  }
+
+  // What a step reads is never written again, so that a thread that comes late finds the numbers of
+  // chunks that all others had.
+  void run() {
+    for (int64_t step = 0; step < a_.steps; ++step) {
+      forward();
+      if (a_.chosen == nullptr) return;
+      choose();
+      if (stopped()) return;
+      a_.ids = a_.chosen;
+      a_.chosen += a_.tokens;
+      a_.positions += a_.tokens;
+      a_.groups += m_.groups;
+    }
+  }
+
+ private:
+  void forward() {
+    phases_.run(a_.tokens, a_.tokens * m_.width * 8, 1, [&](int64_t first, int64_t past) {
+      for (int64_t i = first; i < past; ++i) embed(a_, i);
+    });
+    for (int64_t i = 0; i < m_.layers; ++i) layer(i);
+    head();
+  }
+
+  // The first of the largest logits of every row; NaN counts as the largest, as for torch.argmax.
+  void choose() {
+    const int64_t segments = (m_.vocab + kEngineSegment - 1) / kEngineSegment;
+    phases_.run(a_.tokens * segments, a_.tokens * m_.vocab, 1, [&](int64_t first, int64_t past) {
+      for (int64_t i = first; i < past; ++i) {
+        const int64_t from = i % segments * kEngineSegment, left = m_.vocab - from;
+        const float* x = a_.logits + i / segments * m_.vocab + from;
+        a_.best[i] = from + first_largest(x, left < kEngineSegment ? left : kEngineSegment);
+      }
+    });
+    phases_.run(a_.tokens, a_.tokens * 256, 1, [&](int64_t first, int64_t past) {
+      for (int64_t i = first; i < past; ++i) {
+        const float* x = a_.logits + i * m_.vocab;
+        int64_t best = a_.best[i * segments];
+        for (int64_t s = 1; s < segments && x[best] == x[best]; ++s) {
+          const int64_t other = a_.best[i * segments + s];
+          if (!(x[other] <= x[best])) best = other;
+        }
+        a_.chosen[i] = best;
+      }
+    });
+  }
+
+  bool stopped() const {
+    for (int64_t i = 0; i < a_.tokens; ++i) {
+      for (int64_t s = 0; s < a_.stop_count; ++s) {
+        if (a_.chosen[i] == a_.stops[s]) return true;
+      }
+    }
+    return false;
+  }
+
+  // Runs done(row, rows, panel, panels, sums) for all panels of the product, phase and barrier. A
+  // unit is `unit` panels; finish(first, past) comes after those units, by the same thread.
+  template <class Done, class Finish>
+  void product(const EngineMatrix& w, const Source& from, int64_t rows, int64_t unit,
+               const Done& done, const Finish& finish) {
+    Operand x{};
+    const bool in_place = usable_in_place(from, w), shared = !in_place && rows > kEngineFewRows;
+    bool ready = in_place;
+    if (in_place) {
+      x.rows = const_cast<float*>(from.rows);
+      x.stride = from.stride;
+    } else {
+      x = operand_in(shared ? a_.operand : operand_, rows, a_.operand_stride);
+    }
+    if (shared) {
+      phases_.run(rows, rows * w.depth * 16, 1, [&](int64_t first, int64_t past) {
+        prepare(from, a_.weights, w, a_.vnni, x, first, past);
+      });
+      ready = true;
+    }
+    const int64_t panel_bytes = w.depth * 64 / kEngineDepthStep[w.type];
+    const int64_t work = w.panels * panel_bytes * (1 + rows / 4);
+    const int64_t align = unit < kMostPanels ? kMostPanels / unit : 1;
+    phases_.run(w.panels / unit, work, align, [&](int64_t first, int64_t past) {
+      if (!ready) prepare(from, a_.weights, w, a_.vnni, x, 0, rows);
+      ready = true;
+      multiply(w, a_.weights, x, rows, first * unit, past * unit, a_.vnni, carried_, done);
+      finish(first, past);
+    });
+  }
+  template <class Done>
+  void product(const EngineMatrix& w, const Source& from, int64_t rows, int64_t unit,
+               const Done& done) {
+    product(w, from, rows, unit, done, [](int64_t, int64_t) {});
+  }
+
+  const float* bias_of(const EngineMatrix& w) const {
+    return w.bias == kEngineNone ? nullptr : reinterpret_cast<const float*>(a_.weights + w.bias);
+  }
+
+  // out = product + bias, or out += product + bias, at the product's own columns.
+  auto store_to(const EngineMatrix& w, float* out, int64_t stride, bool add) const {
+    const float* bias = bias_of(w);
+    return [=](int64_t row, int rows, int64_t panel, int panels, const float* sums) {
+      for (int r = 0; r < rows; ++r) {
+        float* to = out + (row + r) * stride + panel * kEnginePanel;
+        for (int64_t c = 0; c < panels * kEnginePanel; c += VecF::kWidth) {
+          VecF v = VecF::load(sums + r * kSumsStride + c);
+          if (bias != nullptr) v = v + VecF::load(bias + panel * kEnginePanel + c);
+          if (add) v = v + VecF::load(to + c);
+          v.store(to + c);
+        }
+      }
+    };
+  }
+
+  Source normed(const EngineNorm& norm) const {
+    return {a_.x, a_.x_stride, m_.width, is_present(norm) ? &norm : nullptr, nullptr};
+  }
+
+  void layer(int64_t index) {
+    const EngineLayer& l = a_.layers[index];
+    queries_keys_values(index, l);
+    if (l.parallel != 0) up(l);  // before attention changes x
+    attention(index, l);
+    const Source joined{a_.joined, a_.joined_stride, m_.heads * m_.head_dim, nullptr, nullptr};
+    add_product(l.o, joined, l.attention_post_norm);
+    if (l.parallel == 0) up(l);
+    const Source hidden{a_.hidden, a_.hidden_stride, m_.hidden, nullptr, nullptr};
+    add_product(l.down, hidden, l.mlp_post_norm);
+  }
+
+  void queries_keys_values(int64_t index, const EngineLayer& l) {
+    const int64_t unit = round_up(m_.head_dim, kEnginePanel) / kEnginePanel;
+    const RopeAppendArgs r = append_arguments(a_, index);
+    const auto heads = [&](int64_t token, int64_t first, int64_t past) {
+      for (int64_t h = first; h < past; ++h) finish_head(a_, l, r, token, h);
+    };
+    const auto store = store_to(l.qkv, a_.qkv, a_.qkv_stride, false);
+    const bool whole = l.whole_qk_norm != 0;
+    product(l.qkv, normed(l.attention_norm), a_.tokens, unit, store,
+            [&](int64_t first, int64_t past) {
+              for (int64_t t = 0; t < a_.tokens && !whole; ++t) heads(t, first, past);
+            });
+    if (!whole) return;
+    phases_.run(a_.tokens, a_.tokens * a_.qkv_stride * 8, 1, [&](int64_t first, int64_t past) {
+      for (int64_t t = first; t < past; ++t) {
+        float* q = a_.qkv + t * a_.qkv_stride;
+        normalise_heads(l.q_norm, a_.weights, q, m_.heads, m_.head_dim);
+        normalise_heads(l.k_norm, a_.weights, q + m_.heads * r.q.stride[1], m_.kv_heads,
+                        m_.head_dim);
+        heads(t, 0, m_.heads + 2 * m_.kv_heads);
+      }
+    });
+  }
+
+  // The arguments of one row's attention.
+  AttentionArgs attention_arguments(int64_t index, const EngineLayer& l, const EngineRow& row,
+                                    const EngineGroup& group) const {
+    const EngineStorage& s = a_.storage[index];
+    const int64_t wide = round_up(m_.head_dim, kEnginePanel);
+    AttentionArgs t{};
+    t.dtype = DType::kF32;
+    t.batch = 1;
+    t.heads = m_.heads;
+    t.kv_heads = m_.kv_heads;
+    t.length = row.length;
+    t.keys = row.keys;
+    t.head_dim = m_.head_dim;
+    t.q = {a_.qkv + row.first * a_.qkv_stride, 0, wide, a_.qkv_stride};
+    t.out = {a_.joined + row.first * a_.joined_stride, 0, m_.head_dim, a_.joined_stride};
+    t.k = {s.keys.data, s.keys.stride[0], s.keys.stride[1], s.keys.stride[2]};
+    t.v = {s.values.data, s.values.stride[0], s.values.stride[1], s.values.stride[2]};
+    t.stored = {s.type, nullptr, 0, s.keys.scales, s.values.scales, {}, {}};
+    for (int d = 0; d < 2; ++d) {
+      t.stored.key_scale_stride[d] = s.keys.scale_stride[d];
+      t.stored.value_scale_stride[d] = s.values.scale_stride[d];
+    }
+    if (group.table != nullptr) {
+      t.stored.table = group.table + row.storage_row * group.table_row;
+      t.stored.table_row = group.table_row;
+    } else {
+      const int64_t size = s.type == Stored::kF32 ? 4 : (s.type == Stored::kI8 ? 1 : 2);
+      t.k.data = static_cast<const char*>(t.k.data) + row.storage_row * t.k.batch * size;
+      t.v.data = static_cast<const char*>(t.v.data) + row.storage_row * t.v.batch * size;
+      if (s.type == Stored::kI8) {
+        t.stored.key_scales += row.storage_row * s.keys.scale_stride[0];
+        t.stored.value_scales += row.storage_row * s.values.scale_stride[0];
+      }
+    }
+    t.offsets = &row.offset;
+    t.lengths = &row.keys;
+    t.causal = true;
+    t.window = l.window;
+    t.scale = static_cast<float>(l.scale);
+    t.softcap = static_cast<float>(l.softcap);
+    t.sinks =
+        l.sinks == kEngineNone ? nullptr : reinterpret_cast<const float*>(a_.weights + l.sinks);
+    t.ranges = row.ranges;
+    t.splits = row.splits;
+    t.keys_per_split = row.keys_per_split;
+    t.scratch = attention_;
+    const bool parts = row.splits > 1;
+    t.partial = parts ? a_.partial + row.partial : reinterpret_cast<float*>(attention_);
+    return t;
+  }
+
+  void attention(int64_t index, const EngineLayer& l) {
+    const EngineGroup& group = a_.groups[l.group];
+    const int64_t wide = round_up(m_.head_dim, 32);
+    int64_t work = 0;
+    for (int64_t b = 0; b < a_.batch; ++b) {
+      work += group.rows[b].keys * (1 + group.rows[b].length / 4);
+    }
+    work *= m_.kv_heads * wide * 8;
+    phases_.run(group.units, work, 1, [&](int64_t first, int64_t past) {
+      int64_t b = 0;
+      AttentionArgs t{};
+      for (int64_t u = first, last = -1; u < past; ++u) {
+        while (b + 1 < a_.batch && group.rows[b + 1].unit <= u) ++b;
+        const EngineRow& row = group.rows[b];
+        if (b != last) t = attention_arguments(index, l, row, group);
+        last = b;
+        const int64_t unit = u - row.unit;
+        if (!row.decoding) {
+          attention_fwd(t, unit, unit + 1);
+          continue;
+        }
+        attention_decode(t, unit, unit + 1);
+        if (row.splits == 1) {
+          const int64_t rows = attention_rows(t);
+          attention_combine(t, unit * rows, (unit + 1) * rows);
+        }
+      }
+    });
+    phases_.run(group.combines, group.combines * 4096, 1, [&](int64_t first, int64_t past) {
+      int64_t b = 0;
+      for (int64_t u = first; u < past; ++u) {
+        while (b + 1 < a_.batch && group.rows[b + 1].combine <= u) ++b;
+        const EngineRow& row = group.rows[b];
+        attention_combine(attention_arguments(index, l, row, group), u - row.combine,
+                          u - row.combine + 1);
+      }
+    });
+  }
+
+  void up(const EngineLayer& l) {
+    const float* bias = bias_of(l.up);
+    const auto kind = static_cast<EngineActivation>(l.activation);
+    const bool gated = l.gated != 0;
+    product(l.up, normed(l.mlp_norm), a_.tokens, gated ? 2 : 1,
+            [=](int64_t row, int rows, int64_t panel, int panels, const float* sums) {
+              for (int r = 0; r < rows; ++r) {
+                float* hidden = a_.hidden + (row + r) * a_.hidden_stride;
+                for (int p = 0; p < panels; ++p) {
+                  // A gate waits in the place of its result for the panel behind it.
+                  const bool last = gated && (panel + p) % 2 != 0;
+                  float* to = hidden + (gated ? (panel + p) / 2 : panel + p) * kEnginePanel;
+                  const float* in = sums + r * kSumsStride + p * kEnginePanel;
+                  for (int c = 0; c < kEnginePanel; c += VecF::kWidth) {
+                    VecF v = VecF::load(in + c);
+                    if (bias != nullptr) {
+                      v = v + VecF::load(bias + (panel + p) * kEnginePanel + c);
+                    }
+                    (last ? VecF::load(to + c) * v : activate(kind, v)).store(to + c);
+                  }
+                }
+              }
+            });
+  }
+
+  // x += product, or its norm.
+  void add_product(const EngineMatrix& w, const Source& from, const EngineNorm& post) {
+    if (!is_present(post)) {
+      return product(w, from, a_.tokens, 1, store_to(w, a_.x, a_.x_stride, true));
+    }
+    product(w, from, a_.tokens, 1, store_to(w, a_.update, a_.x_stride, false));
+    phases_.run(a_.tokens, a_.tokens * m_.width * 16, 1, [&](int64_t first, int64_t past) {
+      for (int64_t i = first; i < past; ++i) {
+        float *x = a_.x + i * a_.x_stride, *y = a_.update + i * a_.x_stride;
+        normalise(post, a_.weights, y, y, m_.width);
+        for (int64_t c = 0; c < m_.width; c += VecF::kWidth) {
+          const int lanes = lanes_left(c, m_.width);
+          (VecF::load(x + c, lanes) + VecF::load(y + c, lanes)).store(x + c, lanes);
+        }
+      }
+    });
+  }
+
+  void head() {
+    if (a_.outputs == 0) return;
+    const EngineMatrix& w = m_.head;
+    const float* bias = bias_of(w);
+    Source from = normed(m_.final_norm);
+    from.index = a_.wanted;
+    const float cap = static_cast<float>(m_.logit_softcap);
+    const VecF down = VecF::set1(cap > 0.0f ? 1.0f / cap : 0.0f), back = VecF::set1(cap);
+    product(w, from, a_.outputs, 1,
+            [=](int64_t row, int rows, int64_t panel, int panels, const float* sums) {
+              for (int r = 0; r < rows; ++r) {
+                const float* in = sums + r * kSumsStride;
+                float* to = a_.logits + (row + r) * m_.vocab;
+                for (int64_t c = 0; c < panels * kEnginePanel; c += VecF::kWidth) {
+                  const int64_t at = panel * kEnginePanel + c;
+                  if (at >= m_.vocab) break;
+                  VecF v = VecF::load(in + c);
+                  if (bias != nullptr) v = v + VecF::load(bias + at);
+                  if (cap > 0.0f) v = tanh(v * down) * back;
+                  v.store(to + at, lanes_left(at, m_.vocab));
+                }
+              }
+            });
+  }
+
+  EngineArgs a_;  // of the step
+  const EngineModel& m_;
+  Phases phases_;
+  void* attention_;
+  float* carried_;
+  char* operand_;
+};
+
+}  // namespace
+
+void engine_run(const EngineArgs& a, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) Steps(a).run();
+}
+
+}  // namespace lmfast::LMFAST_ISA

@@ -1,0 +1,155 @@
+// The decoding engine: what a packed model is, what one step gets, and the kernel's declaration. No
+// torch header.
+//
+// A model is two pieces of memory: `weights`, all numbers, and a program of 64-bit words, the
+// structs below, whose offsets point into them. lmfast/generation/engine/program.py writes both.
+#pragma once
+
+#include "attention.h"
+#include "rope_append.h"
+
+namespace lmfast {
+
+constexpr int64_t kEngineMagic = 0x6c6d656e67303031;  // changes with the structs
+constexpr int kEnginePanel = 16;                      // columns that lie together
+constexpr int64_t kEngineNone = -1;                   // an offset where there is nothing
+
+// How a matrix is stored: panels of 16 columns (rows of the weight), each with its depth in order.
+// Depth is padded with zeros to a multiple of kDepthStep[type] and of the group.
+enum class EngineWeights : int64_t {
+  kF32 = 0,   // [panel][k][16] float
+  kBF16 = 1,  // [panel][k / 2][16][2] bf16
+  kI8 = 2,    // [panel][k / 4][16][4] code + 128
+  kI4 = 3,    // [panel][k / 8][16][4] (code + 8 of k = 8 i + j) | (code + 8 of 8 i + 4 + j) << 4
+};
+constexpr int64_t kEngineDepthStep[] = {1, 2, 4, 8};
+
+// y = x W^T + bias.
+struct EngineMatrix {
+  int64_t weights;  // byte offsets, of `bias` and `scales` as of all others
+  int64_t scales;   // of integers: float (columns) or, with groups, f16 [panel][group][16]
+  int64_t bias;     // float (16 panels), or none
+  int64_t panels, depth;
+  int64_t type;   // EngineWeights
+  int64_t group;  // depth that shares a scale; 0: all
+};
+
+enum class EngineNormKind : int64_t { kNone = 0, kRms = 1, kLayer = 2 };
+struct EngineNorm {
+  int64_t kind;          // EngineNormKind
+  int64_t weight, bias;  // float
+  double eps;
+};
+
+enum class EngineActivation : int64_t { kRelu = 0, kGelu = 1, kGeluTanh = 2, kSilu = 3 };
+
+struct EngineLayer {
+  EngineNorm attention_norm, q_norm, k_norm, attention_post_norm, mlp_norm, mlp_post_norm;
+  EngineMatrix qkv;  // heads, each padded to whole panels: queries, keys, values
+  EngineMatrix o;
+  EngineMatrix up;  // with a gate: panels of gate and up in turn
+  EngineMatrix down;
+  int64_t whole_qk_norm;  // over all heads together, not over each
+  int64_t rope;           // which tables, or none
+  int64_t interleaved;
+  int64_t window;  // 0: none
+  int64_t group;   // of the cache's layers
+  int64_t sinks;   // float (H), or none
+  int64_t activation, gated;
+  int64_t parallel;  // attention and feed-forward layer read the same x
+  double scale, softcap;
+};
+
+struct EngineModel {
+  int64_t magic, layers, width, heads, kv_heads, head_dim, hidden, vocab, ropes, groups;
+  // Rows (V, width) of floats, bf16 or int8 with a float scale each; none: the head's own panels.
+  int64_t embedding, embedding_scales, embedding_type;
+  int64_t positions, position_count;  // learned ones, float (count, width)
+  EngineNorm final_norm;
+  EngineMatrix head;
+  double embedding_factor, logit_softcap;
+  // EngineLayer[layers] follow.
+};
+
+// Memory with room between counters that different threads write.
+struct EngineCounter {
+  alignas(64) int64_t value;
+};
+// Progress of the threads through the phases (engine_phases.h).
+struct EngineProgress {
+  static constexpr int kMaxChunks = 256;
+  EngineCounter arrived, done;
+  EngineCounter next[kMaxChunks];
+  int64_t participants;
+};
+
+// One row of the cache in one group of layers: T new tokens, which are rows `first` ... of x.
+struct EngineRow {
+  int64_t first, length;
+  int64_t offset, keys;  // position of the first token, keys after the last, from column 0 on
+  int64_t storage_row;
+  int64_t ranges, splits, keys_per_split;
+  bool decoding;
+  int64_t unit;     // its first unit of attention
+  int64_t partial;  // its first float in `partial`, when there are splits
+  int64_t combine;  // its first unit of adding splits
+};
+struct EngineGroup {
+  const EngineRow* rows;
+  int64_t units, combines, partial;  // of attention; floats of splits
+  const int64_t* slots;              // of every token
+  const int32_t* table;              // (B, table_row), or null
+  int64_t table_row, columns;
+};
+struct EngineStorage {
+  Stored type;
+  CacheStorage keys, values;
+};
+struct EngineTables {
+  const float *cos, *sin;
+  int64_t rotary;
+};
+
+struct EngineArgs {
+  const EngineModel* model;
+  const EngineLayer* layers;
+  const char* weights;
+  int64_t batch, tokens;     // rows of the cache, and of x
+  int64_t* ids;              // (steps, tokens)
+  const int64_t* positions;  // (steps, tokens)
+  const int64_t* wanted;     // rows of x whose logits are wanted
+  int64_t outputs;
+  float* logits;              // (outputs, V)
+  const EngineGroup* groups;  // of every step
+  // Steps of one token per row, each the likeliest after the one before, which `chosen` (steps,
+  // tokens) gets; until one of `stops` comes. Of a single step nothing is chosen.
+  int64_t steps;
+  int64_t* chosen;
+  const int64_t* stops;
+  int64_t stop_count;
+  int64_t* best;                 // (tokens, V / kEngineSegment): the likeliest of each segment
+  const EngineStorage* storage;  // of every layer
+  const EngineTables* tables;
+  bool vnni;  // the processor has AVX512-VNNI, whatever the level was compiled for
+
+  // Rows of floats, each `*_stride` apart; zeros behind their ends, which products read.
+  int64_t x_stride, qkv_stride, joined_stride, hidden_stride, operand_stride;
+  float *x, *qkv, *joined, *hidden, *update;
+  char* operand;  // shared operand rows (engine_operand.h), when there are many
+  float* partial;
+  char* scratch;  // of every participant
+  int64_t scratch_bytes, attention_scratch;
+  EngineProgress* progress;
+};
+
+// Bytes of an operand: rows as floats, as int16, as two int8, sums and steps.
+static inline int64_t engine_operand_bytes(int64_t rows, int64_t stride) {
+  return rows * (stride * 8 + round_up(stride, 128) / 8 * 4 + 64) + 256;
+}
+constexpr int64_t kEngineFewRows = 8;     // that every thread prepares for itself
+constexpr int64_t kEngineSegment = 4096;  // logits that one thread looks through
+
+// Ranges: participants.
+LMFAST_DECLARE_KERNEL(engine_run, EngineArgs)
+
+}  // namespace lmfast

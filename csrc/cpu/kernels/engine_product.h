@@ -1,0 +1,157 @@
+// Products of a few or many rows with a packed matrix of floats or bf16.
+//
+// Floor: reading the matrix once, from memory while decoding. Panels of 16 columns with their depth
+// in order are read as they lie: four panels at a time are four streams that the hardware follows,
+// one broadcast of x serves all of them, and no sum crosses lanes. Every sum runs through the depth
+// in order whatever the number of rows, so a row's result is the same alone and in a batch. bf16
+// pairs of one column are widened by a shift and a mask, products are in fp32: x is not rounded.
+//
+// Up to kRows rows share one reading of the weights from registers; more rows find them in the
+// second-level cache, a block of the depth at a time.
+#pragma once
+
+#include "engine_operand.h"
+
+namespace lmfast::LMFAST_ISA {
+namespace {
+
+constexpr int kPanelVecs = kEnginePanel / VecF::kWidth;
+#if defined(__AVX512F__)
+constexpr int kRowsAtOnce = 6, kPanelsOfOne = 4, kPanelsOfMany = 4;
+#elif defined(__AVX2__)
+constexpr int kRowsAtOnce = 3, kPanelsOfOne = 4, kPanelsOfMany = 2;
+#else
+constexpr int kRowsAtOnce = 3, kPanelsOfOne = 2, kPanelsOfMany = 1;
+#endif
+constexpr int kMostPanels = 4;
+constexpr int kSumsStride = kMostPanels * kEnginePanel;
+constexpr int64_t kDepthBlock = 1024;  // 4 panels: 256 KB of floats
+
+// kStep rows of the depth, 16 columns each: 64 bytes.
+struct PanelF32 {
+  static constexpr int kStep = 1;
+  static LMFAST_INLINE void load(const char* p, int v, VecF (&out)[1]) {
+    out[0] = VecF::load(reinterpret_cast<const float*>(p) + v * VecF::kWidth);
+  }
+};
+struct PanelBF16 {
+  static constexpr int kStep = 2;
+  static LMFAST_INLINE void load(const char* p, int v, VecF (&out)[2]) {
+    p += v * VecF::kWidth * 4;
+#if defined(__AVX512F__)
+    const __m512i x = _mm512_loadu_si512(p);
+    out[0] = {_mm512_castsi512_ps(_mm512_slli_epi32(x, 16))};
+    out[1] = {
+        _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+#elif defined(__AVX2__)
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    out[0] = {_mm256_castsi256_ps(_mm256_slli_epi32(x, 16))};
+    out[1] = {
+        _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
+#else
+    uint32_t pairs[4], low[4];
+    memcpy(pairs, p, 16);
+    for (int i = 0; i < 4; ++i) {
+      low[i] = pairs[i] << 16;
+      pairs[i] &= 0xffff0000u;
+    }
+    memcpy(&out[0].v, low, 16);
+    memcpy(&out[1].v, pairs, 16);
+#endif
+  }
+};
+
+// sums[r][p] (+)= x[r] times kPanels panels, `steps` steps of the depth.
+template <class Format, int kRows, int kPanels>
+inline __attribute__((noinline)) void product_tile(const char* w, int64_t panel_bytes,
+                                                   int64_t steps, const float* x, int64_t stride,
+                                                   float* sums, bool add) {
+  constexpr int kVecs = kPanels * kPanelVecs, W = VecF::kWidth;
+  // Lines ahead of a stream: enough to cover the memory's latency, within what a page holds.
+  constexpr int kAhead = 16 * 64;
+  VecF sum[kRows][kVecs];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVecs; ++v) {
+      sum[r][v] = add ? VecF::load(sums + r * kSumsStride + v * W) : VecF::zero();
+    }
+  }
+  for (int64_t k = 0; k < steps; ++k) {
+    VecF b[kVecs][Format::kStep];
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) {
+      const char* at = w + p * panel_bytes + k * 64;
+      if constexpr (kRows == 1) __builtin_prefetch(at + kAhead);
+#pragma GCC unroll 4
+      for (int v = 0; v < kPanelVecs; ++v) Format::load(at, v, b[p * kPanelVecs + v]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < Format::kStep; ++i) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const VecF a = VecF::set1(x[r * stride + k * Format::kStep + i]);
+#pragma GCC unroll 16
+        for (int v = 0; v < kVecs; ++v) sum[r][v] = fmadd(a, b[v][i], sum[r][v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVecs; ++v) sum[r][v].store(sums + r * kSumsStride + v * W);
+  }
+}
+
+template <class Format, int kPanels, int kRows = kRowsAtOnce>
+LMFAST_INLINE void product_rows(int rows, const char* w, int64_t panel_bytes, int64_t steps,
+                                const float* x, int64_t stride, float* sums, bool add) {
+  if (rows == kRows) {
+    product_tile<Format, kRows, kPanels>(w, panel_bytes, steps, x, stride, sums, add);
+  } else if constexpr (kRows > 1) {
+    product_rows<Format, kPanels, kRows - 1>(rows, w, panel_bytes, steps, x, stride, sums, add);
+  }
+}
+
+// done(row, rows, panel, panels, sums) for all rows and the panels [first, past); `carried` holds
+// kSumsStride floats per row when there are more than kRowsAtOnce.
+template <class Format, int kGroup, class Done>
+LMFAST_INLINE void multiply_panels(const char* weights, int64_t depth, const Operand& x,
+                                   int64_t rows, int64_t first, int64_t past, float* carried,
+                                   const Done& done) {
+  const int64_t all = (depth + Format::kStep - 1) / Format::kStep, bytes = all * 64;
+  const int64_t block = rows > kRowsAtOnce ? kDepthBlock / Format::kStep : all;
+  int panels = 0;
+  for (int64_t p = first; p < past; p += panels) {
+    panels = past - p >= kGroup ? kGroup : 1;
+    const char* w = weights + p * bytes;
+    for (int64_t k = 0; k < all; k += block) {
+      const int64_t steps = all - k < block ? all - k : block;
+      for (int64_t r = 0; r < rows; r += kRowsAtOnce) {
+        const int count = static_cast<int>(rows - r < kRowsAtOnce ? rows - r : kRowsAtOnce);
+        const float* a = x.rows + r * x.stride + k * Format::kStep;
+        float* sums = carried + r * kSumsStride;
+        if (panels == kGroup) {
+          product_rows<Format, kGroup>(count, w + k * 64, bytes, steps, a, x.stride, sums, k > 0);
+        } else {
+          product_rows<Format, 1>(count, w + k * 64, bytes, steps, a, x.stride, sums, k > 0);
+        }
+        if (k + steps == all) done(r, count, p, panels, sums);
+      }
+    }
+  }
+}
+
+template <class Format, class Done>
+LMFAST_INLINE void multiply_floats(const char* weights, int64_t depth, const Operand& x,
+                                   int64_t rows, int64_t first, int64_t past, float* carried,
+                                   const Done& done) {
+  if (rows == 1) {
+    multiply_panels<Format, kPanelsOfOne>(weights, depth, x, rows, first, past, carried, done);
+  } else {
+    multiply_panels<Format, kPanelsOfMany>(weights, depth, x, rows, first, past, carried, done);
+  }
+}
+
+}  // namespace
+}  // namespace lmfast::LMFAST_ISA

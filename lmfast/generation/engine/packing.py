@@ -1,0 +1,197 @@
+"""Weights in the order the engine reads them: panels of 16 columns, in one piece of memory.
+
+A matrix (N, K) of ``y = x W^T`` is cut into panels of 16 rows of W; of each the depth lies in
+order, so that a product reads memory from front to back and needs no sum across lanes:
+
+    float32   [panel][k][16]
+    bfloat16  [panel][k / 2][16][2]     pairs of the depth of one column
+    int8      [panel][k / 4][16][4]     codes + 128
+    int4      [panel][k / 8][16][4]     codes + 8 of k = 8 i + j; above, those of 8 i + 4 + j
+
+csrc/cpu/kernels/engine.h has the same table.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmfast.generation.engine.plan import Quantised
+
+PANEL = 16
+WEIGHTS = ("fp32", "bf16", "int8", "int4")
+DEPTH_STEP = {"fp32": 1, "bf16": 2, "int8": 4, "int4": 8}
+INT4_GROUP = 32
+_ALIGNMENT = 64
+_HUGE_PAGE = 2 << 20
+
+
+def quantise_rows(weight: Tensor) -> Quantised:
+    """int8 with one scale per row: round to nearest, the largest magnitude at 127."""
+    w = weight.detach().float()
+    scales = w.abs().amax(1) / 127
+    inverse = torch.where(scales > 0, 1 / scales, 0.0)
+    codes = (w * inverse[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+    return Quantised(codes, scales, 8)
+
+
+def quantise_groups(weight: Tensor, group: int = INT4_GROUP) -> Quantised:
+    """int4 with one float16 scale per group of a row, the one of least squared error of eight.
+
+    Candidates put the number of the largest magnitude at -8, exactly or clipped by up to a fifth.
+    A row is filled up with zeros to whole groups.
+    """
+    w = weight.detach().float()
+    rows, depth = w.shape
+    w = torch.nn.functional.pad(w, (0, -depth % group)).view(rows, -1, group)
+    extreme = w.gather(2, w.abs().argmax(2, keepdim=True))[..., 0]
+    best = torch.full_like(extreme, torch.inf)
+    scales = torch.zeros_like(extreme, dtype=torch.float16)
+    codes = torch.zeros_like(w, dtype=torch.int8)
+    for clip in (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79):
+        scale = (extreme * (clip / -8)).half()
+        inverse = torch.where(scale != 0, 1 / scale.float(), 0.0)
+        rounded = (w * inverse[..., None]).round_().clamp_(-8, 7)
+        error = (rounded * scale.float()[..., None] - w).square_().sum(2)
+        better = error < best
+        best = torch.where(better, error, best)
+        scales = torch.where(better, scale, scales)
+        codes = torch.where(better[..., None], rounded.to(torch.int8), codes)
+    return Quantised(codes.flatten(1), scales, 4, group)
+
+
+def as_panels(codes: Tensor, kind: str, fill: int = 0) -> Tensor:
+    """(N, K) as panels, padded with `fill` to whole panels and steps of the depth; as bytes."""
+    step = DEPTH_STEP[kind]
+    n, k = codes.shape
+    padded = torch.nn.functional.pad(codes, (0, -k % step, 0, -n % PANEL), value=fill)
+    parts = padded.view(padded.shape[0] // PANEL, PANEL, -1, step).transpose(1, 2)
+    if kind == "int4":
+        low, high = parts[..., :4], parts[..., 4:]
+        parts = low | (high << 4)
+    return parts.flatten().view(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Where a matrix lies: the fields of the kernel's EngineMatrix, in order."""
+
+    weights: int
+    scales: int
+    bias: int
+    panels: int
+    depth: int
+    type: int
+    group: int
+
+
+class Packer:
+    """Collects what goes into a model's memory, and writes it into one piece.
+
+    Nothing is computed before `finish`, which makes the pieces one after the other: beside the
+    packed weights only the largest matrix is there twice.
+    """
+
+    def __init__(self) -> None:
+        self._size = 0
+        self._pieces: list[tuple[int, int, Callable[[], Tensor]]] = []
+
+    def add(self, nbytes: int, make: Callable[[], Tensor]) -> int:
+        """Reserve aligned room for what `make` will return; its offset."""
+        offset = self._size
+        self._pieces.append((offset, nbytes, make))
+        self._size = -(-(offset + nbytes) // _ALIGNMENT) * _ALIGNMENT
+        return offset
+
+    def floats(self, t: Tensor, padded: int | None = None) -> int:
+        """Add a vector or matrix of float32, filled up with zeros; its offset."""
+        count = t.numel() if padded is None else padded
+
+        def make() -> Tensor:
+            flat = t.detach().float().flatten()
+            return torch.nn.functional.pad(flat, (0, count - flat.numel()))
+
+        return self.add(4 * count, make)
+
+    def matrix(
+        self,
+        rows: int,
+        depth: int,
+        weight: Callable[[], Tensor | Quantised],
+        bias: Tensor | None,
+        kind: str,
+    ) -> Matrix:
+        """Add a matrix (rows, depth), stored as `kind`.
+
+        Args:
+            weight: returns it, (rows, depth), in floating point or already quantised.
+            bias: (rows,) or None.
+        """
+        panels, step = -(-rows // PANEL), DEPTH_STEP[kind]
+        group = INT4_GROUP if kind == "int4" else 0
+        unit = group or step
+        padded = -(-depth // unit) * unit
+        made: list[Quantised] = []  # between the two pieces of one matrix
+
+        def quantised() -> Quantised:
+            w = weight()
+            if not isinstance(w, Quantised):
+                w = quantise_rows(w) if kind == "int8" else quantise_groups(w, group)
+            return w
+
+        def main() -> Tensor:
+            if kind == "fp32" or kind == "bf16":
+                w = weight()
+                assert isinstance(w, Tensor)
+                dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+                return as_panels(w.detach().to(dtype), kind)
+            q = quantised()
+            made.append(q)
+            offset = 128 if kind == "int8" else 8
+            codes = (q.codes.to(torch.int16) + offset).to(torch.uint8)
+            codes = torch.nn.functional.pad(codes, (0, padded - codes.shape[1]), value=offset)
+            return as_panels(codes, kind, offset)
+
+        def scales() -> Tensor:
+            s = made.pop().scales
+            if not group:
+                return torch.nn.functional.pad(s.float(), (0, panels * PANEL - rows))
+            s = torch.nn.functional.pad(s.half(), (0, 0, 0, panels * PANEL - rows))
+            return s.view(panels, PANEL, -1).transpose(1, 2).contiguous()
+
+        at = self.add(panels * (padded // step) * 64, main)
+        scaled = -1
+        if kind in ("int8", "int4"):
+            count = panels * PANEL
+            scaled = self.add(2 * count * padded // group if group else 4 * count, scales)
+        offset = -1 if bias is None else self.floats(bias, panels * PANEL)
+        return Matrix(at, scaled, offset, panels, padded, WEIGHTS.index(kind), group)
+
+    def finish(self) -> Tensor:
+        """All pieces, as bytes."""
+        memory = huge_pages(self._size)
+        for offset, nbytes, make in self._pieces:
+            piece = make().contiguous().view(-1).view(torch.uint8)
+            if piece.numel() != nbytes:
+                raise AssertionError(f"a piece of {piece.numel()} bytes, {nbytes} were reserved")
+            memory[offset : offset + nbytes] = piece
+        return memory
+
+
+def huge_pages(nbytes: int) -> Tensor:
+    """Zeroed bytes, where the system has them in pages of 2 MB: fewer misses of the page tables."""
+    size = max(nbytes, 1)
+    if not hasattr(mmap, "MADV_HUGEPAGE") or size < _HUGE_PAGE:
+        memory = torch.zeros(size + _ALIGNMENT, dtype=torch.uint8)
+        first = -memory.data_ptr() % _ALIGNMENT
+        return memory[first : first + nbytes]
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    area = mmap.mmap(-1, (size // _HUGE_PAGE + 2) * _HUGE_PAGE, flags=private)
+    area.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(area, dtype=torch.uint8)
+    first = -memory.data_ptr() % _HUGE_PAGE
+    return memory[first : first + nbytes]

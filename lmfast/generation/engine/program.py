@@ -1,0 +1,206 @@
+"""A plan as the kernel reads it: the words of csrc/cpu/kernels/engine.h, and the weights."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor
+
+from lmfast.generation.engine.packing import (
+    PANEL,
+    Matrix,
+    Packer,
+    quantise_rows,
+)
+from lmfast.generation.engine.plan import CannotPack, Layer, Linear, Norm, Plan, Quantised
+
+_MAGIC = 0x6C6D656E67303031
+_NONE = -1
+_ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+_MOST_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed model: `weights` (bytes) and `program` (words), which the operator takes.
+
+    Attributes:
+        windows: the window of each group of layers, in the order the program numbers them.
+        layer_of_group: a layer of each.
+    """
+
+    weights: Tensor
+    program: Tensor
+    windows: tuple[int | None, ...]
+    layer_of_group: tuple[int, ...]
+
+
+def _double(x: float) -> int:
+    return struct.unpack("<q", struct.pack("<d", x))[0]
+
+
+def _norm(packer: Packer, norm: Norm | None) -> list[int]:
+    if norm is None:
+        return [0, _NONE, _NONE, 0]
+    bias = _NONE if norm.bias is None else packer.floats(norm.bias)
+    kind = {"rms": 1, "layer": 2}[norm.kind]
+    return [kind, packer.floats(norm.weight), bias, _double(norm.eps)]
+
+
+def _shape(linear: Linear) -> tuple[int, int]:
+    w = linear.weight
+    rows, depth = (w.codes if isinstance(w, Quantised) else w).shape
+    return rows, depth
+
+
+def _matrix(packer: Packer, linear: Linear, kind: str) -> Matrix:
+    rows, depth = _shape(linear)
+    return packer.matrix(rows, depth, lambda: linear.weight, linear.bias, kind)
+
+
+def _stacked(
+    packer: Packer, parts: list[Linear], lengths: list[int], kind: str, interleave: bool
+) -> Matrix:
+    """Several matrices of one depth as one.
+
+    Rows come in pieces of `lengths[i]`, each filled up to whole panels: one part after the other,
+    or with `interleave` a panel of each in turn.
+    """
+    depth = _shape(parts[0])[1]
+    wide = [-(-n // PANEL) * PANEL for n in lengths]
+    total = sum(_shape(p)[0] // n * w for p, n, w in zip(parts, lengths, wide, strict=True))
+
+    def arrange(rows: list[Tensor]) -> Tensor:
+        """Rows (N_i, ...) of each part, as one tensor."""
+        pieces = []
+        for t, n, w in zip(rows, lengths, wide, strict=True):
+            t = t.detach().reshape(len(t) // n, n, *t.shape[1:])
+            padding = [0, 0] * (t.ndim - 2) + [0, w - n]
+            pieces.append(torch.nn.functional.pad(t, padding).flatten(0, 1))
+        if not interleave:
+            return torch.cat(pieces)
+        panels = [p.view(-1, 1, PANEL, *p.shape[1:]) for p in pieces]
+        return torch.cat(panels, 1).flatten(0, 2)
+
+    def weight() -> Tensor | Quantised:
+        found = [p.weight for p in parts]
+        plain = [w for w in found if isinstance(w, Tensor)]
+        if len(plain) == len(found):
+            return arrange(plain)
+        quantised = [w for w in found if isinstance(w, Quantised)]
+        if len(quantised) != len(found):
+            raise CannotPack("only some of the matrices that are packed together are quantised")
+        first = quantised[0]
+        codes = arrange([q.codes for q in quantised])
+        return Quantised(codes, arrange([q.scales for q in quantised]), first.bits, first.group)
+
+    bias = None
+    if any(p.bias is not None for p in parts):
+        none = [torch.zeros(_shape(p)[0]) for p in parts]
+        found = [n if p.bias is None else p.bias.float() for p, n in zip(parts, none, strict=True)]
+        bias = arrange(found)
+    return packer.matrix(total, depth, weight, bias, kind)
+
+
+def _layer(packer: Packer, plan: Plan, layer: Layer, group: int, kind: str) -> list[int]:
+    d, hidden = plan.head_dim, plan.hidden
+    qkv = _stacked(packer, [layer.q, layer.k, layer.v], [d, d, d], kind, False)
+    if layer.gate is None:
+        up = _stacked(packer, [layer.up], [hidden], kind, False)
+    else:
+        up = _stacked(packer, [layer.gate, layer.up], [hidden, hidden], kind, True)
+    norms = (
+        layer.attention_norm,
+        layer.q_norm,
+        layer.k_norm,
+        layer.attention_post_norm,
+        layer.mlp_norm,
+        layer.mlp_post_norm,
+    )
+    words = [word for norm in norms for word in _norm(packer, norm)]
+    o, down = _matrix(packer, layer.o, kind), _matrix(packer, layer.down, kind)
+    for matrix in (qkv, o, up, down):
+        words.extend(astuple(matrix))
+    rope = _NONE if layer.rope is None else layer.rope
+    interleaved = layer.rope is not None and plan.ropes[layer.rope].interleaved
+    return [
+        *words,
+        int(layer.whole_qk_norm),
+        rope,
+        int(interleaved),
+        layer.window or 0,
+        group,
+        _NONE if layer.sinks is None else packer.floats(layer.sinks),
+        _ACTIVATIONS.index(layer.activation),
+        int(layer.gate is not None),
+        int(layer.parallel),
+        _double(layer.scale),
+        _double(layer.softcap or 0.0),
+    ]
+
+
+def _embedding(packer: Packer, plan: Plan, kind: str) -> list[int]:
+    """Offsets of embeddings and their scales, and how they are stored."""
+    rows = plan.embedding
+    if rows is None:
+        return [_NONE, _NONE, 0]
+    if kind == "fp32":
+        return [packer.floats(rows), _NONE, 0]
+    if kind == "bf16":
+        return [packer.add(2 * rows.numel(), lambda: rows.detach().bfloat16()), _NONE, 1]
+    made: list[Tensor] = []
+
+    def codes() -> Tensor:
+        q = quantise_rows(rows)
+        made.append(q.scales)
+        return q.codes
+
+    at = packer.add(rows.numel(), codes)
+    return [at, packer.add(4 * len(rows), made.pop), 2]
+
+
+def pack(plan: Plan, weights: str) -> Packed:
+    """Pack a plan's weights as "fp32", "bf16", "int8" or "int4".
+
+    With int4 the output layer and the embeddings are int8: their errors reach every logit.
+
+    Raises:
+        CannotPack: a size that the kernels do not have.
+    """
+    if plan.head_dim > _MOST_HEAD_DIM:
+        raise CannotPack(f"its heads have {plan.head_dim} features, the kernels take 256")
+    windows = tuple(dict.fromkeys(plan.windows))
+    packer = Packer()
+    rest = "int8" if weights == "int4" else weights
+    embedding = _embedding(packer, plan, rest)
+    positions = _NONE if plan.positions is None else packer.floats(plan.positions)
+    layers = [
+        _layer(packer, plan, layer, windows.index(layer.window), weights) for layer in plan.layers
+    ]
+    final = _norm(packer, plan.final_norm)
+    head = _matrix(packer, plan.head, rest)
+    words = [
+        _MAGIC,
+        len(plan.layers),
+        plan.width,
+        plan.heads,
+        plan.kv_heads,
+        plan.head_dim,
+        plan.hidden,
+        plan.vocab,
+        len(plan.ropes),
+        len(windows),
+        *embedding,
+        positions,
+        0 if plan.positions is None else len(plan.positions),
+        *final,
+        *astuple(head),
+        _double(plan.embedding_factor),
+        _double(plan.logit_softcap or 0.0),
+        *(word for layer in layers for word in layer),
+    ]
+    program = torch.tensor(words, dtype=torch.int64)
+    first = tuple(plan.windows.index(w) for w in windows)
+    return Packed(packer.finish(), program, windows, first)

@@ -1,0 +1,91 @@
+"""Running a model by its own modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmfast.generation.states import RecurrentState
+
+
+class ModuleRunner:
+    """A `Runner` over a model's own `step` and `new_state`.
+
+    Args:
+        model: an `lmfast.models.LanguageModel`, or anything with `vocab_size`, `step` and
+            `new_state`. Without `step(..., all_positions=True)` there is no speculative decoding,
+            and states without the methods of `State` cannot be searched over.
+
+    Raises:
+        TypeError: the model has no `step` or `new_state`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        missing = [n for n in ("vocab_size", "step", "new_state") if not hasattr(model, n)]
+        if missing:
+            raise TypeError(
+                "model must be an lmfast language model, a causal language model of transformers, "
+                f"or have vocab_size, step and new_state; {type(model).__name__} has no "
+                f"{' and no '.join(missing)}"
+            )
+        self._model = model
+        self.vocab_size: int = model.vocab_size
+        self.pad_idx: int | None = getattr(model, "pad_idx", None)
+        self.max_positions: int | None = getattr(model, "max_positions", None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is now."""
+        if isinstance(self._model, nn.Module):
+            parameter = next(self._model.parameters(), None)
+            if parameter is not None:
+                return parameter.device
+        return torch.device("cpu")
+
+    def new_state(self, batch: int, capacity: int | None = None) -> Any:
+        """Return the state before the first token."""
+        state = self._model.new_state(batch, capacity)
+        return RecurrentState(state) if isinstance(state, Tensor) else state
+
+    def step(
+        self,
+        ids: Tensor,
+        state: Any,
+        lengths: Tensor | None = None,
+        *,
+        all_positions: bool = False,
+    ) -> tuple[Tensor, Any]:
+        """Feed the next tokens, see `Runner.step`."""
+        if lengths is not None and not bool(lengths.all()):
+            return step_rows_with_tokens(self, ids, state, lengths, all_positions)
+        recurrent = isinstance(state, RecurrentState)
+        given = state.tensor if recurrent else state
+        options = {"all_positions": True} if all_positions else {}
+        logits, after = self._model.step(ids, given, lengths, **options)
+        if recurrent:
+            state.tensor = after
+            return logits, state
+        return logits, after
+
+
+def step_rows_with_tokens(
+    runner: Any, ids: Tensor, state: Any, lengths: Tensor, all_positions: bool
+) -> tuple[Tensor, Any]:
+    """Step only the rows that have tokens; the others stay as they are, their logits are 0."""
+    some = lengths.nonzero().flatten()
+    part = state.fork()
+    part.reorder(some)
+    shape = (*ids.shape, runner.vocab_size) if all_positions else (len(ids), runner.vocab_size)
+    if len(some) == 0:
+        return torch.zeros(shape, device=ids.device), state
+    logits, part = runner.step(ids[some], part, lengths[some], all_positions=all_positions)
+    out = logits.new_zeros(shape)
+    out[some] = logits
+    # The rows that went on take the places of what they were.
+    place = torch.arange(len(ids), device=ids.device)
+    place[some] = len(ids) + torch.arange(len(some), device=ids.device)
+    state.append_rows(part)
+    state.reorder(place)
+    return out, state

@@ -1,0 +1,146 @@
+"""The engine on transformers' models: the same logits, and the same tokens greedily."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from lmfast.generation.engine import CannotPack, make_engine
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("needs_cpu_kernels")
+
+V = 131
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The operators of models this small are faster alone, many times so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+COMMON = {
+    "vocab_size": V,
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attn_implementation": "eager",
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+SLIDING = {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"] * 2}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", {"activation_function": "gelu_new"}),
+    "gpt-neox": ("GPTNeoX", {"rotary_pct": 0.5, "hidden_act": "gelu"}),
+    "gpt-neox sequential": ("GPTNeoX", {"use_parallel_residual": False}),
+    "llama": ("Llama", {"attention_bias": True}),
+    "llama 3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"sliding_window": 11, "head_dim": 20}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "gemma2": ("Gemma2", {**SLIDING, "head_dim": 16, "query_pre_attn_scalar": 20}),
+    "gemma3": ("Gemma3Text", {**SLIDING, "head_dim": 16, "query_pre_attn_scalar": 20}),
+    "phi3": ("Phi3", {"sliding_window": 40}),
+    "olmo2": ("Olmo2", {}),
+}
+
+
+def model_of(name: str, **more: Any) -> Any:
+    torch.manual_seed(3)
+    family, options = MODELS[name]
+    options = {**COMMON, **options, **more}
+    if "layer_types" in options:
+        options["layer_types"] = options["layer_types"][: options["num_hidden_layers"]]
+    config = getattr(transformers, f"{family}Config")(**options)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for p in model.parameters():  # far enough from zero for the greedy choice to be clear
+            p.add_(torch.randn_like(p) * 0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_same_logits_and_tokens(name: str) -> None:
+    model = model_of(name)
+    runner = make_engine(model)
+    ids = torch.randint(3, V, (2, 7))
+    new = 80
+    expected = model.generate(
+        ids,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        eos_token_id=None,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    state, now, found = runner.new_state(2), ids, []
+    for step in range(new):
+        logits, state = runner.step(now, state)
+        scale = expected.logits[step].abs().max()
+        # 3 layers of float32 on both sides; the rotation's angles are theirs.
+        assert (logits - expected.logits[step]).abs().max() < 2e-5 * scale, f"step {step}"
+        now = logits.argmax(-1)[:, None]
+        found.append(now)
+    assert torch.equal(torch.cat(found, 1), expected.sequences[:, 7:])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "phi3"])
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+def test_narrow_weights(name: str, weights: str) -> None:
+    model = model_of(name)
+    ids = torch.randint(3, V, (3, 21))
+    with torch.no_grad():
+        expected = model(ids).logits
+    runner = make_engine(model, weights)
+    found, _ = runner.step(ids, runner.new_state(3), all_positions=True)
+    error = (found - expected).square().mean().sqrt() / expected.std()
+    assert error < {"bf16": 0.02, "int8": 0.05, "int4": 0.35}[weights]
+
+
+def test_bfloat16_models_keep_their_numbers() -> None:
+    model = model_of("llama").bfloat16()
+    ids = torch.randint(3, V, (1, 12))
+    runner = make_engine(model, "bf16", cache_dtype=torch.float32)
+    found, _ = runner.step(ids, runner.new_state(1))
+    with torch.no_grad():
+        exact = model.float()(ids).logits[:, -1]
+    assert (found - exact).abs().max() < 2e-5 * exact.abs().max()
+
+
+def test_what_cannot_be_packed_says_why() -> None:
+    with pytest.raises(CannotPack, match=r"float16 parameters"):
+        make_engine(model_of("llama").half())
+    model = model_of("llama")
+    model.model.layers[1].mlp.up_proj = torch.nn.Sequential(model.model.layers[1].mlp.up_proj)
+    with pytest.raises(CannotPack, match=r"a Sequential in the place of a plain linear layer"):
+        make_engine(model)
+    unknown = model_of("llama", hidden_act="mish")
+    with pytest.raises(CannotPack, match=r"activation is 'mish'"):
+        make_engine(unknown)
+    with pytest.raises(CannotPack, match=r"training mode and has dropout"):
+        make_engine(model_of("gpt2").train())
+
+
+def test_positions_end() -> None:
+    runner = make_engine(model_of("gpt2"))
+    with pytest.raises(ValueError, match=r"has 512 positions, a row would have 513 tokens"):
+        runner.step(torch.ones(1, 513, dtype=torch.int64), runner.new_state(1))
