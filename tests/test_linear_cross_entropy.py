@@ -260,3 +260,26 @@ def test_gradcheck(reduction, settings):
 
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_a_loss_scale_keeps_float16_gradients_in_range(backend: str) -> None:
+    """A probability over the number of rows is below float16's smallest normal number, 6e-5."""
+    if backend == "cpu" and not _extension.cpu.loaded:
+        pytest.skip("no CPU kernels")
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(1024, 32, generator=generator).half()
+    weight = (torch.randn(2000, 32, generator=generator) / 6).half()
+    targets = torch.randint(2000, (1024,), generator=generator)
+    found = []
+    for leaves, chosen, scale in (
+        ((hidden, weight), backend, 2.0**14),
+        ((hidden.double(), weight.double()), "torch", 1.0),
+    ):
+        leaves = [t.clone().requires_grad_() for t in leaves]
+        loss = linear_cross_entropy(*leaves, targets, backend=chosen)
+        grads = torch.autograd.grad(loss * scale, leaves)
+        found.append([g.double() / scale for g in grads])
+    for value, exact in zip(*found, strict=True):
+        # Each gradient is rounded to float16's 2^-11 once, and so is each of its terms.
+        assert (value - exact).norm() / exact.norm() < 2.0**-11
