@@ -27,9 +27,10 @@ DTYPE_IDS = [str(d).removeprefix("torch.") for d in DTYPES]
 # errors scatters: over 60 seeds its ratio to PyTorch's has median 0.96 to 1.24 and nineteen in
 # twenty are below 1.94.
 # Attention recomputes probabilities from scores that its options have changed: of all options at
-# once the largest error is 2.4 times that of the formula, which keeps them.
+# once the largest error is 2.4 times that of the formula, which keeps them. On AMX probabilities
+# and their gradients are rounded to bf16 between products: up to 1.8 times over a whole tensor.
 EXCEPTIONS = {
-    "attention gradient": (2.5, 1.5),
+    "attention gradient": (2.5, 2.0),
     **{f"{op} gradient": (2.7, 1.5) for op in ("elman_rnn", "lstm", "gru")},
 }
 
