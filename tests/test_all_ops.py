@@ -23,13 +23,21 @@ DTYPE_IDS = [str(d).removeprefix("torch.") for d in DTYPES]
 
 
 # Exceptions to the error rule's factor of 1.5, as (largest error, whole tensor); none is the aim.
-# Attention's backward recomputes probabilities from a log-sum-exp in fp32. In the recurrent ops a
-# rounding feeds back from step to step, so the largest of a few hundred errors scatters: over 60
-# seeds its ratio to PyTorch's has median 0.96 to 1.24 and nineteen in twenty are below 1.94.
+# In the recurrent ops a rounding feeds back from step to step, so the largest of a few hundred
+# errors scatters: over 60 seeds its ratio to PyTorch's has median 0.96 to 1.24 and nineteen in
+# twenty are below 1.94.
+# Attention recomputes probabilities from scores that its options have changed: of all options at
+# once the largest error is 2.4 times that of the formula, which keeps them. On AMX probabilities
+# and their gradients are rounded to bf16 between products: up to 1.8 times over a whole tensor.
 EXCEPTIONS = {
-    "attention gradient": (4.0, 2.0),
+    "attention gradient": (2.5, 2.0),
     **{f"{op} gradient": (2.7, 1.5) for op in ("elman_rnn", "lstm", "gru")},
 }
+
+
+# Over how many draws of the values errors are pooled. Attention's samples are of a few dozen
+# numbers, and the largest error of so few scatters by more than the rule's factor.
+DRAWS = {"attention gradient": 12}
 
 
 def check_error(
@@ -160,17 +168,35 @@ def test_gradients(op: str, index: int, dtype: torch.dtype, cpu_isa: str) -> Non
     differentiable(op)
     sample = samples(op, dtype)[index]
     with_kernel(op, sample)
-    found = gradients(op, sample, "cpu")
-    arguments, leaves = with_gradients(op, sample)
-    results = call_peer(op, arguments)
-    plain = torch.autograd.grad(results, leaves, [upstream(r) for r in results])
-    # The upstream gradient is rounded to the dtype first, then widened: the same numbers.
-    arguments, leaves = with_gradients(op, sample.to_fp64())
-    results = outputs(OPS[op].public(**arguments, backend="torch"))
-    given = [upstream(r.to(dtype)).double() for r in results]
-    exact = torch.autograd.grad(results, leaves, given)
-    for i, (f, p, e) in enumerate(zip(found, plain, exact, strict=True)):
+    draws = []
+    for draw in range(DRAWS.get(f"{op} gradient", 1)):
+        drawn = sample if draw == 0 else redrawn(op, sample, draw)
+        found = gradients(op, drawn, "cpu")
+        arguments, leaves = with_gradients(op, drawn)
+        results = call_peer(op, arguments)
+        plain = torch.autograd.grad(results, leaves, [upstream(r) for r in results])
+        # The upstream gradient is rounded to the dtype first, then widened: the same numbers.
+        arguments, leaves = with_gradients(op, drawn.to_fp64())
+        results = outputs(OPS[op].public(**arguments, backend="torch"))
+        given = [upstream(r.to(dtype)).double() for r in results]
+        draws.append((found, plain, torch.autograd.grad(results, leaves, given)))
+    if not draws[0][0]:
+        return
+    pooled = (map(torch.stack, zip(*kind, strict=True)) for kind in zip(*draws, strict=True))
+    for i, (f, p, e) in enumerate(zip(*pooled, strict=True)):
         check_error(op, "gradient", i, f, p, e)
+
+
+def redrawn(op: str, sample: Sample, seed: int) -> Sample:
+    """The sample with other normal numbers in the tensors that have gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    arguments = named_arguments(op, sample)
+    for name in OPS[op].differentiable:
+        if name in arguments:
+            t = arguments[name]
+            # In the same memory order.
+            arguments[name] = torch.empty_like(t).copy_(torch.randn(t.shape, generator=generator))
+    return Sample(sample.name, (), arguments)
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lmfast import _extension, ops
+from lmfast import KVCache, _extension, ops
 from lmfast.testing import relative_error
 
 
@@ -141,20 +142,37 @@ def test_nothing_behind_the_lengths_is_read(cpu_isa: str) -> None:
 
 
 @pytest.mark.usefixtures("needs_cpu_kernels")
-def test_threads_and_splits_change_nothing(cpu_isa: str) -> None:
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_threads_and_splits_change_nothing(stored: torch.dtype, cpu_isa: str) -> None:
     threads = torch.get_num_threads()
-    keys, values = storage(2, 1, 2200, 32)
+    wide = 40 if stored == torch.int8 else 1
+    keys, values = ((torch.randn(2, 1, 2200, 32) * wide).to(stored) for _ in "kv")
+    scales: dict[str, Tensor] = {}
+    if stored == torch.int8:
+        scales = {n: torch.rand(2, 1, 2200) / 40 for n in ("key_scales", "value_scales")}
+    factors = [s[..., None] for s in scales.values()] or [1, 1]
     lengths = torch.tensor([2200, 1500])
+    # Blocks of the two rows exchanged: every second one lies in the other's storage row.
+    table = torch.arange(2, dtype=torch.int32)[:, None].repeat(1, 35)
+    table[:, 1::2] = table[:, 1::2].flip(0)
+    swapped = torch.arange(2200) // 64 % 2 == 1
     try:
         for heads, t in ((4, 1), (4, 16)):
             q = torch.randn(2, heads, t, 32)
-            found = []
-            for n in (1, 2, 3):
-                torch.set_num_threads(n)
-                found.append(ops.cached_attention(q, keys, values, lengths, backend="cpu"))
-            assert torch.equal(found[0], found[1])
-            assert torch.equal(found[0], found[2])
-            assert relative_error(found[0], row_by_row(q, keys, values, lengths)) < 1e-6
+            for by_table in (False, True):
+                seen = [x.double() * f for x, f in zip((keys, values), factors)]
+                if by_table:
+                    seen = [torch.where(swapped[:, None], x.flip(0), x) for x in seen]
+                options: dict[str, Any] = {**scales, "table": table if by_table else None}
+                found = []
+                for n in (1, 2, 3):
+                    torch.set_num_threads(n)
+                    found.append(
+                        ops.cached_attention(q, keys, values, lengths, **options, backend="cpu")
+                    )
+                assert torch.equal(found[0], found[1])
+                assert torch.equal(found[0], found[2])
+                assert relative_error(found[0], row_by_row(q, *seen, lengths)) < 1e-6
     finally:
         torch.set_num_threads(threads)
 
@@ -187,7 +205,8 @@ def test_contents_that_do_not_fit_are_named(change: dict[str, Any], message: str
 def test_all_options_crossed(data: st.DataObject) -> None:
     draw = data.draw
     kv_heads, group, b = (draw(st.integers(1, n)) for n in (2, 5, 3))
-    t, capacity, d = draw(st.integers(0, 20)), draw(st.integers(1, 300)), draw(st.integers(1, 70))
+    t, capacity = draw(st.integers(0, 20)), draw(st.integers(1, 300))
+    d = draw(st.one_of(st.integers(1, 70), st.integers(71, 256)))
     dtype = draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
     stored = draw(st.sampled_from((dtype, torch.float32, torch.bfloat16, torch.int8)))
     lengths = torch.tensor([draw(st.integers(0, capacity)) for _ in range(b)])
@@ -209,6 +228,8 @@ def test_all_options_crossed(data: st.DataObject) -> None:
         options["sinks"] = torch.randn(h)
     if draw(st.booleans()):
         options["alibi"] = torch.rand(h)
+    if draw(st.booleans()):
+        options["scale"] = draw(st.floats(-1.5, 1.5)) / math.sqrt(d)
     wide = 60 if stored == torch.int8 else 1
     q = torch.randn(b, h, t, d).to(dtype)
     keys, values = ((torch.randn(rows, kv_heads, capacity, d) * wide).to(stored) for _ in "kv")
@@ -224,3 +245,43 @@ def test_all_options_crossed(data: st.DataObject) -> None:
         eps = torch.finfo(dtype).eps
         tolerance = {"atol": 8 * eps, "rtol": 4 * eps}
     torch.testing.assert_close(found, plain, **tolerance)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Keeps the largest number of elements that an operation made anew."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not func.is_view:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("by_table", [False, True])
+def test_the_reference_copies_no_more_than_the_longest_row(by_table: bool) -> None:
+    keys, values = storage(2, 2, 6400, 8)
+    table = torch.zeros(2, 100, dtype=torch.int32) if by_table else None
+    q, lengths = torch.randn(2, 2, 1, 8), torch.tensor([70, 30])
+    with LargestTensor() as largest:
+        ops.cached_attention(q, keys, values, lengths, table=table, backend="torch")
+    assert largest.elements <= 2 * 2 * 70 * 8
+
+
+def test_a_cache_on_a_device_gives_the_operator_what_it_holds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = KVCache(1, 2, 2, 8, max_length=6400, device="meta").fork()
+    k = torch.zeros(2, 2, 70, 8, device="meta")
+    cache.rope_append(0, k.clone(), k, k)
+    seen: dict[str, Any] = {}
+
+    def look(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, **options: Any) -> Tensor:
+        seen.update(keys=keys, values=values, table=options["table"])
+        return q
+
+    monkeypatch.setattr(ops, "cached_attention", look)
+    cache.attend(0, k[:, :, -1:])
+    assert seen["keys"].shape[2] == seen["values"].shape[2] == 70
+    assert seen["table"].shape[1] == 2

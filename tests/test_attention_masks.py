@@ -104,3 +104,63 @@ def test_masks_with_odd_strides(cpu_isa: str) -> None:
     for form in (mask.t().contiguous().t(), torch.stack((mask, ~mask), -1)[..., 0]):
         found = ops.attention(q, k, v, causal=False, mask=form, backend="cpu")
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("t", [1, 5, 70])
+def test_nan_in_a_mask_or_a_slope_shows(t: int, cpu_isa: str) -> None:
+    """NaN at a key that a query sees makes the query's row NaN, as adding it to the scores does."""
+    for dtype in DTYPES:
+        q, k, v = (torch.randn(1, 2, n, 16).to(dtype).requires_grad_() for n in (t, 80, 80))
+        mask = torch.randn(t, 80).to(dtype)
+        mask[0, 3] = torch.nan  # seen
+        mask[-1, 5] = -torch.inf
+        if t > 1:
+            mask[1, 79] = torch.nan  # behind the causal limit
+        slopes = torch.tensor([torch.nan, 0.5])
+        for options in ({"mask": mask}, {"alibi": slopes}, {"mask": mask[:, :], "alibi": slopes}):
+            found, expected = (
+                ops.attention(q, k, v, **options, backend=backend) for backend in ("cpu", "torch")
+            )
+            assert found.isnan().any()
+            assert torch.equal(found.isnan(), expected.isnan())
+            torch.testing.assert_close(
+                found, expected, atol=4 * torch.finfo(dtype).eps, rtol=1e-5, equal_nan=True
+            )
+            dout = torch.ones_like(found)
+            (dq,) = torch.autograd.grad(found, q, dout)
+            (expected_dq,) = torch.autograd.grad(expected, q, dout)
+            assert torch.equal(dq.isnan(), expected_dq.isnan())
+
+
+@pytest.mark.parametrize("t", [1, 5, 70])
+def test_finite_masks_of_any_size(t: int, cpu_isa: str) -> None:
+    """Only -inf and the lowest number hide; numbers near them are scores like any other."""
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [torch.randn(1, 2, n, 16).to(dtype).requires_grad_() for n in (t, 80, 80)]
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        one_higher = torch.full((t, 80), -3e38)
+        one_higher[:, 7] = -2.9e38
+        halves = torch.full((t, 80), -3e38)
+        halves[:, 40:] = 3e38
+        mixed = torch.zeros(t, 80)
+        mixed[:, ::3], mixed[0] = -3e38, -1e30
+        for mask in (torch.full((t, 80), -3e38), one_higher, halves, mixed, mixed * 0 - 1e9):
+            found = ops.attention(*inputs, causal=False, mask=mask, backend="cpu")
+            expected = ops.attention(*exact, causal=False, mask=mask, backend="torch")
+            if mask.max() < -1e8:  # beside 1e9, 64 is the last place of fp32: the score is lost
+                expected = attend_alone(exact, mask)
+            gradients = torch.autograd.grad(expected, exact, torch.ones_like(expected))
+            tolerance = 2e-6 if dtype == torch.float32 else 3 * torch.finfo(dtype).eps
+            assert relative_error(found, expected) <= tolerance
+            for f, e in zip(
+                torch.autograd.grad(found, inputs, torch.ones_like(found)), gradients, strict=True
+            ):
+                scale = e.abs().max().clamp_min(1)
+                assert ((f.double() - e).abs().max() / scale) <= 4 * tolerance
+
+
+def attend_alone(inputs: list[Tensor], mask: Tensor) -> Tensor:
+    """Attention by the mask alone, as it is where it swallows the scores; their gradients stay."""
+    q, k, v = inputs
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    return torch.softmax(mask.double() + (scores - scores.detach()), -1) @ v

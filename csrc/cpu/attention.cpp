@@ -20,16 +20,20 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                      const std::optional<Tensor>& lengths,
                                      const std::optional<Tensor>& mask, int64_t window,
                                      double softcap, const std::optional<Tensor>& sinks,
-                                     const std::optional<Tensor>& alibi, double scale) {
+                                     const std::optional<Tensor>& alibi, double scale,
+                                     bool for_gradient) {
   AttentionCall call(
       q, k, v, {causal, offset, offsets, lengths, mask, window, softcap, sinks, alibi, scale});
   AttentionArgs& a = call.args;
   Tensor out = empty_like(q);
-  Tensor lse = new_empty(q, {a.batch, a.heads, a.length}, ScalarType::Float);
+  Tensor sums = new_empty(q, {for_gradient ? 2 : 0, a.batch, a.heads, a.length}, ScalarType::Float);
   a.out = attention_tensor(out, "out");
-  a.lse = static_cast<float*>(lse.mutable_data_ptr());
+  if (for_gradient) {
+    a.reference = static_cast<float*>(sums.mutable_data_ptr());
+    a.sum = a.reference + a.batch * a.heads * a.length;
+  }
   run_attention(a);
-  return {out, lse};
+  return {out, sums};
 }
 
 Tensor cached_attention(const Tensor& q, const Tensor& keys, const Tensor& values,

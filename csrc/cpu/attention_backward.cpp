@@ -23,7 +23,7 @@ int64_t key_ranges(const AttentionArgs& a) {
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-    const Tensor& lse, bool causal, std::optional<int64_t> offset,
+    const Tensor& sums, bool causal, std::optional<int64_t> offset,
     const std::optional<Tensor>& offsets, const std::optional<Tensor>& lengths,
     const std::optional<Tensor>& mask, int64_t window, double softcap,
     const std::optional<Tensor>& sinks, const std::optional<Tensor>& alibi, double scale) {
@@ -36,12 +36,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   check_same_shape(q, dout, "q", "dout");
   LMFAST_CHECK(dtype_of(out, "out") == f.dtype && dtype_of(dout, "dout") == f.dtype,
                "out and dout must have q's dtype");
-  LMFAST_CHECK(lse.is_cpu() && lse.scalar_type() == ScalarType::Float && lse.is_contiguous() &&
-                   lse.numel() == f.batch * f.heads * f.length,
-               "lse must be a contiguous float32 CPU tensor (B, H, T)");
+  LMFAST_CHECK(sums.is_cpu() && sums.scalar_type() == ScalarType::Float && sums.is_contiguous() &&
+                   sums.numel() == 2 * f.batch * f.heads * f.length,
+               "sums must be a contiguous float32 CPU tensor (2, B, H, T)");
   Tensor dq = empty_like(q), dk = empty_like(k), dv = empty_like(v);
   f.out = attention_tensor(out, "out");
-  f.lse = static_cast<float*>(lse.mutable_data_ptr());
+  f.reference = static_cast<float*>(sums.mutable_data_ptr());
+  f.sum = f.reference + f.batch * f.heads * f.length;
   a.dout = attention_tensor(dout, "dout");
   a.dq = attention_tensor(dq, "dq");
   a.dk = attention_tensor(dk, "dk");

@@ -51,8 +51,9 @@ class AttentionCall {
   std::vector<int64_t> offsets_, lengths_, runs_;
 };
 
-// Runs the forward on the arguments of a call whose `out` and `lse` are set: splits the work over
-// the threads, by the shapes and lengths alone.
+// Runs the forward on the arguments of a call whose `out` is set: splits the work over the threads,
+// by the shapes and lengths alone. With `sum` set, for a backward, by the kernel whose scores are
+// the backward's to the last bit.
 void run_attention(AttentionArgs& args);
 
 }  // namespace lmfast

@@ -1,4 +1,5 @@
-// 2^x in the precision its user needs, log2, and a choice between two vectors. For kernels only.
+// 2^x in the precision its user needs, log2 (AVX-512), and a choice between two vectors. For
+// kernels only.
 //
 // 2^x = 2^floor(x) * p(x - floor(x)) with p a polynomial on [0, 1], p(0) = 1 and p(1) = 2 exactly.
 // Largest relative error of p as evaluated in float: degree 2: 2.7e-3, 3: 1.0e-4, 4: 3.4e-6,
@@ -84,13 +85,6 @@ LMFAST_INLINE VecF exp2(VecF x) {
   // The nearest integer to x - 1/2 is floor(x), or x - 1 for some integers x; then r is 1.
   const VecF n = round_to_int(clamped - VecF::set1(0.5f));
   return scale_by_power_of_two(exp2_fraction<kDegree>(clamped - n), n);
-}
-
-LMFAST_INLINE VecF log2(VecF x) {
-  float lanes[VecF::kWidth];
-  x.store(lanes);
-  for (float& lane : lanes) lane = ::log2f(lane);
-  return VecF::load(lanes);
 }
 
 #if defined(__AVX2__)

@@ -78,6 +78,11 @@ class Storage:
         parts = [t[:count] for t in self.tensors()]
         return Storage(*parts, *(None,) * (4 - len(parts)))
 
+    def first_columns(self, count: int) -> Storage:
+        """A view of the first columns."""
+        parts = [t[:, :, :count] for t in self.tensors()]
+        return Storage(*parts, *(None,) * (4 - len(parts)))
+
     def copy_rows(self, sources: Tensor, targets: Tensor, begin: int, end: int) -> None:
         """Copies columns begin..end of rows to other rows."""
         for t in self.tensors():

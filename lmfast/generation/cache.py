@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lmfast import ops
-from lmfast.generation._blocks import BlockPool, BlockTable
+from lmfast.generation._blocks import BLOCK, BlockPool, BlockTable
 from lmfast.generation._rows import CachedRows, Group, check_sizes, layer_windows
 from lmfast.generation._step import Padding, Placement, Step, check_integer, make_step, new_tokens
 from lmfast.generation._storage import Storage, on_device
@@ -270,9 +270,14 @@ class KVCache(CachedRows):
                     f"{window}: make the cache with that window"
                 )
             window = own if window is None else window
+        table = placement.table
+        if self.device.type != "cpu":
+            # There the operator cannot look at the lengths, and may copy what it is given.
+            s = s.first_columns(placement.longest)
+            table = None if table is None else table[:, : -(-placement.longest // BLOCK)]
         return ops.cached_attention(
             *(q, s.keys, s.values, placement.lengths),
-            table=placement.table,
+            table=table,
             key_scales=s.key_scales,
             value_scales=s.value_scales,
             window=window,

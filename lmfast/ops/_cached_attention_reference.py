@@ -65,6 +65,17 @@ def dequantised(stored: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Te
     return stored.to(dtype) if scales is None else stored.to(dtype) * scales[..., None].to(dtype)
 
 
+def shortened(
+    keys: Tensor, values: Tensor, o: CacheOptions, longest: int
+) -> tuple[Tensor, Tensor, CacheOptions]:
+    """The same call on views of the first ``longest`` keys, all that any row has."""
+    scales = (None if s is None else s[:, :, :longest] for s in (o.key_scales, o.value_scales))
+    table = None if o.table is None else o.table[:, : -(-longest // TABLE_BLOCK)]
+    key_scales, value_scales = scales
+    o = o._replace(table=table, key_scales=key_scales, value_scales=value_scales)
+    return keys[:, :, :longest], values[:, :, :longest], o
+
+
 def _dense_arguments(
     q: Tensor,
     keys: Tensor,
@@ -74,6 +85,9 @@ def _dense_arguments(
     dtype: torch.dtype,
 ) -> tuple[Any, ...]:
     o = CacheOptions(*options)
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        # On a GPU reading the lengths would wait for it; `KVCache` knows them, and does the same.
+        keys, values, o = shortened(keys, values, o, int(lengths.max()) if len(lengths) else 0)
     k, v = (
         by_batch_row(dequantised(stored, scales, accumulation_dtype(q.dtype)), o.table, lengths)
         for stored, scales in ((keys, o.key_scales), (values, o.value_scales))

@@ -129,23 +129,30 @@ _OPTIONS = (
 )
 
 
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, *options: Any, for_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
+    for_gradient = for_gradient or options[len(Options._fields) :] == (True,)
+    sums = q.new_empty((2 if for_gradient else 0, *q.shape[:3]), dtype=torch.float32)
+    return torch.empty_like(q), sums
 
 
 def _backward_fake(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-# The second result is the log-sum-exp of each row's scores in base 2, float32 (B, H, T); inf for a
-# row that sees no key. In base 2 the backward rounds once less.
+# The second result, for a backward, is each row's log-sum-exp in two parts, (2, B, H, T) float32: a
+# reference value m of its scores (of the products alone, without options), and the sum of
+# e^(score - m). Without a backward, (0, B, H, T).
 _forward_op = define(
-    f"attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)", _forward_fake
+    f"attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool for_gradient=False)"
+    " -> (Tensor, Tensor)",
+    _forward_fake,
 )
 _backward_op = define(
-    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor sums, "
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _backward_fake,
 )
@@ -192,24 +199,27 @@ def _torch_forward(*args: Any) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """Saves the output and one number per query row, besides the inputs."""
+    """Saves the output and the log-sum-exp of each query row, besides the inputs."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return implementation("attention", args[-1]).forward(*args[:-1])
+        *inputs, backend = args
+        if backend == "cpu":
+            return _cpu_forward(*inputs, for_gradient=True)
+        return implementation("attention", backend).forward(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         q, k, v, *options, ctx.backend = inputs
-        out, lse = output
+        out, sums = output
         o = Options(*options)
-        ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(q, k, v, out, lse, o.offsets, o.lengths, o.mask, o.sinks, o.alibi)
+        ctx.mark_non_differentiable(sums)
+        ctx.save_for_backward(q, k, v, out, sums, o.offsets, o.lengths, o.mask, o.sinks, o.alibi)
         ctx.options = o._replace(offsets=None, lengths=None, mask=None, sinks=None, alibi=None)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, out, lse, offsets, lengths, mask, sinks, alibi = ctx.saved_tensors
+    def backward(ctx: Any, dout: Tensor, dsums: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, out, sums, offsets, lengths, mask, sinks, alibi = ctx.saved_tensors
         o = ctx.options._replace(
             offsets=offsets, lengths=lengths, mask=mask, sinks=sinks, alibi=alibi
         )
@@ -222,7 +232,7 @@ class _Attention(torch.autograd.Function):
         else:
             backward = implementation("attention", ctx.backend).backward
             assert backward is not None
-            dq, dk, dv, dsinks = backward(dout, q, k, v, out, lse, *o)
+            dq, dk, dv, dsinks = backward(dout, q, k, v, out, sums, *o)
         grads = [dsinks if name == "sinks" else None for name in Options._fields]
         return dq, dk, dv, *grads, None
 
@@ -253,25 +263,30 @@ def kernel_options(options: tuple[Any, ...]) -> Options:
     )
 
 
-def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def _cpu_forward(
+    q: Tensor, k: Tensor, v: Tensor, *options: Any, for_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
     q, k, v = (with_unit_last_stride(t) for t in (q, k, v))
-    return _forward_op(q, k, v, *kernel_options(options))
+    return _forward_op(q, k, v, *kernel_options(options), for_gradient)
 
 
 def _cpu_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     dout, q, k, v = (with_unit_last_stride(t) for t in (dout, q, k, v))
     o = Options(*options)
-    grads = _backward_op(dout, q, k, v, out, lse, *kernel_options(options))
-    return *grads, sink_gradient(o.sinks, dout, out, lse)
+    grads = _backward_op(dout, q, k, v, out, sums, *kernel_options(options))
+    reference_value, total = sums.unbind(0)
+    return *grads, sink_gradient(o.sinks, dout, out, reference_value, total)
 
 
-def sink_gradient(sinks: Tensor | None, dout: Tensor, out: Tensor, lse: Tensor) -> Tensor | None:
-    """A sink takes the share e^sink / 2^lse of each row and gives it no value."""
+def sink_gradient(
+    sinks: Tensor | None, dout: Tensor, out: Tensor, m: Tensor, total: Tensor | float
+) -> Tensor | None:
+    """A sink takes the share e^(sink - m) / total of each row and gives it no value."""
     if sinks is None or not sinks.requires_grad:
         return None
-    share = torch.exp2(sinks.float()[:, None] * math.log2(math.e) - lse)
+    share = torch.exp(sinks.float()[:, None] - m) / total
     dsinks = -(share * (dout.float() * out.float()).sum(-1)).sum((0, 2))
     return dsinks.to(sinks.dtype)
 

@@ -8,6 +8,7 @@ for by name: that is how they are tested without a GPU.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -41,7 +42,14 @@ _add_rms_norm_op = twin("add_rms_norm", "rms_norm")
 _rms_norm_backward = twin("rms_norm_backward", "rms_norm_backward")
 _rope = twin("rope", "rope")
 _rope_inplace = twin("rope_", "rope")
-_attention = twin("attention", "attention")
+
+
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+# Its second result is the log-sum-exp in base 2, (B, H, T); inf for a row that sees no key.
+_attention = twin("attention", "attention", _attention_fake)
 _attention_grads = twin("attention_backward", "attention_backward")
 
 
@@ -161,7 +169,8 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     dout, q, k, v = (with_unit_last_stride(t) for t in (dout, q, k, v))
     grads = _attention_grads(dout, q, k, v, out, lse, *kernel_options(options))
-    return *grads, sink_gradient(Options(*options).sinks, dout, out, lse)
+    natural = lse * math.log(2)
+    return *grads, sink_gradient(Options(*options).sinks, dout, out, natural, 1.0)
 
 
 def _attention_unsupported(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> str | None:

@@ -36,12 +36,13 @@ def unsupported(*tensors: Tensor | None) -> str | None:
     return None
 
 
-def twin(name: str, module: str) -> Any:
+def twin(name: str, module: str, fake: Callable[..., Any] | None = None) -> Any:
     """Defines ``lmfast::triton_<name>`` like ``lmfast::<name>``, run by ``<module>.<name>``.
 
     Args:
         name: of the op, and of the launcher.
         module: the file of this package that holds the launcher; imported at the first call.
+        fake: its fake function, if it returns something else than ``lmfast::<name>`` does.
 
     Returns:
         The callable overload.
@@ -55,7 +56,7 @@ def twin(name: str, module: str) -> Any:
             launcher.append(getattr(importlib.import_module(f"lmfast.triton.{module}"), name))
         return launcher[0](*args)
 
-    op = define(f"triton_{schema}", lambda *args: model(*args))
+    op = define(f"triton_{schema}", fake or (lambda *args: model(*args)))
     for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
         LIBRARY.impl(f"triton_{name}", launch, key)
     return op

@@ -37,7 +37,11 @@ struct AttentionArgs {
   AttentionStorage stored;
   int64_t batch, heads, kv_heads, length, keys, head_dim;
   AttentionTensor q, k, v, out;
-  float* lse;  // (B, H, T) log2 of the sum of e^score; inf where a row sees no key; or null
+  // (B, H, T) each, or null: a reference value m of the row's scores (without options, of its
+  // products alone), and the sum of e^(score - m); inf and 1 where a row sees no key. As one
+  // number, m + log(sum), its rounding would be most of the gradients' error (3e-7 of every
+  // probability at 10), and all of it for a mask of -1e9.
+  float *reference, *sum;
 
   // What a query sees: query t of batch row b is at position p = offsets[b] + t; of the first
   // lengths[b] keys it sees those up to p when causal, and those nearer than `window` to p.
@@ -113,7 +117,7 @@ static inline int64_t attention_fwd_scratch_bytes(const AttentionArgs& a) {
 static inline int64_t attention_bwd_scratch_bytes(const AttentionArgs& a) {
   const int64_t width = round_up(a.head_dim, 32), lanes = kAttentionLanes;
   const int64_t rows = round_up(a.length, 32) + 32, keys = round_up(a.keys, lanes) + lanes;
-  return rows * (width * 3 * 4 + 2 * 4) + keys * width * 3 * 4 +
+  return rows * (width * 3 * 4 + 3 * 4) + keys * width * 3 * 4 +
          lanes * (4 * width + 5 * kAttentionChunk) * 4 + 160 * 1024;
 }
 

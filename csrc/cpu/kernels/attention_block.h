@@ -2,7 +2,7 @@
 // and which keys they see.
 #pragma once
 
-#include "../simd_exp.h"
+#include "../simd_tanh.h"
 #include "attention.h"
 
 namespace lmfast::LMFAST_ISA {
@@ -131,28 +131,31 @@ LMFAST_INLINE void to_float_row(const T* in, int64_t n, float* out) {
   if (i < n) VecF::load(in + i, static_cast<int>(n - i)).store(out + i, static_cast<int>(n - i));
 }
 
-// tanh with a relative error of a few 1e-8 everywhere: near 0 an odd polynomial (Cephes), since
-// 1 - 2 / (e^2x + 1) cancels there.
-LMFAST_INLINE VecF tanh(VecF x) {
-  const VecF z = x * x, one = VecF::set1(1.0f), two = VecF::set1(2.0f);
-  VecF p = VecF::set1(-5.70498872745e-3f);
-  p = fmadd(p, z, VecF::set1(2.06390887954e-2f));
-  p = fmadd(p, z, VecF::set1(-5.37397155531e-2f));
-  p = fmadd(p, z, VecF::set1(1.33314422036e-1f));
-  p = fmadd(p, z, VecF::set1(-3.33332819422e-1f));
-  const VecF near = fmadd(p * z, x, x);
-  const VecF far = one - two / (exp(x * two) + one);
-  return select_less(z, VecF::set1(0.390625f), near, far);
-}
-
 LMFAST_INLINE bool has_score_options(const AttentionArgs& a) {
-  // A scale that is not positive would turn the largest product into the smallest score.
+  // A scale that is not positive would turn the largest product into the smallest score, and next
+  // to a very small one products may be larger than any limit. Sinks are compared with scores.
   return a.softcap > 0.0f || a.alibi != nullptr || a.mask_kind != MaskKind::kNone ||
-         !(a.scale > 0.0f);
+         a.sinks != nullptr || !(a.scale > 1e-30f);
 }
 
-// log2(e) times what the mask adds to a score; -inf hides the key. `lowest` is the lowest number
-// but one: what lies below it hides.
+// What a score's distance to its row's reference value m is multiplied by for an exponent of 2.
+// Without options scores are the products alone. As one multiply-add, s * unit - m * unit, the
+// exponent of the largest score would not be 0 but a rounding error, and so would the error of a
+// probability near 1; and a finite mask of 3e38 would overflow.
+LMFAST_INLINE float exponent_unit(const AttentionArgs& a) {
+  return has_score_options(a) ? kLog2e : a.scale * kLog2e;
+}
+
+// Keeps what the backward needs of a row.
+LMFAST_INLINE void keep_sums(const AttentionArgs& a, int64_t row, float m, float sum) {
+  if (a.sum == nullptr) return;
+  const bool empty = sum == 0.0f;
+  a.reference[row] = empty ? kInfinity : m;
+  a.sum[row] = empty ? 1.0f : sum;
+}
+
+// What the mask adds to a score; -inf hides the key. `lowest` is the lowest number but one: what
+// lies below it hides. NaN shows, and makes the score NaN.
 template <class T>
 LMFAST_INLINE void added_row(const void* mask, int64_t at, int64_t stride, int n, float lowest,
                              float* out) {
@@ -166,7 +169,7 @@ LMFAST_INLINE void added_row(const void* mask, int64_t at, int64_t stride, int n
       for (int j = 0; j < count; ++j) lanes[j] = p[(i + j) * stride];
     }
     const VecF x = VecF::load(stride == 1 ? p + i : lanes, count);
-    select_less(x, limit, hidden, x * VecF::set1(kLog2e)).store(out + i, count);
+    select_less(x, limit, hidden, x).store(out + i, count);
   }
 }
 // The same for n keys of one row of any mask, from element `at` on.
@@ -191,6 +194,11 @@ inline __attribute__((noinline)) void mask_row(const AttentionArgs& a, int64_t a
     case MaskKind::kNone:
       break;
   }
+}
+
+// The score with what mask_row gave for it added.
+LMFAST_INLINE VecF add_mask(VecF score, VecF added) {
+  return select_less(added, VecF::set1(kLowest), VecF::set1(-kInfinity), score + added);
 }
 
 }  // namespace

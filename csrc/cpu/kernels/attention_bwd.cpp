@@ -1,9 +1,10 @@
-// Attention, backward: dq, dk and dv from q, k, v, out, the log-sum-exp and dout.
+// Attention, backward: dq, dk and dv from q, k, v, out, dout and two numbers per row of the
+// softmax.
 //
 // Floor: arithmetic, five products where the forward has two. Blocks of 64 keys, as vector lanes,
-// walk through the query rows that see them, so that the log-sum-exp and delta = dout . out of a
-// row are single numbers, and P and dS come out in the order that the next products read:
-//   S = Q K^T;  dP = dO V^T;  P = 2^(S - lse);  dS = P (dP - delta);
+// walk through the query rows that see them, so that reference value, sum and delta = dout . out of
+// a row are single numbers, and P and dS come out in the order that the next products read:
+//   S = Q K^T;  dP = dO V^T;  P = 2^(S - m) / l;  dS = P (dP - delta);
 //   dV^T += dO^T P;  dK^T += Q^T dS;  dQ += dS K.
 // Recomputing P costs one product and the exponentials again; keeping it would cost T S numbers.
 //
@@ -12,7 +13,6 @@
 // whose partial dQ attention_reduce adds in order; the number of ranges depends on the shape only.
 //
 // Two versions, as in attention_fwd.cpp: fp32 here, bf16 on AMX in attention_bwd_amx.h.
-#include "../gemm_f32.h"
 #include "../simd_transpose.h"
 #include "attention_grad.h"
 #include "attention_rows.h"
@@ -29,13 +29,47 @@ LMFAST_INLINE void score_gradients(const HeadRows& h, int64_t t, int n, VecF uni
                                    float* dp, const float* slope) {
   constexpr int W = VecF::kWidth;
   for (int j = 0; j < n; ++j) {
-    const VecF lse = VecF::set1(-h.lse[t + j]), delta = VecF::set1(h.delta[t + j]);
+    const VecF minus_m = VecF::set1(h.minus_m[t + j]), inverse = VecF::set1(h.inverse[t + j]);
+    const VecF delta = VecF::set1(h.delta[t + j]);
     for (int i = j * kLanes; i < (j + 1) * kLanes; i += W) {
-      const VecF p = exp2<6>(fmadd(VecF::load(s + i), unit, lse));
+      const VecF p = exp2<6>((VecF::load(s + i) + minus_m) * unit) * inverse;
       VecF ds = p * (VecF::load(dp + i) - delta);
       if constexpr (kSlope) ds = ds * VecF::load(slope + i);
       p.store(s + i);
       ds.store(dp + i);
+    }
+  }
+}
+
+// delta = dout . out of all rows of a head, added in multiply_heads's order: where a row has one
+// key, or one that outweighs all others, dP - delta is then 0 as it should be, not a rounding error
+// of the two. `rows` and the lanes are scratch for (64, D) floats.
+template <class T>
+void exact_deltas(const AttentionBwdArgs& a, int64_t b, const HeadRows& h, const FloatRows& dout,
+                  int64_t chain, float* rows, float* out_lanes, float* dout_lanes) {
+  constexpr int W = VecF::kWidth;
+  const AttentionArgs& f = a.fwd;
+  const int64_t width = f.head_dim;
+  for (int64_t t = 0; t < f.length; t += kLanes) {
+    const int n = static_cast<int>(f.length - t < kLanes ? f.length - t : kLanes);
+    for (int i = 0; i < n; ++i) {
+      to_float_row(row_of<T>(f.out, b, h.head, t + i), width, rows + i * width);
+    }
+    const int columns = static_cast<int>(width);
+    rows_to_lanes(rows, width, n, columns, out_lanes, kLanes, kLanes);
+    rows_to_lanes(dout.data + t * dout.stride, dout.stride, n, columns, dout_lanes, kLanes, kLanes);
+    for (int i = 0; i < n; i += W) {
+      VecF total = VecF::zero();
+      for (int64_t first = 0; first < width; first += chain) {
+        const int64_t end = first + chain < width ? first + chain : width;
+        VecF sum = VecF::zero();
+        for (int64_t d = first; d < end; ++d) {
+          const int64_t at = d * kLanes + i;
+          sum = fmadd(VecF::load(dout_lanes + at), VecF::load(out_lanes + at), sum);
+        }
+        total = first > 0 ? sum + total : sum;
+      }
+      total.store(h.delta + t + i, n - i);
     }
   }
 }
@@ -52,7 +86,8 @@ void bwd_unit(const AttentionBwdArgs& a, const Unit& u) {
   float* q_copy = scratch.take<float>(f.length * width);
   float* dout_copy = scratch.take<float>(f.length * width);
   float* dq = scratch.take<float>(f.length * padded);
-  HeadRows h{0, scratch.take<float>(f.length), scratch.take<float>(f.length)};
+  HeadRows h{0, scratch.take<float>(f.length), scratch.take<float>(f.length),
+             scratch.take<float>(f.length)};
   float* dk = scratch.take<float>(sums * kLanes * width);
   float* dv = scratch.take<float>(sums * kLanes * width);
   float* k_rows = scratch.take<float>(kLanes * padded);
@@ -63,16 +98,18 @@ void bwd_unit(const AttentionBwdArgs& a, const Unit& u) {
   float* dp = scratch.take<float>(kChunk * kLanes);
   float* slope = scratch.take<float>(kChunk * kLanes);
   const bool options = has_score_options(f);
-  const VecF unit = VecF::set1(options ? 1.0f : f.scale * kLog2e);
+  const VecF unit = VecF::set1(exponent_unit(f));
+  const int64_t chain = chain_of(f);
   const size_t sum_bytes = sizeof(float) * static_cast<size_t>(kLanes * width);
   memset(k_rows, 0, sizeof(float) * static_cast<size_t>(kLanes * padded));
 
   for (int64_t g = 0; g < group; ++g) {
     h.head = u.kv_head * group + g;
-    describe_head<T>(a, u.b, h, f.length);
+    describe_head(f, u.b, h, f.length);
     const Span all{0, f.length};
     const FloatRows q = float_rows<T>(f.q, u.b, h.head, all, width, q_copy);
     const FloatRows dout = float_rows<T>(a.dout, u.b, h.head, all, width, dout_copy);
+    exact_deltas<T>(a, u.b, h, dout, chain, v_rows, v_lanes, k_lanes);
     memset(dq, 0, sizeof(float) * static_cast<size_t>(f.length * padded));
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t key = keys.lo + block * kLanes;
@@ -101,9 +138,8 @@ void bwd_unit(const AttentionBwdArgs& a, const Unit& u) {
         const int64_t lanes = round_up(seen, 16);
         const float* q_rows = q.data + t * q.stride;
         const float* dout_rows = dout.data + t * dout.stride;
-        gemm_f32<false, false>(n, lanes, width, q_rows, q.stride, k_lanes, kLanes, s, kLanes);
-        gemm_f32<false, false>(n, lanes, width, dout_rows, dout.stride, v_lanes, kLanes, dp,
-                               kLanes);
+        multiply_heads(n, lanes, width, q_rows, q.stride, k_lanes, s, chain);
+        multiply_heads(n, lanes, width, dout_rows, dout.stride, v_lanes, dp, chain);
         if (options) apply_options_by_rows(f, u.b, h.head, t, n, key, s, slope);
         hide_invisible_by_rows(f, u.b, t, n, key, key + kLanes, s);
         if (f.softcap > 0.0f) {

@@ -21,13 +21,20 @@ struct GradTiles {
   char* ds_rows;  // A: (rows / 16, 2 groups of 32 keys)
 };
 
-// P and dS of 32 * steps rows.
-template <bool kSlope>
+// The exponent of a probability; h as sums_to_exponents leaves it.
+template <bool kOptions>
+LMFAST_INLINE VecF gradient_exponent(VecF score, VecF unit, VecF minus_m, VecF rest) {
+  return fmadd(kOptions ? score + minus_m : score, unit, kOptions ? rest : minus_m);
+}
+
+// P and dS of 32 * steps rows; h as sums_to_exponents leaves it.
+template <bool kOptions, bool kSlope>
 LMFAST_INLINE void score_gradient_tiles(const HeadRows& h, int64_t t, int steps, VecF unit,
                                         const float* s, const float* dp, const float* slope,
                                         const GradTiles& out) {
   for (int j = 0; j < 32 * steps; j += 2) {
-    const VecF lse0 = VecF::set1(-h.lse[t + j]), lse1 = VecF::set1(-h.lse[t + j + 1]);
+    const VecF m0 = VecF::set1(h.minus_m[t + j]), m1 = VecF::set1(h.minus_m[t + j + 1]);
+    const VecF rest0 = VecF::set1(h.inverse[t + j]), rest1 = VecF::set1(h.inverse[t + j + 1]);
     const VecF delta0 = VecF::set1(h.delta[t + j]), delta1 = VecF::set1(h.delta[t + j + 1]);
     const int tile_row = 64 * (j % 32 / 2);
 #pragma GCC unroll 2
@@ -36,8 +43,9 @@ LMFAST_INLINE void score_gradient_tiles(const HeadRows& h, int64_t t, int steps,
 #pragma GCC unroll 2
       for (int c = 0; c < 2; ++c) {
         const int at = j * kLanes + 32 * half + 16 * c;
-        const VecF x0 = exp2<3>(fmadd(VecF::load(s + at), unit, lse0));
-        const VecF x1 = exp2<3>(fmadd(VecF::load(s + at + kLanes), unit, lse1));
+        const VecF x0 = exp2<3>(gradient_exponent<kOptions>(VecF::load(s + at), unit, m0, rest0));
+        const VecF x1 =
+            exp2<3>(gradient_exponent<kOptions>(VecF::load(s + at + kLanes), unit, m1, rest1));
         VecF y0 = x0 * (VecF::load(dp + at) - delta0);
         VecF y1 = x1 * (VecF::load(dp + at + kLanes) - delta1);
         if constexpr (kSlope) {
@@ -62,6 +70,34 @@ LMFAST_INLINE void score_gradient_tiles(const HeadRows& h, int64_t t, int steps,
       _mm512_storeu_si512(rows, row0);
       _mm512_storeu_si512(rows + 64, row1);
     }
+  }
+}
+
+// delta = dout . out of a head's rows; 0 for rows of padding.
+LMFAST_INLINE void rough_deltas(const AttentionBwdArgs& a, int64_t b, const HeadRows& h,
+                                int64_t padded) {
+  const AttentionArgs& f = a.fwd;
+  for (int64_t t = 0; t < padded; ++t) {
+    VecF total = VecF::zero();
+    for (int64_t d = 0; t < f.length && d < f.head_dim; d += 16) {
+      const int n = static_cast<int>(f.head_dim - d < 16 ? f.head_dim - d : 16);
+      total = fmadd(VecF::load(row_of<bf16>(f.out, b, h.head, t) + d, n),
+                    VecF::load(row_of<bf16>(a.dout, b, h.head, t) + d, n), total);
+    }
+    h.delta[t] = sum(total);
+  }
+}
+
+// Puts the division by the sum into the exponent, where it costs nothing: log2(1 / sum) takes the
+// place of 1 / sum, or without options is added to minus_m, then in base 2. Rounded to bf16 a
+// probability does not show the difference.
+LMFAST_INLINE void sums_to_exponents(const AttentionArgs& a, const HeadRows& h, int64_t length) {
+  const bool options = has_score_options(a);
+  const VecF unit = VecF::set1(exponent_unit(a));
+  for (int64_t t = 0; t < length; t += 16) {
+    const VecF rest = log2(VecF::load(h.inverse + t));
+    rest.store(h.inverse + t);
+    if (!options) fmadd(VecF::load(h.minus_m + t), unit, rest).store(h.minus_m + t);
   }
 }
 
@@ -116,7 +152,8 @@ void bwd_unit_amx(const AttentionBwdArgs& a, const Unit& u) {
   char* q_tiles = scratch.take<char>(length * width * 2);
   char* dout_tiles = scratch.take<char>(length * width * 2);
   float* dq = scratch.take<float>(length * width);
-  HeadRows h{0, scratch.take<float>(length), scratch.take<float>(length)};
+  HeadRows h{0, scratch.take<float>(length), scratch.take<float>(length),
+             scratch.take<float>(length)};
   float* dk = scratch.take<float>(sums * kLanes * width);
   float* dv = scratch.take<float>(sums * kLanes * width);
   const int64_t key_bytes = kLanes * width * 2;
@@ -129,7 +166,7 @@ void bwd_unit_amx(const AttentionBwdArgs& a, const Unit& u) {
   char* ds = scratch.take<char>(kSumRows * kLanes * 2);
   char* ds_rows = scratch.take<char>(kStep * 32 * kLanes * 2);
   const bool options = has_score_options(f);
-  const VecF unit = VecF::set1(options ? 1.0f : f.scale * kLog2e);
+  const VecF unit = VecF::set1(exponent_unit(f));
   const size_t sum_bytes = sizeof(float) * static_cast<size_t>(kLanes * width);
 
   // Rows of padding have no derivative of their own; what is there must be finite.
@@ -138,7 +175,9 @@ void bwd_unit_amx(const AttentionBwdArgs& a, const Unit& u) {
   TileSession session;
   for (int64_t g = 0; g < group; ++g) {
     h.head = u.kv_head * group + g;
-    describe_head<bf16>(a, u.b, h, length);
+    describe_head(f, u.b, h, length);
+    rough_deltas(a, u.b, h, length);
+    sums_to_exponents(f, h, length);
     const Span all{0, f.length};
     const TileRows q = tile_rows(f.q, u.b, h.head, all, columns, width, q_copy);
     const TileRows dout = tile_rows(a.dout, u.b, h.head, all, columns, width, dout_copy);
@@ -171,9 +210,11 @@ void bwd_unit_amx(const AttentionBwdArgs& a, const Unit& u) {
           const int64_t done = i * kLaneTiles * kTileBytes;
           const GradTiles tiles{p + done, ds + done, ds_rows};
           if (f.softcap > 0.0f) {
-            score_gradient_tiles<true>(h, at, groups, unit, s, dp, slope, tiles);
+            score_gradient_tiles<true, true>(h, at, groups, unit, s, dp, slope, tiles);
+          } else if (options) {
+            score_gradient_tiles<true, false>(h, at, groups, unit, s, dp, slope, tiles);
           } else {
-            score_gradient_tiles<false>(h, at, groups, unit, s, dp, slope, tiles);
+            score_gradient_tiles<false, false>(h, at, groups, unit, s, dp, slope, tiles);
           }
           for (int j = 0; j < groups; ++j) {
             for (int d = 0; d < d_tiles; d += 2) {

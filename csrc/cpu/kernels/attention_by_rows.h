@@ -7,15 +7,16 @@
 namespace lmfast::LMFAST_ISA {
 namespace {
 
-// Scores of rows [t, t + n) to log2 units with softcap, ALiBi and mask applied. With a softcap,
-// `slope` gets the derivative of the capped score.
+// Products of rows [t, t + n) to scores with scale, softcap, ALiBi and mask applied. With a
+// softcap, `slope` gets the derivative of the capped score.
 inline __attribute__((noinline)) void apply_options_by_rows(const AttentionArgs& a, int64_t b,
                                                             int64_t head, int64_t t, int n,
                                                             int64_t key, float* s, float* slope) {
   constexpr int W = VecF::kWidth;
-  const VecF scale = VecF::set1(a.scale), log2e = VecF::set1(kLog2e), one = VecF::set1(1.0f);
+  const VecF scale = VecF::set1(a.scale), one = VecF::set1(1.0f);
   const VecF cap = VecF::set1(a.softcap), inverse = VecF::set1(a.scale / a.softcap);
-  const VecF hidden = VecF::set1(-kInfinity);
+  alignas(64) float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<float>(i);
   const int count = static_cast<int>(a.keys - key < kLanes ? a.keys - key : kLanes);
   alignas(64) float bias[kLanes] = {};
   for (int j = 0; j < n && t + j < a.length; ++j) {
@@ -25,13 +26,7 @@ inline __attribute__((noinline)) void apply_options_by_rows(const AttentionArgs&
                    key * a.mask_stride[3],
                count, bias);
     }
-    if (a.alibi != nullptr) {
-      const float per_key = a.alibi[head] * kLog2e;
-      for (int i = 0; i < count; ++i) {
-        const float distance = static_cast<float>(key + i - a.offsets[b] - t - j) * per_key;
-        bias[i] = a.mask_kind == MaskKind::kNone ? distance : bias[i] + distance;
-      }
-    }
+    const VecF distance = VecF::set1(static_cast<float>(key - a.offsets[b] - t - j));
     for (int i = 0; i < kLanes; i += W) {
       float* p = s + j * kLanes + i;
       VecF x = VecF::load(p);
@@ -42,8 +37,11 @@ inline __attribute__((noinline)) void apply_options_by_rows(const AttentionArgs&
       } else {
         x = x * scale;
       }
-      const VecF add = VecF::load(bias + i);
-      select_less(hidden, add, fmadd(x, log2e, add), hidden).store(p);
+      if (a.alibi != nullptr) {
+        x = fmadd(VecF::set1(a.alibi[head]), distance + VecF::load(lanes + i), x);
+      }
+      if (a.mask_kind != MaskKind::kNone) x = add_mask(x, VecF::load(bias + i));
+      x.store(p);
     }
   }
 }

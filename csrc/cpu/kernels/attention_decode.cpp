@@ -29,10 +29,10 @@ LMFAST_INLINE void row_softmax(float* s, VecF unit, float* m, float* l, float* o
                                int64_t padded) {
   VecF top = VecF::load(s);
   for (int i = kVec; i < kLanes; i += kVec) top = max(top, VecF::load(s + i));
-  const float largest = hmax(top * unit);
+  const float largest = hmax(top);
   if (largest > *m) {
     float factor[kVec];
-    exp2<6>(VecF::set1(*m - largest)).store(factor);
+    exp2<6>(VecF::set1(*m - largest) * unit).store(factor);
     *m = largest;
     *l *= factor[0];
     for (int64_t d = 0; d < padded; d += kVec) {
@@ -42,7 +42,7 @@ LMFAST_INLINE void row_softmax(float* s, VecF unit, float* m, float* l, float* o
   const VecF shift = VecF::set1(-*m), normal = VecF::set1(1.17549435e-38f);
   VecF total = VecF::zero();
   for (int i = 0; i < kLanes; i += kVec) {
-    const VecF x = exp2<6>(fmadd(VecF::load(s + i), unit, shift));
+    const VecF x = exp2<6>((VecF::load(s + i) + shift) * unit);
     // A product with a denormal number takes some 150 cycles: 2 % of them tripled the time.
     const VecF p = select_less(x, normal, VecF::zero(), x);
     p.store(s + i);
@@ -113,7 +113,7 @@ void decode_unit(const AttentionArgs& a, int64_t unit) {
   }
   alignas(64) float s[kDecodeRows * kLanes], slope[kDecodeRows * kLanes];
   const bool options = has_score_options(a);
-  const VecF unit_scale = VecF::set1(options ? 1.0f : a.scale * kLog2e);
+  const VecF unit_scale = VecF::set1(exponent_unit(a));
   const StoredTensor stored_k = stored_keys(a), stored_v = stored_values(a);
   int64_t row = storage_row(a.stored, u.b, w.lo), end = 0;
   for (int64_t key = w.lo; key < w.hi; key = end) {
@@ -160,7 +160,8 @@ void combine_row(const AttentionArgs& a, int64_t at) {
   const int64_t padded = round_up(a.head_dim, 32), record = attention_record_size(a);
   const float* first =
       partial_of(a, {b, head / group, 0, 0}) + (head % group * a.length + t) * record;
-  const float sink = a.sinks != nullptr ? a.sinks[head] * kLog2e : kLowest;
+  const float sink = a.sinks != nullptr ? a.sinks[head] : kLowest;
+  const VecF unit = VecF::set1(exponent_unit(a));
   float m = sink;
   for (int64_t i = 0; i < a.splits; ++i) {
     const float x = first[i * rows * record + padded];
@@ -169,24 +170,20 @@ void combine_row(const AttentionArgs& a, int64_t at) {
   float lanes[kVec], l = 0.0f;
   alignas(64) float out[256] = {};
   if (a.sinks != nullptr) {
-    exp2<6>(VecF::set1(sink - m)).store(lanes);
+    exp2<6>(VecF::set1(sink - m) * unit).store(lanes);
     l = lanes[0];
   }
   for (int64_t i = 0; i < a.splits; ++i) {
     const float* in = first + i * rows * record;
-    const VecF factor = exp2<6>(VecF::set1(in[padded] - m));
+    const VecF factor = exp2<6>(VecF::set1(in[padded] - m) * unit);
     factor.store(lanes);
     l += lanes[0] * in[padded + 1];
     for (int64_t d = 0; d < padded; d += kVec) {
       fmadd(VecF::load(in + d), factor, VecF::load(out + d)).store(out + d);
     }
   }
-  const bool empty = l == 0.0f;
-  if (a.lse != nullptr) {
-    log2(VecF::set1(empty ? 1.0f : l)).store(lanes);
-    a.lse[at] = empty ? kInfinity : m + lanes[0];
-  }
-  const VecF inverse = VecF::set1(empty ? 0.0f : 1.0f / l);
+  keep_sums(a, at, m, l);
+  const VecF inverse = VecF::set1(l == 0.0f ? 0.0f : 1.0f / l);
   T* to = mutable_row_of<T>(a.out, b, head, t);
   for (int64_t d = 0; d < a.head_dim; d += kVec) {
     const int n = static_cast<int>(a.head_dim - d < kVec ? a.head_dim - d : kVec);

@@ -12,7 +12,6 @@
 // converted per unit of work), and attention_fwd_amx.h for bf16 on AMX.
 //
 // Formulas: Dao et al. 2022, https://arxiv.org/abs/2205.14135 (tiling, online softmax).
-#include "../gemm_f32.h"
 #include "../simd_transpose.h"
 #include "attention_rows.h"
 #include "attention_softmax.h"
@@ -23,22 +22,20 @@
 namespace lmfast::LMFAST_ISA {
 namespace {
 
-// Products added in one chain; larger heads take several, or they would round more than PyTorch's.
-constexpr int64_t kChain = 128;
-
 // P^T in place of S^T, and its sums, from lane `first` on.
-LMFAST_INLINE void exponentials(QueryBlock& q, int first, int n, float* s, VecF unit, float* out,
-                                int64_t width) {
+LMFAST_INLINE void exponentials(const AttentionArgs& a, QueryBlock& q, int first, int n, float* s,
+                                float* out) {
+  const VecF unit = VecF::set1(exponent_unit(a));
   for (int i = first; i < q.vecs * VecF::kWidth; i += VecF::kWidth) {
-    const VecF top = largest(s + i, n, unit);
-    if (exceeds(q, i, top)) raise_maximum(q, i, top, out, width);
+    const VecF top = largest(s + i, n);
+    if (exceeds(q, i, top, unit)) raise_maximum(a, q, i, top, out);
     const VecF m = VecF::zero() - VecF::load(q.m + i);
     VecF l0 = VecF::zero(), l1 = l0;
     int j = 0;
     for (; j + 2 <= n; j += 2) {
       float* p = s + j * kLanes + i;
-      const VecF p0 = exp2<6>(fmadd(VecF::load(p), unit, m));
-      const VecF p1 = exp2<6>(fmadd(VecF::load(p + kLanes), unit, m));
+      const VecF p0 = exp2<6>((VecF::load(p) + m) * unit);
+      const VecF p1 = exp2<6>((VecF::load(p + kLanes) + m) * unit);
       p0.store(p);
       p1.store(p + kLanes);
       l0 = l0 + p0;
@@ -46,7 +43,7 @@ LMFAST_INLINE void exponentials(QueryBlock& q, int first, int n, float* s, VecF 
     }
     if (j < n) {
       float* p = s + j * kLanes + i;
-      const VecF p0 = exp2<6>(fmadd(VecF::load(p), unit, m));
+      const VecF p0 = exp2<6>((VecF::load(p) + m) * unit);
       p0.store(p);
       l0 = l0 + p0;
     }
@@ -70,7 +67,7 @@ void fwd_unit(const AttentionArgs& a, const Unit& u) {
   const FloatRows k = stored_rows(a, stored_keys(a), u.b, u.kv_head, keys, k_copy);
   const FloatRows v = stored_rows(a, stored_values(a), u.b, u.kv_head, keys, v_copy);
   const bool options = has_score_options(a);
-  const VecF unit = VecF::set1(options ? 1.0f : a.scale * kLog2e);
+  const int64_t chain = chain_of(a);
 
   for (int64_t row = rows.lo; row < rows.hi; row += kLanes) {
     QueryBlock q;
@@ -96,15 +93,10 @@ void fwd_unit(const AttentionArgs& a, const Unit& u) {
       float* scores = s + first;
       const int64_t lanes_left = lanes - first;
       const float* k_rows = k.data + key * k.stride;
-      gemm_f32<false, false>(n, lanes_left, width < kChain ? width : kChain, k_rows, k.stride,
-                             q_lanes + first, kLanes, scores, kLanes);
-      for (int64_t d = kChain; d < width; d += kChain) {
-        gemm_f32<false, true>(n, lanes_left, width - d < kChain ? width - d : kChain, k_rows + d,
-                              k.stride, q_lanes + d * kLanes + first, kLanes, scores, kLanes);
-      }
+      multiply_heads(n, lanes_left, width, k_rows, k.stride, q_lanes + first, scores, chain);
       if (options) apply_options(a, q, key, n, s, bias);
       hide_invisible(q, key, n, s);
-      exponentials(q, static_cast<int>(first), n, s, unit, out, width);
+      exponentials(a, q, static_cast<int>(first), n, s, out);
       gemm_f32<true, true>(width, lanes - first, n, v.data + key * v.stride, v.stride, scores,
                            kLanes, out + first, kLanes);
     }

@@ -15,12 +15,14 @@ namespace {
 constexpr int kOutputKeys = 256;
 
 // P^T of 32 rows of S^T by 16 lanes as a tile B, and its sums.
+template <bool kOptions>
 LMFAST_INLINE VecF exponential_tile(const float* s, VecF unit, VecF m, char* p) {
   VecF l0 = VecF::zero(), l1 = l0;
 #pragma GCC unroll 4
   for (int j = 0; j < 16; ++j) {
-    const VecF p0 = exp2<3>(fmadd(VecF::load(s + 2 * j * kLanes), unit, m));
-    const VecF p1 = exp2<3>(fmadd(VecF::load(s + (2 * j + 1) * kLanes), unit, m));
+    const VecF p0 = exp2<3>(rough_exponent<kOptions>(VecF::load(s + 2 * j * kLanes), unit, m));
+    const VecF p1 =
+        exp2<3>(rough_exponent<kOptions>(VecF::load(s + (2 * j + 1) * kLanes), unit, m));
     l0 = l0 + p0;
     l1 = l1 + p1;
     _mm512_storeu_si512(p + 64 * j, interleave_rounded(p0.v, p1.v));
@@ -46,10 +48,10 @@ struct UnitTiles {
 // Interleaving the exponentials with the tile products of other chunks, one square after every 32 x
 // 16 of them, was slower than one after the other: products do overlap with vector code, but tile
 // loads and stores cost more than they do alone.
+template <bool kOptions>
 LMFAST_INLINE void attend_block(const AttentionArgs& a, QueryBlock& q, const UnitTiles& u) {
   constexpr int kStep = 2, kGroups = kOutputKeys / 32;  // groups of 32 keys
-  const bool options = has_score_options(a);
-  const VecF unit = VecF::set1(options ? 1.0f : a.scale * kLog2e);
+  const VecF unit = VecF::set1(exponent_unit(a));
   // Groups start where those of V do.
   const int64_t first = u.first_key + (q.first - u.first_key) / 32 * 32;
   float past[2] = {0.0f, 0.0f};  // the end of the keys that each half of the lanes sees
@@ -81,7 +83,7 @@ LMFAST_INLINE void attend_block(const AttentionArgs& a, QueryBlock& q, const Uni
         score_rows(u.k, at, steps[pair], u.q_tiles, u.depth, pair, u.s);
       }
       const int n = 32 * (steps[0] > steps[1] ? steps[0] : steps[1]);
-      if (options) {
+      if constexpr (kOptions) {
         apply_options(a, q, at, static_cast<int>(a.keys - at < n ? a.keys - at : n), u.s, u.bias);
       }
       hide_invisible(q, at, n, u.s);
@@ -89,11 +91,11 @@ LMFAST_INLINE void attend_block(const AttentionArgs& a, QueryBlock& q, const Uni
         const int pair = i / 2, lane = i * VecF::kWidth;
         if (steps[pair] == 0) continue;
         const auto exponentials = [&] {
-          const VecF m = VecF::zero() - VecF::load(q.m + lane);
+          const VecF m = rough_shift<kOptions>(VecF::load(q.m + lane), unit);
           VecF l = VecF::zero();
           for (int t = 0; t < steps[pair]; ++t) {
-            l = l + exponential_tile(u.s + t * 32 * kLanes + lane, unit, m,
-                                     u.p + ((g + t) * kLaneTiles + i) * kTileBytes);
+            l = l + exponential_tile<kOptions>(u.s + t * 32 * kLanes + lane, unit, m,
+                                               u.p + ((g + t) * kLaneTiles + i) * kTileBytes);
           }
           return l;
         };
@@ -104,7 +106,7 @@ LMFAST_INLINE void attend_block(const AttentionArgs& a, QueryBlock& q, const Uni
         if (__builtin_expect(!started[i] || any_above(l, 16384.0f), 0)) {
           // What is still to be added to the output belongs to the old reference value.
           add_output(pair, g);
-          raise_maximum(q, lane, largest(u.s + lane, 32 * steps[pair], unit), u.out, a.head_dim);
+          raise_maximum(a, q, lane, largest(u.s + lane, 32 * steps[pair]), u.out);
           started[i] = !any_above(VecF::set1(0.5f * kLowest), VecF::load(q.m + lane));
           l = exponentials();
         }
@@ -164,7 +166,12 @@ void fwd_unit_amx(const AttentionArgs& a, const Unit& u) {
       }
     }
     memset(out, 0, sizeof(float) * static_cast<size_t>(kLanes * width));
-    attend_block(a, q, {k, v_tiles, keys.lo, q_tiles, depth, out, s, bias, p});
+    const UnitTiles tiles_of_unit{k, v_tiles, keys.lo, q_tiles, depth, out, s, bias, p};
+    if (has_score_options(a)) {
+      attend_block<true>(a, q, tiles_of_unit);
+    } else {
+      attend_block<false>(a, q, tiles_of_unit);
+    }
     if (a.splits > 1) {
       store_partial(a, u, q, row, out);
       continue;

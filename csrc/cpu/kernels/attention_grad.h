@@ -8,10 +8,11 @@
 namespace lmfast::LMFAST_ISA {
 namespace {
 
-// One query head of a unit, row by row: lse (inf for rows of padding), and dout . out.
+// One query head of a unit, row by row: the negative reference value of its scores (-inf for rows
+// of padding), one over the sum of e^(score - reference), and dout . out.
 struct HeadRows {
   int64_t head;
-  float *lse, *delta;
+  float *minus_m, *inverse, *delta;
 };
 
 // The rows t in [lo, hi) that see a key of [key, key + kLanes).
@@ -30,25 +31,13 @@ LMFAST_INLINE Span rows_of_keys(const AttentionArgs& a, int64_t b, int64_t key) 
   return lo < hi ? Span{lo, hi} : Span{0, 0};
 }
 
-template <class T>
-void describe_head(const AttentionBwdArgs& a, int64_t b, HeadRows& h, int64_t padded) {
-  constexpr int W = VecF::kWidth;
-  const AttentionArgs& f = a.fwd;
-  const float* lse = f.lse + (b * f.heads + h.head) * f.length;
-  for (int64_t t = 0; t < f.length; ++t) {
-    const T* out = row_of<T>(f.out, b, h.head, t);
-    const T* dout = row_of<T>(a.dout, b, h.head, t);
-    VecF total = VecF::zero();
-    for (int64_t d = 0; d < f.head_dim; d += W) {
-      const int n = static_cast<int>(f.head_dim - d < W ? f.head_dim - d : W);
-      total = fmadd(VecF::load(out + d, n), VecF::load(dout + d, n), total);
-    }
-    h.delta[t] = sum(total);
-    h.lse[t] = lse[t];
-  }
-  for (int64_t t = f.length; t < padded; ++t) {
-    h.delta[t] = 0.0f;
-    h.lse[t] = kInfinity;
+// Reference values and sums; rows of padding take no part.
+inline void describe_head(const AttentionArgs& f, int64_t b, HeadRows& h, int64_t padded) {
+  const int64_t first = (b * f.heads + h.head) * f.length;
+  for (int64_t t = 0; t < padded; ++t) {
+    const bool there = t < f.length;
+    h.minus_m[t] = there ? -f.reference[first + t] : -kInfinity;
+    h.inverse[t] = there ? 1.0f / f.sum[first + t] : 1.0f;
   }
 }
 

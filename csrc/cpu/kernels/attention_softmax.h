@@ -22,7 +22,7 @@ struct QueryBlock {
   int64_t b;
   Row row[kLanes];
   alignas(64) float lo[kLanes], hi[kLanes];     // keys lane sees: [lo, hi)
-  alignas(64) float slope[kLanes], at[kLanes];  // ALiBi, in log2 units; position
+  alignas(64) float slope[kLanes], at[kLanes];  // ALiBi; position
   alignas(64) float m[kLanes], l[kLanes];
   int64_t first, last;          // keys any row sees lie in [first, last)
   int64_t all_first, all_last;  // every row sees [all_first, all_last)
@@ -43,7 +43,7 @@ LMFAST_INLINE void describe_block(const AttentionArgs& a, const Unit& u, int64_t
     q.lo[i] = static_cast<float>(s.lo);
     q.hi[i] = static_cast<float>(s.hi);
     q.at[i] = static_cast<float>(a.offsets[u.b] + q.row[i].t);
-    q.slope[i] = a.alibi != nullptr ? a.alibi[q.row[i].head] * kLog2e : 0.0f;
+    q.slope[i] = a.alibi != nullptr ? a.alibi[q.row[i].head] : 0.0f;
     q.m[i] = kLowest;
     q.l[i] = 0.0f;
     if (s.lo < s.hi) {
@@ -56,7 +56,7 @@ LMFAST_INLINE void describe_block(const AttentionArgs& a, const Unit& u, int64_t
   q.first = q.first < q.last ? q.first : q.last;
 }
 
-// Scores of keys [key, key + n) to log2 units with softcap, ALiBi and mask applied.
+// Products with keys [key, key + n) to scores with scale, softcap, ALiBi and mask applied.
 inline __attribute__((noinline)) void apply_options(const AttentionArgs& a, const QueryBlock& q,
                                                     int64_t key, int n, float* s, float* bias) {
   constexpr int W = VecF::kWidth;
@@ -71,23 +71,18 @@ inline __attribute__((noinline)) void apply_options(const AttentionArgs& a, cons
     }
     rows_to_lanes(rows, kLanes, q.rows, n, bias, kLanes, q.vecs * W);
   }
-  const VecF scale = VecF::set1(a.scale), log2e = VecF::set1(kLog2e);
+  const VecF scale = VecF::set1(a.scale);
   const VecF cap = VecF::set1(a.softcap), inverse = VecF::set1(a.scale / a.softcap);
-  const VecF hidden = VecF::set1(-kInfinity);
   for (int j = 0; j < n; ++j) {
     const VecF position = VecF::set1(static_cast<float>(key + j));
     for (int i = 0; i < q.vecs * W; i += W) {
       float* p = s + j * kLanes + i;
       VecF x = VecF::load(p);
       x = a.softcap > 0.0f ? cap * tanh(x * inverse) : x * scale;
-      x = x * log2e;
       if (a.alibi != nullptr) {
         x = fmadd(VecF::load(q.slope + i), position - VecF::load(q.at + i), x);
       }
-      if (a.mask_kind != MaskKind::kNone) {
-        const VecF add = VecF::load(bias + j * kLanes + i);
-        x = select_less(hidden, add, x + add, hidden);
-      }
+      if (a.mask_kind != MaskKind::kNone) x = add_mask(x, VecF::load(bias + j * kLanes + i));
       x.store(p);
     }
   }
@@ -109,8 +104,8 @@ LMFAST_INLINE void hide_invisible(const QueryBlock& q, int64_t key, int n, float
   }
 }
 
-// The largest of n rows of s in lane vector i, times `unit`.
-LMFAST_INLINE VecF largest(const float* s, int n, VecF unit) {
+// The largest of n rows of s in a lane vector.
+LMFAST_INLINE VecF largest(const float* s, int n) {
   VecF x0 = VecF::load(s), x1 = x0;
   int j = 0;
   for (; j + 2 <= n; j += 2) {
@@ -118,7 +113,7 @@ LMFAST_INLINE VecF largest(const float* s, int n, VecF unit) {
     x1 = max(x1, VecF::load(s + (j + 1) * kLanes));
   }
   if (j < n) x0 = max(x0, VecF::load(s + j * kLanes));
-  return max(x0, x1) * unit;
+  return max(x0, x1);
 }
 
 // Whether some lane of x is above its limit.
@@ -128,49 +123,49 @@ LMFAST_INLINE bool any_above(VecF x, VecF limit) {
 LMFAST_INLINE bool any_above(VecF x, float limit) { return any_above(x, VecF::set1(limit)); }
 
 // Whether a lane of vector i needs a larger reference value before e^(top - m) is taken.
-LMFAST_INLINE bool exceeds(const QueryBlock& q, int i, VecF top) {
-  return any_above(top, VecF::load(q.m + i) + VecF::set1(8.0f));
+LMFAST_INLINE bool exceeds(const QueryBlock& q, int i, VecF top, VecF unit) {
+  return any_above((top - VecF::load(q.m + i)) * unit, 8.0f);
 }
 
 // Moves the reference values of lane vector i up to `top`, and rescales its sums and output.
-inline __attribute__((noinline)) void raise_maximum(QueryBlock& q, int i, VecF top, float* out,
-                                                    int64_t width) {
+inline __attribute__((noinline)) void raise_maximum(const AttentionArgs& a, QueryBlock& q, int i,
+                                                    VecF top, float* out) {
   const VecF m = VecF::load(q.m + i);
-  const VecF moved = select_less(m, top, top, m), factor = exp2<6>(m - moved);
+  const VecF moved = select_less(m, top, top, m);
+  const VecF factor = exp2<6>((m - moved) * VecF::set1(exponent_unit(a)));
   moved.store(q.m + i);
   (VecF::load(q.l + i) * factor).store(q.l + i);
   if (!(hmax(m) > kLowest)) return;  // the first chunk: there is nothing to rescale
-  for (int64_t d = 0; d < width; ++d) {
+  for (int64_t d = 0; d < a.head_dim; ++d) {
     float* p = out + d * kLanes + i;
     (VecF::load(p) * factor).store(p);
   }
 }
 
-// Adds the sinks, writes the log-sum-exp (base 2), and leaves in q.l what the output is to be
-// divided by, inverted: 0 for a row that saw nothing.
+// Adds the sinks, keeps what the backward needs, and leaves in q.l what the output is to be divided
+// by, inverted: 0 for a row that saw nothing.
 LMFAST_INLINE void finish_block(const AttentionArgs& a, QueryBlock& q) {
   constexpr int W = VecF::kWidth;
-  alignas(64) float lse[kLanes];
+  alignas(64) float sums[kLanes];
+  const VecF unit = VecF::set1(exponent_unit(a)), one = VecF::set1(1.0f), zero = VecF::zero();
   for (int i = 0; i < q.vecs * W; i += W) {
-    VecF m = VecF::load(q.m + i), l = VecF::load(q.l + i), factor = VecF::set1(1.0f);
+    const VecF m = VecF::load(q.m + i);
+    VecF l = VecF::load(q.l + i), factor = one;
     if (a.sinks != nullptr) {
       alignas(64) float sinks[W];
-      for (int j = 0; j < W; ++j) sinks[j] = a.sinks[q.row[i + j].head] * kLog2e;
+      for (int j = 0; j < W; ++j) sinks[j] = a.sinks[q.row[i + j].head];
       const VecF sink = VecF::load(sinks), moved = select_less(m, sink, sink, m);
-      factor = exp2<6>(m - moved);
-      l = fmadd(l, factor, exp2<6>(sink - moved));
-      m = moved;
+      factor = exp2<6>((m - moved) * unit);
+      l = fmadd(l, factor, exp2<6>((sink - moved) * unit));
+      moved.store(q.m + i);
     }
-    const VecF one = VecF::set1(1.0f), zero = VecF::zero();
+    l.store(sums + i);
     // An empty row has l == 0; a NaN stays one.
     const VecF empty = select_less(zero, l, zero, select_less(l, one, one, zero));
-    const VecF safe = select_less(zero, empty, one, l);
-    const VecF value = m + log2(safe);
-    select_less(zero, empty, VecF::set1(kInfinity), value).store(lse + i);
-    select_less(zero, empty, zero, factor / safe).store(q.l + i);
+    select_less(zero, empty, zero, factor / select_less(zero, empty, one, l)).store(q.l + i);
   }
-  for (int i = 0; i < q.rows && a.lse != nullptr; ++i) {
-    a.lse[(q.b * a.heads + q.row[i].head) * a.length + q.row[i].t] = lse[i];
+  for (int i = 0; i < q.rows; ++i) {
+    keep_sums(a, (q.b * a.heads + q.row[i].head) * a.length + q.row[i].t, q.m[i], sums[i]);
   }
 }
 

@@ -170,5 +170,18 @@ LMFAST_INLINE void output_square(const char* a, int d_tiles, const char* b, int 
              kLaneTiles * kTileBytes, steps, out + d * 16 * kLanes + v * kTileRows, kLanes);
 }
 
+// exponent_unit times (score - m) for probabilities that are rounded to bf16, where one
+// multiply-add is exact enough; `shift` is what rough_shift makes of m.
+template <bool kOptions>
+LMFAST_INLINE VecF rough_shift(VecF m, VecF unit) {
+  const VecF minus_m = VecF::zero() - m;
+  // Finite, or -inf, a hidden score, would not stay it.
+  return kOptions ? minus_m : min(minus_m * unit, VecF::set1(-kLowest));
+}
+template <bool kOptions>
+LMFAST_INLINE VecF rough_exponent(VecF score, VecF unit, VecF shift) {
+  return kOptions ? (score + shift) * unit : fmadd(score, unit, shift);
+}
+
 }  // namespace
 }  // namespace lmfast::LMFAST_ISA
