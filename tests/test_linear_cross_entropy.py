@@ -136,7 +136,7 @@ def test_several_blocks(isa, transposed, settings):
 
 @needs_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bf16_products(medium, dtype):
+def test_bf16_products(isa, medium, dtype):
     """ "medium" and bf16 inputs: at most 1.5 times the error of PyTorch's bf16 products."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(130, 96).to(dtype), (torch.randn(517, 96) * 0.2).to(dtype)

@@ -1,4 +1,5 @@
-// AMX tiles for kernels compiled at the amx level: session, loads, products, packing.
+// AMX tiles for kernels compiled at the amx level: session, loads, products, packing. Kernels that
+// the build also compiles with AVX512-BF16 alone get the same operations from tiles_avx512.h.
 //
 // One configuration serves every kernel: eight tiles of 16 rows of 64 bytes. A product adds
 // A (16 rows of 32 bf16, as they lie in memory) times B (16 rows, each a pair of consecutive k for
@@ -13,8 +14,11 @@
 
 #include "simd_transpose.h"
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
-#define LMFAST_AMX 1
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+#define LMFAST_AMX 1  // tiles, of AMX or of tiles_avx512.h
+#if !defined(__AMX_TILE__)
+#include "tiles_avx512.h"
+#endif
 
 namespace lmfast::LMFAST_ISA {
 namespace {
@@ -22,6 +26,8 @@ namespace {
 constexpr int kTileRows = 16;   // rows of A and C, columns of B and C
 constexpr int kTileDepth = 32;  // bf16 in a row of A: the k of one product
 constexpr int kTileBytes = 1024;
+
+#if defined(__AMX_TILE__)
 
 // Turns the tiles on for the calling thread and releases them at the end of the scope: a thread
 // with live tiles pays for 8 KB of state at every context switch.
@@ -59,6 +65,8 @@ template <int kC, int kA, int kB>
 LMFAST_INLINE void tile_dot() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
 }
+
+#endif
 
 // 32 bf16 from memory; the first n, zeros behind them and nothing read past them.
 LMFAST_INLINE __m512i load_pairs(const bf16* p) { return _mm512_loadu_si512(p); }

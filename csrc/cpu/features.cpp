@@ -6,6 +6,8 @@
 #include <cstring>
 #include <string>
 
+#include "bf16_products.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #if defined(__linux__)
@@ -27,6 +29,7 @@ struct Feature {
 
 struct Probe {
   Isa best = Isa::kDefault;
+  bool bf16_products = false;
   std::string features;
 };
 
@@ -82,6 +85,7 @@ Probe probe() {
   result.best = Isa::kAvx2;
   if (!(os_zmm && avx512)) return result;
   result.best = Isa::kAvx512;
+  result.bf16_products = bf16 && vbmi;
   if (!(os_tile && amx && bf16 && vnni && vbmi)) return result;
   if (!request_amx_permission()) {
     result.features += " (amx: permission refused by the operating system)";
@@ -126,6 +130,8 @@ std::atomic<int>& level() {
 Isa best_isa() { return probed().best; }
 
 Isa current_isa() { return static_cast<Isa>(level().load(std::memory_order_relaxed)); }
+
+bool has_bf16_products() { return probed().bf16_products; }
 
 bool set_isa(Isa isa) {
   if (static_cast<int>(isa) > static_cast<int>(best_isa())) return false;

@@ -30,7 +30,8 @@ const float* lce_uniform(const LceCall& call, Tensor* buffer, float* bias);
 // fp32 multiply-adds, at every instruction-set level.
 void lce_run_f32(LceCall& call);
 
-// AMX tiles, at the amx level, without softcap. parts: 1 for factors rounded to bf16, 3 for fp32.
+// bf16 tiles, without softcap. parts: 1 for factors rounded to bf16, at the amx level or with
+// has_bf16_products(); 3 for fp32, at the amx level.
 void lce_run_amx(LceCall& call, int parts);
 
 }  // namespace lmfast

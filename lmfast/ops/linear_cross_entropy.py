@@ -54,8 +54,9 @@ def linear_cross_entropy(
     ``F.cross_entropy(F.linear(hidden, weight, bias), targets)``.
 
     Sums and gradients accumulate in fp32 (fp64 for fp64). fp32 products stay fp32 unless
-    ``torch.set_float32_matmul_precision("medium")`` or autocast to bf16 allow bf16 ones (AMX
-    multiplies fp32 as exact sums of bf16 numbers, with fp32's accuracy). When a
+    ``torch.set_float32_matmul_precision("medium")`` or autocast to bf16 allow bf16 ones, which
+    need AMX or AVX512-BF16 on a CPU (AMX multiplies fp32 as exact sums of bf16 numbers, with
+    fp32's accuracy). When a
     gradient is needed, it is computed together with the loss. Rows whose target is
     ``ignore_index`` are left out of the computation.
 
