@@ -23,12 +23,13 @@ DTYPE_IDS = [str(d).removeprefix("torch.") for d in DTYPES]
 
 
 # Exceptions to the error rule's factor of 1.5, as (largest error, whole tensor); none is the aim.
-# Attention's backward recomputes probabilities from a log-sum-exp in fp32. In the recurrent ops a
-# rounding feeds back from step to step, so the largest of a few hundred errors scatters: over 60
-# seeds its ratio to PyTorch's has median 0.96 to 1.24 and nineteen in twenty are below 1.94.
+# Attention's backward recomputes probabilities from a log-sum-exp in fp32. In lstm and gru a
+# rounding feeds back from step to step, so the largest of a few hundred errors scatters: over six
+# seeds and all samples its ratio to PyTorch's has median 0.5, 99 of 100 gradients are within 1.5,
+# and the worst of 1,038 is 2.6. elman_rnn, the simplest loop, is within 1.5.
 EXCEPTIONS = {
     "attention gradient": (4.0, 2.0),
-    **{f"{op} gradient": (2.7, 1.5) for op in ("elman_rnn", "lstm", "gru")},
+    **{f"{op} gradient": (2.7, 1.5) for op in ("lstm", "gru")},
 }
 
 
