@@ -24,14 +24,16 @@ DTYPE_IDS = [str(d).removeprefix("torch.") for d in DTYPES]
 
 # Exceptions to the error rule's factor of 1.5, as (largest error, whole tensor); none is the aim.
 # In the recurrent ops a rounding feeds back from step to step, so the largest of a few hundred
-# errors scatters: over 60 seeds its ratio to PyTorch's has median 0.96 to 1.24 and nineteen in
-# twenty are below 1.94.
+# errors scatters: over six seeds and all samples of lstm and gru its ratio to PyTorch's has median
+# 0.5, 99 of 100 gradients are within 1.5, and the worst of 1,038 is 2.6. PyTorch's own errors, and
+# so elman_rnn's ratio, differ between processors.
 # Attention recomputes probabilities from scores that its options have changed: of all options at
 # once the largest error is 2.4 times that of the formula, which keeps them. On AMX probabilities
 # and their gradients are rounded to bf16 between products: up to 1.8 times over a whole tensor.
 EXCEPTIONS = {
     "attention gradient": (2.5, 2.0),
-    **{f"{op} gradient": (2.7, 1.5) for op in ("elman_rnn", "lstm", "gru")},
+    "elman_rnn gradient": (2.0, 1.5),
+    **{f"{op} gradient": (2.7, 1.5) for op in ("lstm", "gru")},
 }
 
 

@@ -14,7 +14,7 @@ constexpr int64_t kFewAttentionUnits = 16;
 // Whether rows are taken one by one (attention_decode.cpp) or as lanes of blocks. At 2048 keys of
 // 64 the first is faster up to 12 rows in fp32, and up to 5 where AMX multiplies the blocks.
 inline bool is_decoding(const AttentionArgs& a) {
-  if (a.sum != nullptr) return false;
+  if (a.sum != nullptr) return false;  // a backward recomputes the scores as blocks have them
   const bool amx = a.dtype == DType::kBF16 && current_isa() == Isa::kAmx &&
                    (a.stored.type == Stored::kBF16 || a.stored.type == Stored::kI8);
   return attention_rows(a) <= (amx ? 5 : kAttentionDecodeRows);

@@ -53,13 +53,17 @@ Tensor linear_amx(const Tensor& x, const Tensor& weight, const std::optional<Ten
   const int64_t longest = std::min(all_steps, chunk);
   const int64_t panel = parts * kPanelStep * longest;
   const int64_t panels = (a.columns + 31) / 32;
-  a.block = 32 * std::clamp<int64_t>(kBlockBytes / panel, 1, 8);
+  // As even as they get, the same number for every thread: who gets which changes no sum.
+  const int64_t most = 32 * std::clamp<int64_t>(kBlockBytes / panel, 1, 8);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t blocks = ((a.rows + most - 1) / most + threads - 1) / threads * threads;
+  a.block = std::max<int64_t>(1, (a.rows + 32 * blocks - 1) / (32 * blocks)) * 32;
   a.hot_steps = parts == 1 ? 8 : chunk;
   const ScratchMemory packed = allocate_scratch(panels * panel);
   a.packed_b = static_cast<char*>(packed.get());
   const auto pack = linear_amx_pack_kernel();
   const auto multiply = linear_amx_multiply_kernel();
-  const int64_t blocks = (a.rows + a.block - 1) / a.block;
+  const int64_t units = (a.rows + a.block - 1) / a.block;
   for (int64_t step = 0; step < all_steps; step += longest) {
     a.first = 32 * step;
     a.steps = std::min(longest, all_steps - step);
@@ -67,7 +71,7 @@ Tensor linear_amx(const Tensor& x, const Tensor& weight, const std::optional<Ten
     a.is_last = step + a.steps == all_steps;
     parallel_for(0, panels, grain_size(32 * 32 * a.steps),
                  [&](int64_t begin, int64_t end) { pack(a, begin, end); });
-    for_each_unit(blocks, a.block / 32 * (kLinearTileBytes + panel), [&](void* scratch, int64_t i) {
+    for_each_unit(units, a.block / 32 * (kLinearTileBytes + panel), [&](void* scratch, int64_t i) {
       LinearAmxArgs mine = a;
       mine.scratch = scratch;
       multiply(mine, i, i + 1);

@@ -1,7 +1,7 @@
 """What elman_rnn, lstm and gru share: one layer over rows, its C++ loop over time, its gradients.
 
 The input's product with its weights, and every gradient that does not depend on the order of time,
-is one matrix product over all steps by PyTorch; only the loop itself is a kernel.
+is one matrix product over all steps: of `linear` on AMX, else PyTorch's. The loop is a kernel.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from lmfast.ops._recurrent_bf16 import bf16_layer, runs_in_bf16
 from lmfast.ops._recurrent_products import GATE_GRADIENTS, KEPT_GATES, gradients_of_products
 from lmfast.ops._recurrent_reference import CELLS, reference_layer
 from lmfast.ops._recurrent_step import MAX_ROWS, step_op
+from lmfast.ops.linear import fp32_product
 
 
 def _forward_fake(
@@ -101,9 +102,7 @@ def _product(
         hidden_bias = b_hh[2 * hidden :]
         b_hh = torch.cat((b_hh[: 2 * hidden], torch.zeros_like(hidden_bias)))
     bias = b_ih if b_hh is None else b_hh if b_ih is None else b_ih + b_hh
-    if bias is None:
-        return torch.mm(x, w_ih.t()), None
-    return torch.addmm(bias, x, w_ih.t()), hidden_bias
+    return fp32_product(x, w_ih, bias), hidden_bias
 
 
 class _Layer(torch.autograd.Function):

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmfast.ops.linear import fp32_product
+
 # Vectors of H per row: what the forward keeps besides y, and the gradients of the gates.
 KEPT_GATES = {"tanh": 0, "relu": 0, "lstm": 4, "gru": 4, "gru_textbook": 3}
 GATE_GRADIENTS = {"tanh": 1, "relu": 1, "lstm": 4, "gru": 4, "gru_textbook": 3}
@@ -48,7 +50,7 @@ def gradients_of_products(
     from_state = dgates[:, :meeting]
     grads: list[Tensor | None] = [None] * 7
     if need_x:
-        grads[0] = torch.mm(from_input, w_ih)
+        grads[0] = fp32_product(from_input, w_ih.t())
     if need_h0:
         first = from_state[_first_rows(sizes, batch, reverse, x.shape[0])]
         if x.shape[0] == 0:
@@ -65,13 +67,13 @@ def gradients_of_products(
     if need_c0 and cell == "lstm":
         grads[2] = carry
     if need_w_ih:
-        grads[3] = torch.mm(from_input.t(), x)
+        grads[3] = fp32_product(from_input.t(), x.t())
     if need_w_hh:
         dw = _state_weight_gradient(from_state, y, h0, sizes, batch, reverse)
         if cell == "gru":
             dw = torch.cat((dw[hidden:], dw[:hidden]))
         elif cell == "gru_textbook":
-            dw = torch.cat((dw, torch.mm(dgates[:, 2 * hidden :].t(), cells)))
+            dw = torch.cat((dw, fp32_product(dgates[:, 2 * hidden :].t(), cells.t())))
         grads[4] = dw
     if need_b_ih or need_b_hh:
         total = dgates.sum(0, dtype=torch.float32)
@@ -94,6 +96,26 @@ def _first_rows(sizes: Tensor | None, batch: int, reverse: bool, rows: int) -> s
     return (sizes.cumsum(0) - sizes)[last] + sequence
 
 
+# One product adds its rows in one chain, PyTorch's layers each step's and then the steps': in the
+# gradient of w_hh that halves the error of a few hundred rows (B 20, T 15: 2.0 times PyTorch's as
+# one product, 1.1 in chunks). From a thousand rows on the blocks of the product do as much, and a
+# gradient that does not fit L2 would be read and written once more for each chunk.
+_LEAST_ROWS, _MOST_CHUNKS, _MOST_CHUNKED_ROWS, _MOST_CHUNKED_NUMBERS = 16, 16, 512, 1 << 18
+
+
+def _sum_over_rows(a: Tensor, b: Tensor, batch: int) -> Tensor:
+    """a^T b, its sum in chunks of whole steps where that is more exact and costs little."""
+    rows, size = a.shape[0], a.shape[1] * b.shape[1]
+    least = max(_LEAST_ROWS, rows // _MOST_CHUNKS)
+    chunk = batch * -(-least // batch) if batch > 1 else rows
+    if not chunk < rows <= _MOST_CHUNKED_ROWS or size > _MOST_CHUNKED_NUMBERS:
+        return fp32_product(a.t(), b.t())
+    dw = torch.mm(a[:chunk].t(), b[:chunk])
+    for first in range(chunk, rows, chunk):
+        dw.addmm_(a[first : first + chunk].t(), b[first : first + chunk])
+    return dw
+
+
 def _state_weight_gradient(
     dgates: Tensor, y: Tensor, h0: Tensor | None, sizes: Tensor | None, batch: int, reverse: bool
 ) -> Tensor:
@@ -106,7 +128,7 @@ def _state_weight_gradient(
         earlier = torch.arange(batch, rows) - torch.repeat_interleave(sizes[:-1], sizes[1:])
     if reverse:
         later, earlier = earlier, later
-    dw = torch.mm(dgates[later].t(), y[earlier])
+    dw = _sum_over_rows(dgates[later], y[earlier], batch)
     if h0 is not None and rows:
         dw.addmm_(dgates[_first_rows(sizes, batch, reverse, rows)].t(), h0)
     return dw

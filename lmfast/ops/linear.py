@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -176,6 +176,18 @@ def _parts(rounded: bool) -> int:
     return 1 if rounded else 3
 
 
+def fp32_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a b^T + bias for fp32 matrices on the CPU, by whichever product is faster; no autograd.
+
+    For operators whose backward is made of whole products: `linear` without its checks and its
+    choice of backend.
+    """
+    if a.dtype == torch.float32 and _cpu_isa() == "amx" and _is_faster(a.shape[0], b.shape):
+        bias = None if bias is None else bias.contiguous()
+        return _product(_matrix(a), _matrix(b), bias, False, _parts(bf16_products_allowed()))
+    return torch.mm(a, b.t()) if bias is None else torch.addmm(bias, a, b.t())
+
+
 def _cpu_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, rounded: bool
 ) -> Tensor:
@@ -217,6 +229,10 @@ def _cpu_isa() -> str | None:
 _cpu_isa._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _is_faster(rows: int, weight: Sequence[int]) -> bool:
+    return rows >= _FEWEST_ROWS and min(weight) >= _LEAST_WIDTH
+
+
 def _unsupported_by_cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, rounded: bool
 ) -> str | None:
@@ -227,7 +243,7 @@ def _unsupported_by_cpu(
     if _extension.cpu.loaded and _cpu_isa() != "amx":
         return f"needs AMX, the level is {_cpu_isa()}"
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    if rows < _FEWEST_ROWS or min(weight.shape) < _LEAST_WIDTH:
+    if not _is_faster(rows, weight.shape):
         return (
             f"PyTorch's product is as fast below {_FEWEST_ROWS} rows and widths of {_LEAST_WIDTH}"
         )
