@@ -14,6 +14,7 @@ from lmfast.commands.formatting import HelpFormatter
 _COMMANDS = {
     "demo": "train and compare both models on real text: the main job",
     "train": "train a model on text files",
+    "finetune": "teach a trained model to answer prompts, whole or by low-rank updates",
     "generate": "continue a prompt with a trained model",
     "chat": "talk with a model, line by line",
     "tokenizer": "train, apply and invert a tokenizer",

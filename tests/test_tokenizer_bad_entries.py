@@ -166,7 +166,7 @@ def test_a_model_does_not_change():
                     "single": [{"SpecialToken": {"id": "<x>"}}, {"Sequence": {"id": "A"}}],
                 }
             ),
-            "TemplateProcessing adds special tokens",
+            "TemplateProcessing: special_tokens is None",
         ),
     ],
 )

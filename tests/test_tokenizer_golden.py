@@ -108,3 +108,37 @@ def test_special_tokens_are_never_split(backend):
     assert ids.count(3) == 1
     assert ids.count(2) == 1
     assert tokenizer.decode(ids) == "bos <eos> bos <bos>"
+
+
+def test_segmentations_of_the_trained_words():
+    words = {"low": 5, "lower": 2, "newest": 6, "widest": 3}
+    for backend in ("auto", "reference"):
+        t = BPETokenizer.train(words, 26, mode="char", marker="_", backend=backend)
+        assert t.segmentations(words) == {
+            ("_low",): 5,
+            ("_lower",): 2,
+            ("_newest",): 6,
+            ("_widest",): 3,
+        }
+
+        assert t.segmentations(["low lowest"]) == {("_low",): 1, ("_low", "est"): 1}
+        with pytest.raises(ValueError, match="the counts are of mode 'byte'"):
+            t.segmentations(BPETokenizer.count_words(["a"]))
+    t = BPETokenizer.train(["ab ab abc"], 258)
+    assert t.segmentations(["ab ab abc"]) == {(b"ab",): 1, (b" ab",): 1, (b" ab", b"c"): 1}
+
+
+def test_a_tokenizer_is_immutable():
+    t = BPETokenizer.train(["ab ab ab"], 258)
+    for name in ("_model", "_encode_text", "pattern", "anything"):
+        with pytest.raises(AttributeError, match="immutable"):
+            setattr(t, name, None)
+    with pytest.raises(AttributeError, match="immutable"):
+        del t._model
+    with pytest.raises(AttributeError):
+        t.model.pattern = None
+    with pytest.raises(TypeError):
+        t.model.special_tokens["<x>"] = 3
+    with pytest.raises(ValueError, match="read-only"):
+        t.model.merges[0] = 0
+    assert t.encode("ab ab") == [256, 257]

@@ -157,7 +157,7 @@ py::object make_str(const uint8_t* text, size_t n, const char* errors) {
   switch (PyUnicode_KIND(result)) {
     case PyUnicode_1BYTE_KIND:
       if (characters == n) {
-        std::memcpy(data, text, n);
+        if (n > 0) std::memcpy(data, text, n);  // an empty text has no address
       } else {
         widen(text, n, static_cast<uint8_t*>(data));
       }

@@ -13,7 +13,7 @@ from transformers import BatchEncoding, PreTrainedTokenizer
 
 from lmfast.tokenizer import BPETokenizer
 from lmfast.tokenizer.byte_alphabet import CHAR_TO_BYTE, from_stand_ins, to_stand_ins
-from lmfast.tokenizer.huggingface import check_stand_ins
+from lmfast.tokenizer.huggingface_export import check_stand_ins
 
 _FILE = "lmfast_tokenizer.json"
 _MARK = 1 << 40  # beyond every id
@@ -89,7 +89,10 @@ class LMFastTokenizer(PreTrainedTokenizer):
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         names = self._names
-        return [names[id] for id in self.bpe.encode(text, disallowed_special=())]
+        return [
+            names[id]
+            for id in self.bpe.encode(text, disallowed_special=(), add_special_tokens=False)
+        ]
 
     def _convert_token_to_id(self, token: str) -> int | None:
         return self._ids.get(token, self.bpe.unk_id)
@@ -134,7 +137,7 @@ class LMFastTokenizer(PreTrainedTokenizer):
             if part in self.added_tokens_encoder:
                 found.append((self.added_tokens_encoder[part], (at, at + len(part))))
             else:
-                ids, spans = self.bpe.offsets(part, disallowed_special=())
+                ids, spans = self.bpe.offsets(part, disallowed_special=(), add_special_tokens=False)
                 found += [(id, (at + a, at + b)) for id, (a, b) in zip(ids, spans)]
             at += len(part)
         if [id for id, _ in found] != self.convert_tokens_to_ids(self.tokenize(text)):

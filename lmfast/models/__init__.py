@@ -1,6 +1,7 @@
 """Models: a Transformer decoder, recurrent networks, counts, and sequence to sequence."""
 
 from lmfast.models.base import LanguageModel, build_model
+from lmfast.models.classifier import SequenceClassifier
 from lmfast.models.decoder import DecoderLanguageModel
 from lmfast.models.ngram import CountLanguageModel
 from lmfast.models.recurrent import RecurrentLanguageModel
@@ -13,6 +14,7 @@ __all__ = [
     "LanguageModel",
     "RecurrentLanguageModel",
     "Seq2Seq",
+    "SequenceClassifier",
     "Tagger",
     "Translation",
     "build_model",

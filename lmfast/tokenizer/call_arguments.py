@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -37,24 +37,23 @@ def checked_special(name: str, value: Any) -> Any:
     return tokens
 
 
-def checked_ids(ids: Any, size: int, special: Mapping[str, int], *, skip: bool) -> Any:
+def checked_ids(ids: Any, size: int, left_out: Collection[int]) -> Any:
     """Ids as the engine takes them: a list, or a contiguous array of native int32.
 
     Args:
         ids: what the caller gave.
         size: of the vocabulary.
-        special: text -> id of the special tokens.
-        skip: leave them out; then every id is checked, so that errors name its place in ``ids``.
+        left_out: ids to leave out; if there are any every id is checked here, so that errors name
+            its place in ``ids``.
     """
     if type(ids) is list:
-        if not skip:
+        if not left_out:
             return ids
         for i, id in enumerate(ids):
             if not hasattr(id, "__index__"):
                 raise TypeError(f"ids[{i}] must be an int, got {type(id).__name__}")
             if not 0 <= id < size:
                 raise ValueError(f"ids[{i}] is {id}, which is not in the vocabulary")
-        left_out = set(special.values())
         return [id for id in ids if id not in left_out]
     try:
         array = np.asarray(ids)
@@ -67,10 +66,10 @@ def checked_ids(ids: Any, size: int, special: Mapping[str, int], *, skip: bool) 
             f"ids must be a one-dimensional sequence of ints, got shape {array.shape} of "
             f"{array.dtype}"
         )
-    if skip or array.dtype != np.int32:
+    if left_out or array.dtype != np.int32:
         # Beyond 31 bits an id must not wrap into the vocabulary.
         far = np.flatnonzero((array < 0) | (array >= size))
         if far.size:
             raise ValueError(f"ids[{far[0]}] is {array[far[0]]}, which is not in the vocabulary")
     array = np.ascontiguousarray(array, dtype=np.int32)
-    return array[~np.isin(array, list(special.values()))] if skip else array
+    return array[~np.isin(array, list(left_out))] if left_out else array

@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 import numpy as np
 
+from .patterns import Pattern
 from .unicode_classes import (
     LETTER,
     LOWER,
@@ -66,7 +67,7 @@ def _ends(pattern: str) -> np.ndarray:
     return table
 
 
-def safe_cut(text: str, pattern: str | None, joined: Collection[str] = ()) -> int:
+def safe_cut(text: str, pattern: Pattern, joined: Collection[str] = ()) -> int:
     """The last place inside a text where a piece ends whatever precedes and follows the text.
 
     Args:
@@ -77,7 +78,7 @@ def safe_cut(text: str, pattern: str | None, joined: Collection[str] = ()) -> in
     Returns:
         The number of characters before the cut; 0 where there is none.
     """
-    if pattern is None or pattern not in _RULES or len(text) < 2:
+    if not isinstance(pattern, str) or pattern not in _RULES or len(text) < 2:
         return 0
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
     classes = _classes()[codes]
@@ -88,7 +89,7 @@ def safe_cut(text: str, pattern: str | None, joined: Collection[str] = ()) -> in
     return 0
 
 
-def safe_cut_bytes(text: bytes, pattern: str | None, tail: int) -> int:
+def safe_cut_bytes(text: bytes, pattern: Pattern, tail: int) -> int:
     """As `safe_cut`, for UTF-8 that may begin and end inside a character.
 
     The last ``tail`` bytes are searched first: mostly they hold a cut.

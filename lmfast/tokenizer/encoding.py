@@ -2,72 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from .added_tokens import AddedTokens
 from .backend import default_threads
-from .call_arguments import check_text, checked_ids, checked_special, checked_texts
+from .batches import framed, with_rows
+from .call_arguments import check_text, checked_special, checked_texts
+from .cuts import safe_cut
+from .decoding import Decoding
 from .dropout import check_dropout, first_state, piece_ends
 from .invalid import encode_invalid
-from .model import Model
+from .normalization import is_normal
 from .patterns import scanner_code, splitter
-from .reference import Specials, sound_text, to_bytes
-from .spans import character_spans
-from .streaming import Appender, StreamDecoder
+from .reference import sound_text, to_bytes
+from .spans import character_spans, located_spans
+from .streaming import Appender
+from .template import NOTHING, Template
 from .training_arguments import checked_threads, whole
 
 Special = Literal["all"] | Collection[str]
 
 
 class Allowed(NamedTuple):
-    """The special tokens one call may match, and the engine's matcher of them."""
+    """The special tokens one call may match, the engine's matcher of them, and their rules."""
 
     tokens: list[tuple[bytes, int]]
     matcher: Any
+    rules: AddedTokens
 
 
-class Coding:
+class Coding(Decoding):
     """What BPETokenizer does with text and ids; see there."""
 
     __slots__ = ()
 
-    _model: Model
     _engine: Any
     _encode_text: Any
     _all_specials: Allowed
     _no_specials: Allowed
-
-    @property
-    def model(self) -> Model:
-        """The data of this tokenizer."""
-        return self._model
+    _scans: bool
+    _framed: bool
 
     @property
     def _encoder(self) -> Any:
         raise NotImplementedError
 
-    @property
-    def _decoder(self) -> Any:
-        raise NotImplementedError
+    def _make_allowed(self, tokens: Mapping[str, int]) -> Allowed:
+        model = self._model
+        pairs = [(token.encode(), id) for token, id in tokens.items()]
+        rules = AddedTokens(tokens, model.token_flags, model.normalizer)
+        return Allowed(pairs, self._engine.Specials(pairs), rules)
 
     def _allowed(
         self, text: str | bytes, allowed: Special | None, disallowed: Special | None
     ) -> Allowed:
         """The special tokens one call may match; raises on a disallowed one in the text."""
-        specials = self._model.special_tokens
+        every = self._model.special_tokens
         if allowed is None and disallowed is None:
             return self._all_specials
         allowed = checked_special("allowed_special", allowed)
         disallowed = checked_special("disallowed_special", disallowed)
+        specials = set(every) - self._model.ordinary
         wanted = set(specials) if allowed == "all" else set(allowed or ())
-        unknown = wanted - set(specials)
+        unknown = wanted - set(every)
         if unknown:
             raise ValueError(f"allowed_special holds {sorted(unknown)[0]!r}, which is not special")
         forbidden = (
-            set(specials) - wanted
+            specials - wanted
             if disallowed is None or disallowed == "all"
             else set(disallowed) - wanted
         )
@@ -80,10 +85,27 @@ class Coding:
                         f"allowed_special={{{token!r}, ...}} to encode it as one token, "
                         f"disallowed_special=() to encode it as ordinary text, or remove it"
                     )
-        if len(wanted) in (0, len(specials)):
+        wanted |= self._model.ordinary
+        if len(wanted) in (0, len(every)):
             return self._all_specials if wanted else self._no_specials
-        tokens = [(t.encode(), specials[t]) for t in sorted(wanted)]
-        return Allowed(tokens, self._engine.Specials(tokens))
+        return self._make_allowed({token: every[token] for token in sorted(wanted)})
+
+    def _direct(self, text: str | bytes) -> bool:
+        """Whether the engine alone encodes a text: there is a scanner for the pattern, its matcher
+        finds the special tokens, bytes are UTF-8, and nothing is left to normalize."""
+        model = self._model
+        if not self._scans:
+            return False
+        if isinstance(text, bytes) and model.mode == "byte":
+            if self._engine.valid_prefix(text) < len(text):
+                return False
+        if not model.normalizer:
+            return True
+        sound = sound_text(text)
+        return (sound is text or isinstance(text, bytes)) and is_normal(sound, model.normalizer)
+
+    def _around(self, add_special_tokens: bool) -> Template:
+        return self._model.template if add_special_tokens else NOTHING
 
     def encode(
         self,
@@ -91,6 +113,7 @@ class Coding:
         *,
         allowed_special: Special | None = None,
         disallowed_special: Special | None = None,
+        add_special_tokens: bool = True,
         dropout: float = 0.0,
         seed: int | None = None,
     ) -> list[int]:
@@ -103,6 +126,8 @@ class Coding:
                 With neither argument every special token in the text becomes its id. With either,
                 the rules are tiktoken's: nothing is allowed and all others are disallowed unless
                 said so, and those neither allowed nor disallowed are ordinary text.
+            add_special_tokens: put the tokens around the text that the file of a Hugging Face
+                tokenizer asks for, such as a begin token. Other tokenizers have none.
             dropout: probability of leaving out each possible merge (BPE-dropout), in [0, 1].
             seed: of the dropout, an int of which 64 bits count; the same seed gives the same ids
                 on every backend. None: a new one each time.
@@ -124,15 +149,21 @@ class Coding:
         if plain and type(dropout) is float and not dropout:
             quick = self._encode_text
             if quick is not None and (ids := quick(text)) is not NotImplemented:
-                return ids
+                return (
+                    self._model.template.join(ids) if self._framed and add_special_tokens else ids
+                )
         check_text(text)
         check_dropout(dropout)
         state = first_state(seed)
         specials = self._allowed(text, allowed_special, disallowed_special)
         if dropout:
-            return self._encode_with_dropout(text, specials, float(dropout), state)
-        ids = self._encode_by_python(text, specials)
-        return self._encoder.encode(text, specials.matcher) if ids is None else ids
+            ids = self._encode_with_dropout(text, specials, float(dropout), state)
+        elif self._direct(text):
+            ids = self._encoder.encode(text, specials.matcher)
+        else:
+            ids = self._encode_by_python(text, specials)
+        template = self._around(add_special_tokens)
+        return ids if template is NOTHING else template.join(ids)
 
     def encode_numpy(
         self,
@@ -140,14 +171,20 @@ class Coding:
         *,
         allowed_special: Special | None = None,
         disallowed_special: Special | None = None,
+        add_special_tokens: bool = True,
     ) -> np.ndarray:
         """As `encode`, as an int32 array: no Python object per token."""
         check_text(text)
         specials = self._allowed(text, allowed_special, disallowed_special)
-        ids = self._encode_by_python(text, specials)
-        if ids is not None:
-            return np.array(ids, dtype=np.int32)
-        return self._encoder.encode_array(text, specials.matcher)
+        if self._direct(text):
+            ids = self._encoder.encode_array(text, specials.matcher)
+        else:
+            ids = np.array(self._encode_by_python(text, specials), dtype=np.int32)
+        template = self._around(add_special_tokens)
+        if template is NOTHING:
+            return ids
+        before, after = (np.array(part, np.int32) for part in (template.before, template.after))
+        return np.concatenate((before, ids, after))
 
     def count(
         self,
@@ -155,12 +192,15 @@ class Coding:
         *,
         allowed_special: Special | None = None,
         disallowed_special: Special | None = None,
+        add_special_tokens: bool = True,
     ) -> int:
         """The number of tokens of a text, without making the ids."""
         check_text(text)
         specials = self._allowed(text, allowed_special, disallowed_special)
-        ids = self._encode_by_python(text, specials)
-        return self._encoder.count(text, specials.matcher) if ids is None else len(ids)
+        more = len(self._around(add_special_tokens).single) - 1
+        if self._direct(text):
+            return more + self._encoder.count(text, specials.matcher)
+        return more + len(self._encode_by_python(text, specials))
 
     def encode_batch(
         self,
@@ -170,6 +210,7 @@ class Coding:
         flat: bool = False,
         allowed_special: Special | None = None,
         disallowed_special: Special | None = None,
+        add_special_tokens: bool = True,
     ) -> Any:
         """Encode many texts, on several threads and without the GIL.
 
@@ -177,10 +218,15 @@ class Coding:
             texts: the texts.
             threads: None takes all CPUs of the process. The ids do not depend on it.
             flat: return (ids, offsets), text i being ids[offsets[i]:offsets[i + 1]].
-            allowed_special, disallowed_special: as for `encode`.
+            allowed_special, disallowed_special, add_special_tokens: as for `encode`.
 
         Returns:
             List of int32 arrays, or with ``flat`` an int32 and an int64 array.
+
+        What the compiled engine does not do alone runs in Python, one text at a time: patterns of
+        the user, which the ``regex`` package matches under the GIL, added tokens with rules of
+        their own, texts still to be normalized, and bytes that are not UTF-8; the other texts of
+        the batch run on all threads all the same.
         """
         texts = checked_texts(texts)
         threads = checked_threads(threads)
@@ -190,19 +236,17 @@ class Coding:
         if disallowed_special is not None or allowed_special is not None:
             for text in texts:
                 self._allowed(text, allowed_special, disallowed_special)
-        damaged = self._model.mode == "byte" and any(
-            self._engine.valid_prefix(text) < len(text) for text in texts if isinstance(text, bytes)
-        )
-        if damaged or scanner_code(self._model.pattern) is None:
-            rows = []
-            for text in texts:
-                row = self._encode_by_python(text, specials)
-                rows.append(self._encoder.encode(text, specials.matcher) if row is None else row)
-            ids = np.array([id for row in rows for id in row], dtype=np.int32)
-            offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-        else:
-            count = threads or default_threads()
-            ids, offsets = self._encoder.encode_batch(texts, specials.matcher, count)
+        others = {i: text for i, text in enumerate(texts) if not self._direct(text)}
+        if others:
+            texts = ["" if i in others else text for i, text in enumerate(texts)]
+        count = threads or default_threads()
+        ids, offsets = self._encoder.encode_batch(texts, specials.matcher, count)
+        if others:
+            rows = {i: self._encode_by_python(text, specials) for i, text in others.items()}
+            ids, offsets = with_rows(ids, offsets, rows)
+        template = self._around(add_special_tokens)
+        if template is not NOTHING:
+            ids, offsets = framed(ids, offsets, template.before, template.after)
         if flat:
             return ids, offsets
         bounds = offsets.tolist()
@@ -211,15 +255,14 @@ class Coding:
     def _encode_with_dropout(
         self, text: str | bytes, specials: Allowed, dropout: float, state: int
     ) -> list[int]:
-        sound = isinstance(text, str) or self._engine.valid_prefix(text) == len(text)
-        if sound and scanner_code(self._model.pattern) is not None:
+        if self._direct(text):
             return self._encoder.encode_dropout(text, specials.matcher, None, dropout, state)[0]
         ids: list[int] = []
-        for part, special in Specials(specials.tokens).split(sound_text(text)):
-            if special is not None:
-                ids.append(special)
+        for part in specials.rules.split(sound_text(text)):
+            if part.id is not None:
+                ids.append(part.id)
                 continue
-            pieces = [to_bytes(piece) for piece in splitter(self._model.pattern)(part)]
+            pieces = [to_bytes(piece) for piece in splitter(self._model.pattern)(part.text)]
             some, state = self._encoder.encode_dropout(
                 b"".join(pieces),
                 self._no_specials.matcher,
@@ -230,24 +273,21 @@ class Coding:
             ids += some
         return ids
 
-    def _encode_by_python(self, text: str | bytes, specials: Allowed) -> list[int] | None:
-        """What the engine's scanners do not cover: patterns of the user, and bytes that are not
-        UTF-8. None where they do."""
+    def _encode_by_python(self, text: str | bytes, specials: Allowed) -> list[int]:
+        """The ids of what the engine does not do alone, see `_direct`."""
         rest = b""
         if isinstance(text, bytes) and self._model.mode == "byte":
             valid = self._engine.valid_prefix(text)
             text, rest = text[:valid], text[valid:]
-        if not rest and scanner_code(self._model.pattern) is not None:
-            return None
-        *before, (last, _) = Specials(specials.tokens).split(sound_text(text))
+        *before, last = specials.rules.split(sound_text(text))
         ids: list[int] = []
-        for part, special in before:
-            ids += self._encode_part(part) if special is None else [special]
+        for part in before:
+            ids += self._encode_part(part.text) if part.id is None else [part.id]
         if rest:
             return ids + encode_invalid(
-                self._model, last, rest, self._encode_part, self._merge_piece
+                self._model, last.text, rest, self._encode_part, self._merge_piece
             )
-        return ids + self._encode_part(last)
+        return ids + self._encode_part(last.text)
 
     def _encode_part(self, text: str) -> list[int]:
         """The ids of text without special tokens."""
@@ -268,26 +308,40 @@ class Coding:
         *,
         allowed_special: Special | None = None,
         disallowed_special: Special | None = None,
+        add_special_tokens: bool = True,
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of a text and, for each, the characters it covers.
 
         Args:
             text: the text.
-            allowed_special, disallowed_special: as for `encode`.
+            allowed_special, disallowed_special, add_special_tokens: as for `encode`. What is added
+                has the span (0, 0).
 
         Returns:
             (ids, spans): ``text[start:end]`` of a span holds every character of which the token has
-            at least one byte. Tokens that share a character overlap in it.
+            at least one byte. Tokens that share a character overlap in it. Characters that a
+            normalizer makes into others count as one.
         """
         if not isinstance(text, str):
             raise TypeError(f"text must be a str, got {type(text).__name__}")
         allowed_special = checked_special("allowed_special", allowed_special)
         disallowed_special = checked_special("disallowed_special", disallowed_special)
-        ids = self.encode_numpy(
-            text, allowed_special=allowed_special, disallowed_special=disallowed_special
+        model, allowed = self._model, self._allowed(text, allowed_special, disallowed_special)
+        if model.plain_tokens and is_normal(sound_text(text), model.normalizer):
+            array = self.encode_numpy(
+                text,
+                allowed_special=allowed_special,
+                disallowed_special=disallowed_special,
+                add_special_tokens=False,
+            )
+            ids, spans = array.tolist(), character_spans(model, text, array, allowed.tokens)
+        else:
+            ids, spans = located_spans(model, text, allowed.rules, self._encode_part)
+        template = self._around(add_special_tokens)
+        return (
+            template.join(ids),
+            [(0, 0)] * len(template.before) + spans + [(0, 0)] * len(template.after),
         )
-        allowed = self._allowed(text, allowed_special, disallowed_special)
-        return ids.tolist(), character_spans(self._model, text, ids, allowed.tokens)
 
     def truncate(
         self,
@@ -302,65 +356,42 @@ class Coding:
         Args:
             text: the text.
             max_tokens: the most tokens, >= 0.
-            allowed_special, disallowed_special: as for `encode`.
+            allowed_special, disallowed_special: as for `encode`; the tokens that `encode` puts
+                around a text are not counted.
+
+        With a named pattern the time is in proportion to what is kept, not to the text.
         """
         max_tokens = whole("max_tokens", max_tokens, 0)
-        special = {
+        special: dict[str, Any] = {
             "allowed_special": checked_special("allowed_special", allowed_special),
             "disallowed_special": checked_special("disallowed_special", disallowed_special),
+            "add_special_tokens": False,
         }
-        ids, where = self.offsets(text, **special)
-        keep = max_tokens
-        while len(ids) > keep > 0:
+        self._allowed(text, special["allowed_special"], special["disallowed_special"])
+        for head in self._heads(text, max_tokens):
+            ids, where = self.offsets(head, **special)
+            if len(ids) > max_tokens:
+                break
+        else:
+            return text
+        for keep in range(max_tokens, 0, -1):
             end = where[keep - 1][1]
             # A token that ends inside a character would count it for both neighbours.
             if where[keep][0] >= end and self.count(text[:end], **special) <= max_tokens:
                 return text[:end]
-            keep -= 1
-        return text if len(ids) <= max_tokens else ""
+        return ""
+
+    def _heads(self, text: str, tokens: int) -> Iterator[str]:
+        """Longer and longer beginnings of a text, whose ids are the first of the whole text's; the
+        last is the text."""
+        size = 8 * tokens + 64
+        while size < len(text) and self._model.has_certain_ends:
+            cut = safe_cut(text[:size], self._model.pattern, self._model.joined_pairs)
+            if cut:
+                yield text[:cut]
+            size *= 4
+        yield text
 
     def appender(self, text: str = "") -> Appender:
         """An encoding that grows as text arrives; see `Appender`."""
         return Appender(self, text)
-
-    def decode(
-        self, ids: Any, *, errors: str = "replace", skip_special_tokens: bool = False
-    ) -> str:
-        """The text of ids.
-
-        Args:
-            ids: list, array or tensor of ints, one-dimensional.
-            errors: for bytes that are not UTF-8: "strict", "replace" or "ignore".
-            skip_special_tokens: leave out special tokens.
-
-        Raises:
-            ValueError: an id is not in the vocabulary; names it and its place.
-            UnicodeDecodeError: the bytes are not UTF-8 and errors is "strict".
-        """
-        if errors not in ("strict", "replace", "ignore"):
-            raise ValueError(f'errors must be "strict", "replace" or "ignore", got {errors!r}')
-        ids = self._clean_ids(ids, skip_special_tokens)
-        text = self._decoder.decode(ids, errors)
-        # In the char mode the marker is the space between words: there is none before the first.
-        return text[1:] if self._model.mode == "char" and text[:1] == " " else text
-
-    def decode_bytes(self, ids: Any, *, skip_special_tokens: bool = False) -> bytes:
-        """The bytes of ids: as `decode`, for text that need not be UTF-8."""
-        raw = self.raw_bytes(self._clean_ids(ids, skip_special_tokens))
-        return raw[1:] if self._model.mode == "char" and raw[:1] == b" " else raw
-
-    def raw_bytes(self, ids: Any) -> bytes:
-        """The bytes of ids as they stand in the middle of a text: a first marker is a space too."""
-        return self._decoder.decode_bytes(self._clean_ids(ids, False))
-
-    def decode_batch(self, batch: Iterable[Any], **options: Any) -> list[str]:
-        """`decode` for each of several sequences of ids."""
-        return [self.decode(ids, **options) for ids in batch]
-
-    def stream_decoder(self, *, errors: str = "replace") -> StreamDecoder:
-        """A decoder for ids that come one by one; see `StreamDecoder`."""
-        return StreamDecoder(self, errors=errors)
-
-    def _clean_ids(self, ids: Any, skip: bool) -> Any:
-        model = self._model
-        return checked_ids(ids, model.size, model.special_tokens, skip=skip)

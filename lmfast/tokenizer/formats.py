@@ -13,18 +13,24 @@ import numpy as np
 
 from .byte_alphabet import from_stand_ins
 from .model import Model, check_id, make_merges
+from .patterns import Pattern
 
 FORMAT, VERSION = "lmfast-bpe", 1
 _FIELDS: dict[str, Any] = {
     "mode": str,
-    "pattern": (str, type(None)),
+    "pattern": (str, list, type(None)),
     "tokens": list,
     "merges": list,
     "special_tokens": dict,
     "whole_piece": bool,
     "marker": str,
     "unk": (str, type(None)),
+    "token_flags": dict,
+    "normalizer": list,
+    "post_processor": (dict, type(None)),
 }
+# What files without them mean; others must have every entry.
+_DEFAULTS: dict[str, Any] = {"token_flags": {}, "normalizer": [], "post_processor": None}
 
 
 def to_document(model: Model) -> dict[str, Any]:
@@ -42,11 +48,14 @@ def to_document(model: Model) -> dict[str, Any]:
         "format": FORMAT,
         "version": VERSION,
         "mode": model.mode,
-        "pattern": model.pattern,
+        "pattern": list(model.pattern) if isinstance(model.pattern, tuple) else model.pattern,
         "marker": model.marker,
         "unk": model.unk,
         "whole_piece": model.whole_piece,
         "special_tokens": dict(model.special_tokens),
+        "token_flags": {text: list(flags) for text, flags in model.token_flags.items()},
+        "normalizer": list(model.normalizer),
+        "post_processor": json.loads(model.post_processor or "null"),
         "tokens": tokens,
         "merges": model.merges.tolist(),
     }
@@ -58,6 +67,7 @@ def from_document(document: Any, name: str = "tokenizer") -> Model:
         raise ValueError(f"{name}: not an lmfast tokenizer, its format must be {FORMAT!r}")
     if type(document.get("version")) is not int or document["version"] != VERSION:
         raise ValueError(f"{name}: version {document.get('version')!r} is not {VERSION}")
+    document = {**_DEFAULTS, **document}
     for key, kind in _FIELDS.items():
         if key not in document:
             raise ValueError(f"{name}: the entry {key!r} is missing")
@@ -69,6 +79,7 @@ def from_document(document: Any, name: str = "tokenizer") -> Model:
             raise ValueError(f"{name}: merges[{i}] must be [left, right, new, rank], got {row!r}")
         if any(abs(v) > 1 << 40 for v in row):
             raise ValueError(f"{name}: merges[{i}] is out of range: {row!r}")
+    processor = document["post_processor"]
     try:
         return Model(
             mode=document["mode"],
@@ -79,8 +90,11 @@ def from_document(document: Any, name: str = "tokenizer") -> Model:
             whole_piece=document["whole_piece"],
             marker=document["marker"],
             unk=document["unk"],
+            token_flags=document["token_flags"],
+            normalizer=document["normalizer"],
+            post_processor=processor and json.dumps(processor, ensure_ascii=False),
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
 
 
@@ -166,12 +180,13 @@ def pairs_to_model(
     vocab: Mapping[str, Any],
     pairs: Sequence[tuple[str, str]],
     *,
-    pattern: str | None,
+    pattern: Pattern,
     special_tokens: Mapping[str, int] | None,
     name: str,
-    whole_piece: bool = False,
+    **options: Any,
 ) -> Model:
-    """A byte-level model from tokens in stand-in characters and pairs of them."""
+    """A byte-level model from tokens in stand-in characters and pairs of them; options are other
+    fields of the model."""
     size = checked_size(vocab, special_tokens or {}, name)
     triples = []
     made = set()
@@ -205,7 +220,7 @@ def pairs_to_model(
             tokens=tuple(tokens),
             merges=make_merges(triples),
             special_tokens=specials,
-            whole_piece=whole_piece,
+            **options,
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

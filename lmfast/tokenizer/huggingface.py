@@ -1,20 +1,21 @@
-"""Tokenizers of the Hugging Face libraries, both ways."""
+"""Reading tokenizers of the Hugging Face libraries."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from typing import Any
 
-import numpy as np
-
-from .byte_alphabet import CHAR_TO_BYTE, from_stand_ins, to_stand_ins
 from .formats import checked_size, pairs_to_model, parse_json, read_json
 from .model import Model, check_id, make_merges
-from .patterns import PUBLISHED
-from .reference import apply_merges
+from .normalization import FORMS
+from .template import NOTHING, template_of
 
-_SEPARATORS = {"words": r"[\s\x1c-\x1f]+", "lines": r"[\r\n]+"}
+# How the char mode splits into words or lines.
+SEPARATORS = {"words": r"[\s\x1c-\x1f]+", "lines": r"[\r\n]+"}
+# Punctuation is that of ASCII, symbols included, and the category P of Unicode.
+_PUNCTUATION = {"Isolated": r"[\p{P}$+<=>^`|~]", "Contiguous": r"[\p{P}$+<=>^`|~]+"}
 
 
 def _document(source: Any) -> tuple[dict[str, Any], str]:
@@ -59,13 +60,19 @@ def _steps(document: dict[str, Any], part: str, key: str, name: str) -> list[dic
 def _split_regex(step: dict[str, Any], behaviors: tuple[str, ...], name: str) -> str:
     pattern = step.get("pattern")
     regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+    if isinstance(pattern, dict) and isinstance(pattern.get("String"), str):
+        regex = re.escape(pattern["String"])
     if step.get("invert") or step.get("behavior") not in behaviors or not isinstance(regex, str):
         raise ValueError(f"{name}: this Split has no counterpart: {step}")
     return regex
 
 
-def _added_tokens(document: dict[str, Any], name: str) -> dict[str, int]:
+def _added_tokens(
+    document: dict[str, Any], name: str
+) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
+    """The ids of the added tokens, and the flags of `added_tokens.FLAGS` that they have."""
     specials: dict[str, int] = {}
+    flags: dict[str, tuple[str, ...]] = {}
     tokens = document.get("added_tokens") or []
     if not isinstance(tokens, list):
         raise ValueError(f"{name}: added_tokens must be a list, got {tokens!r}")
@@ -75,11 +82,11 @@ def _added_tokens(document: dict[str, Any], name: str) -> dict[str, int]:
         check_id(token.get("id"), f"{name}: added_tokens[{index}]: the id")
         if token["content"] in specials:
             raise ValueError(f"{name}: added_tokens[{index}] repeats {token['content']!r}")
-        for flag in ("lstrip", "rstrip", "single_word"):
-            if token.get(flag):
-                raise ValueError(f"{name}: the added token {token['content']!r} has {flag}")
         specials[token["content"]] = token["id"]
-    return specials
+        given = ["ordinary"] if not token.get("special", True) else []
+        given += [f for f in ("normalized", "lstrip", "rstrip", "single_word") if token.get(f)]
+        flags[token["content"]] = tuple(given)
+    return specials, flags
 
 
 def _merges(model: dict[str, Any], name: str) -> list[tuple[str, str]]:
@@ -99,23 +106,62 @@ def _merges(model: dict[str, Any], name: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def _check_no_additions(document: dict[str, Any], name: str) -> None:
-    """ValueError for what changes the ids of a text after merging."""
+def _post_processor(document: dict[str, Any], name: str) -> str | None:
+    """The post-processor as JSON text; ValueError for what else changes the ids after merging."""
     for part in ("truncation", "padding"):
         if document.get(part) is not None:
             raise ValueError(f"{name}: {part} is set, which is not supported; set it to null")
-    for step in _steps(document, "post_processor", "processors", name):
-        parts = step.get("single")
-        whole_text = isinstance(parts, list) and all(
-            isinstance(part, dict) and "Sequence" in part for part in parts
-        )
-        if step["type"] != "ByteLevel" and not (
-            step["type"] == "TemplateProcessing" and whole_text
-        ):
+    if document.get("post_processor") is None:
+        return None
+    text = json.dumps(document["post_processor"], ensure_ascii=False)
+    try:
+        template = template_of(text)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    # One that adds nothing is kept where it has to do with offsets.
+    return None if template == NOTHING and '"ByteLevel"' not in text else text
+
+
+def _normalizer(document: dict[str, Any], name: str) -> tuple[str, ...]:
+    kinds = [step["type"] for step in _steps(document, "normalizer", "normalizers", name)]
+    for kind in kinds:
+        if kind not in FORMS:
+            raise ValueError(f"{name}: the normalizer {kind} is not supported, only {FORMS} are")
+    return tuple(kinds)
+
+
+def _check_decoder(document: dict[str, Any], kind: str, name: str) -> None:
+    for step in _steps(document, "decoder", "decoders", name):
+        if step["type"] != kind:
             raise ValueError(
-                f"{name}: the post_processor {step['type']} adds special tokens to every text, "
-                "which is not supported; set it to null and add them yourself"
+                f"{name}: the decoder {step['type']} is not supported where the pre-tokenizer is "
+                f"{kind}; only {kind} is"
             )
+
+
+def _pattern(steps: list[dict[str, Any]], name: str) -> tuple[str, ...]:
+    """What the pre-tokenizers split by, one after the other; the last must be ByteLevel."""
+    patterns: list[str] = []
+    for step in steps[:-1]:
+        kind = step["type"]
+        if kind == "Split":
+            patterns.append(_split_regex(step, ("Isolated",), name))
+        elif kind == "Digits":
+            patterns.append(r"\p{N}" if step.get("individual_digits") else r"\p{N}+")
+        elif kind == "Punctuation" and step.get("behavior", "Isolated") in _PUNCTUATION:
+            patterns.append(_PUNCTUATION[step.get("behavior", "Isolated")])
+        else:
+            raise ValueError(f"{name}: the pre-tokenizer {step} is not supported before ByteLevel")
+    if not steps or steps[-1]["type"] != "ByteLevel":
+        kinds = " + ".join(step["type"] for step in steps) or None
+        raise ValueError(
+            f"{name}: the pre-tokenizer {kinds} is not supported, it must end with ByteLevel"
+        )
+    if steps[-1].get("add_prefix_space", True):
+        raise ValueError(f"{name}: ByteLevel has add_prefix_space, which is not supported")
+    if steps[-1].get("use_regex", True):
+        patterns.append("gpt2")
+    return tuple(patterns)
 
 
 def read(source: Any) -> Model:
@@ -124,40 +170,42 @@ def read(source: Any) -> Model:
     model = document["model"]
     if model.get("type", "BPE") != "BPE":
         raise ValueError(f"{name}: the model is {model.get('type')}, only BPE can be read")
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+    # Of the others byte_fallback, unk_token and fuse_unk concern unknown symbols only: bytes have
+    # none.
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise ValueError(f"{name}: the model has {key}={model[key]!r}, which is not supported")
-    if document.get("normalizer") is not None:
-        raise ValueError(f"{name}: the normalizer {document['normalizer']} is not supported")
     if not isinstance(model.get("vocab"), dict):
         raise ValueError(f"{name}: vocab must be an object of token -> id")
     pairs = _merges(model, name)
-    specials = _added_tokens(document, name)
-    _check_no_additions(document, name)
+    specials, flags = _added_tokens(document, name)
+    post_processor = _post_processor(document, name)
+    normalizer = _normalizer(document, name)
     steps = _steps(document, "pre_tokenizer", "pretokenizers", name)
-    kinds = [step.get("type") for step in steps]
-    if kinds == ["Split", "Metaspace"]:
+    if [step["type"] for step in steps] == ["Split", "Metaspace"]:
+        given = {"normalizer": normalizer, "post_processor": post_processor}
+        for text, own in flags.items():
+            if own:
+                raise ValueError(
+                    f"{name}: the added token {text!r} is {' and '.join(own)}, which is not "
+                    "supported beside a Metaspace"
+                )
+        for key, value in given.items():
+            if value:
+                raise ValueError(f"{name}: the {key} is not supported beside a Metaspace: {value}")
+        _check_decoder(document, "Metaspace", name)
         return _read_characters(model, pairs, steps, specials, name)
-    if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
-        raise ValueError(
-            f"{name}: the pre-tokenizer {' + '.join(map(str, kinds))} is not supported"
-        )
-    level = steps[-1]
-    if level.get("add_prefix_space"):
-        raise ValueError(f"{name}: ByteLevel has add_prefix_space, which is not supported")
-    own = level.get("use_regex", True)
-    if own and len(steps) == 2:
-        raise ValueError(f"{name}: ByteLevel has use_regex after a Split, which is not supported")
-    pattern: str | None = "gpt2" if own else None
-    if len(steps) == 2:
-        pattern = _split_regex(steps[0], ("Isolated",), name)
+    _check_decoder(document, "ByteLevel", name)
     return pairs_to_model(
         model["vocab"],
         pairs,
-        pattern=pattern,
+        pattern=_pattern(steps, name),
         special_tokens=specials,
         name=name,
         whole_piece=bool(model.get("ignore_merges")),
+        token_flags=flags,
+        normalizer=normalizer,
+        post_processor=post_processor,
     )
 
 
@@ -170,7 +218,7 @@ def _read_characters(
 ) -> Model:
     """The form that `build` gives the char mode."""
     separator = _split_regex(steps[0], ("Removed",), name)
-    pattern = next((p for p, regex in _SEPARATORS.items() if regex == separator), None)
+    pattern = next((p for p, regex in SEPARATORS.items() if regex == separator), None)
     if pattern is None or steps[1].get("split", True) or model.get("fuse_unk"):
         raise ValueError(f"{name}: this Split and Metaspace have no counterpart")
     space = steps[1]
@@ -203,99 +251,3 @@ def _read_characters(
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-
-
-def check_stand_ins(model: Model) -> None:
-    """ValueError for a special token spelled like another token's stand-in characters.
-
-    A vocabulary of stand-ins has one name for both, such as "é" for the byte 0xE9.
-    """
-    if model.mode == "char":
-        return
-    for text in model.special_tokens:
-        if all(c in CHAR_TO_BYTE for c in text):
-            token = from_stand_ins(text)
-            if token in model.ids and token != text.encode():
-                raise ValueError(
-                    f"the special token {text!r} is the name of the token {token!r} in a "
-                    "vocabulary of stand-in characters; choose another"
-                )
-
-
-def canonical_pairs(model: Model) -> list[tuple[int, int, int]]:
-    """One (left, right, new) per merged token, in rank order.
-
-    Where a rank has several pairs (tiktoken), the pair is the one left when the token itself is
-    merged by the ranks below its own; a token for which more than two parts are left has none and
-    is reached as a whole piece only.
-    """
-    if len(np.unique(model.merges[:, 3])) == len(model.merges):
-        return [(a, b, new) for a, b, new, _ in model.merges.tolist()]
-    pairs = []
-    ranks: dict[tuple[int, int], tuple[int, int]] = {}
-    pending: dict[tuple[int, int], tuple[int, int]] = {}
-    symbols = model.symbols()
-    last = None
-    for left, right, new, rank in model.merges.tolist():
-        if rank != last:
-            ranks.update(pending)
-            pending.clear()
-            token = model.tokens[new] or b""
-            parts = apply_merges([symbols[b] for b in token], ranks)
-            if len(parts) == 2:
-                pairs.append((parts[0], parts[1], new))
-            last = rank
-        pending[left, right] = rank, new
-    return pairs
-
-
-def build(model: Model) -> Any:
-    """A tokenizers.Tokenizer that encodes the same (with ``add_special_tokens=False``)."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    check_stand_ins(model)
-    if model.mode == "char":
-        name = {id: (token or b"").decode() for id, token in enumerate(model.tokens)}
-        split = pre_tokenizers.Split(Regex(_SEPARATORS[model.pattern or "words"]), "removed")
-        space = pre_tokenizers.Metaspace(model.marker, prepend_scheme="always", split=False)
-        before: Any = pre_tokenizers.Sequence([split, space])
-        decoder: Any = decoders.Metaspace(model.marker, prepend_scheme="always", split=False)
-    else:
-        name = {id: to_stand_ins(token or b"") for id, token in enumerate(model.tokens)}
-        before = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=model.pattern == "gpt2")
-        if model.pattern not in (None, "gpt2"):
-            regex = Regex(PUBLISHED.get(model.pattern, model.pattern))
-            split = pre_tokenizers.Split(regex, "isolated")
-            before = pre_tokenizers.Sequence([split, before])
-        decoder = decoders.ByteLevel()
-    doubled = [
-        re.escape(text.encode())
-        for text, id in model.special_tokens.items()
-        if model.mode == "char" or model.ids.get(text.encode(), id) != id
-    ]
-    if doubled:
-        # The text of a special token is matched before merging: tokens that hold it never occur.
-        special = re.compile(b"|".join(doubled))
-        name = {
-            id: "" if special.search(model.tokens[id] or b"") else text for id, text in name.items()
-        }
-    name.update({id: text for text, id in model.special_tokens.items()})
-    vocab = {text: id for id, text in name.items() if text}
-    pairs = [(name[a], name[b], new) for a, b, new in canonical_pairs(model)]
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab=vocab,
-            merges=[(a, b) for a, b, new in pairs if name[new]],
-            unk_token=model.unk,
-            ignore_merges=model.whole_piece,
-        )
-    )
-    tokenizer.pre_tokenizer = before
-    tokenizer.decoder = decoder
-    tokenizer.add_special_tokens(
-        [
-            AddedToken(text, special=True, normalized=False)
-            for text, _ in sorted(model.special_tokens.items(), key=lambda item: item[1])
-        ]
-    )
-    return tokenizer

@@ -10,7 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from .patterns import canonical_pattern, scanner_code, splitter
+from .added_tokens import FLAGS, is_plain
+from .cuts import pairs_inside
+from .normalization import FORMS
+from .patterns import Pattern, canonical_pattern, scanner_code, splitter
+from .template import Template, template_of
 
 MODES = ("byte", "char")
 ID_LIMIT = 1 << 21
@@ -22,7 +26,8 @@ class Model:
 
     Args:
         mode: "byte" (every text is encodable) or "char" (words of known characters).
-        pattern: name of a pattern or a regular expression; None: a text is one piece.
+        pattern: name of a pattern or a regular expression; None: a text is one piece; several: each
+            splits the pieces of the one before.
         tokens: id -> bytes (UTF-8 in the char mode). None marks an id that has no text of its own:
             a special token or a gap.
         merges: (n, 4) int64 array of left id, right id, new id and rank, ascending by rank.
@@ -30,16 +35,23 @@ class Model:
         whole_piece: a piece that is a token becomes that token, whatever the merges say.
         marker: what stands before each word (char mode).
         unk: the special token of unknown characters (char mode).
+        token_flags: text of a special token -> some of `added_tokens.FLAGS`, where it has any.
+        normalizer: forms of Unicode normalization, applied in order before splitting (byte mode).
+        post_processor: what stands around a text, as the JSON text of a Hugging Face
+            post-processor; None: nothing.
     """
 
     mode: str
-    pattern: str | None
+    pattern: Pattern
     tokens: tuple[bytes | None, ...]
     merges: np.ndarray
     special_tokens: Mapping[str, int] = field(default_factory=dict)
     whole_piece: bool = False
     marker: str = ""
     unk: str | None = None
+    token_flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    normalizer: tuple[str, ...] = ()
+    post_processor: str | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -51,6 +63,9 @@ class Model:
         object.__setattr__(self, "pattern", canonical_pattern(self.pattern))
         object.__setattr__(self, "tokens", tuple(self.tokens))
         object.__setattr__(self, "special_tokens", MappingProxyType(dict(self.special_tokens)))
+        flags = {text: tuple(given) for text, given in self.token_flags.items() if given}
+        object.__setattr__(self, "token_flags", MappingProxyType(flags))
+        object.__setattr__(self, "normalizer", tuple(self.normalizer))
         merges = np.array(self.merges, dtype=np.int64, order="C").reshape(-1, 4)
         merges.flags.writeable = False
         object.__setattr__(self, "merges", merges)
@@ -58,6 +73,7 @@ class Model:
         self._check_tokens()
         self._check_specials()
         self._check_merges()
+        self._check_additions()
 
     @classmethod
     def trusted(cls, **fields: Any) -> Model:
@@ -65,12 +81,15 @@ class Model:
         model = object.__new__(cls)
         model.__dict__.update(fields)
         model.__dict__["special_tokens"] = MappingProxyType(dict(model.special_tokens))
+        model.__dict__["token_flags"] = MappingProxyType({})
         model.merges.flags.writeable = False
         return model
 
     def __reduce__(self) -> tuple[Any, ...]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return _restore, ({**values, "special_tokens": dict(self.special_tokens)},)
+        for name in ("special_tokens", "token_flags"):
+            values[name] = dict(values[name])
+        return _restore, (values,)
 
     @functools.cached_property
     def ids(self) -> Mapping[bytes, int]:
@@ -81,7 +100,7 @@ class Model:
     def _check_pattern(self) -> None:
         if self.pattern is None or scanner_code(self.pattern) is not None:
             return
-        if _has_surrogates(self.pattern):
+        if _has_surrogates("".join(self.pattern)):
             raise ValueError(f"the pattern {self.pattern!r} holds surrogates")
         try:
             splitter(self.pattern)
@@ -159,6 +178,54 @@ class Model:
                 raise ValueError(f"{name} is out of rank order")
             pairs.add((left, right))
             previous = rank
+
+    def _check_additions(self) -> None:
+        for text, flags in self.token_flags.items():
+            if text not in self.special_tokens:
+                raise ValueError(f"token_flags names {text!r}, which is not a special token")
+            unknown = set(flags) - set(FLAGS)
+            if unknown:
+                raise ValueError(f"the token {text!r} has the unknown flag {min(unknown)!r}")
+        unknown = set(self.normalizer) - set(FORMS)
+        if unknown:
+            raise ValueError(f"the normalizer must be of {FORMS}, got {sorted(unknown)[0]!r}")
+        if self.mode == "char" and (self.normalizer or self.token_flags):
+            raise ValueError("the char mode has no normalizer and no token flags")
+        template = self.template
+        for id in (*template.single, *template.pair):
+            if isinstance(id, int) and not 0 <= id < len(self.tokens):
+                raise ValueError(f"the post_processor adds the id {id}, outside the vocabulary")
+
+    @property
+    def template(self) -> Template:
+        """What stands around a text."""
+        return template_of(self.post_processor)
+
+    @functools.cached_property
+    def ordinary(self) -> frozenset[str]:
+        """The added tokens that are text like any other: matched always, never left out."""
+        return frozenset(t for t, flags in self.token_flags.items() if "ordinary" in flags)
+
+    @functools.cached_property
+    def plain_tokens(self) -> bool:
+        """Whether the engine's matcher finds the special tokens of a text that is normalized."""
+        return is_plain(self.special_tokens, self.token_flags, self.normalizer)
+
+    @functools.cached_property
+    def has_certain_ends(self) -> bool:
+        """Whether a text can be encoded in parts that `cuts.safe_cut` gives."""
+        late = any("normalized" in flags for flags in self.token_flags.values())
+        return self.plain_tokens and not (late and self.normalizer)
+
+    @functools.cached_property
+    def joined_pairs(self) -> frozenset[str]:
+        """The pairs of characters inside special tokens, between which no text is cut."""
+        return pairs_inside(self.special_tokens)
+
+    @functools.cached_property
+    def left_out(self) -> frozenset[int]:
+        """The ids that ``skip_special_tokens`` leaves out."""
+        return frozenset(id for t, id in self.special_tokens.items() if t not in self.ordinary)
 
     @property
     def size(self) -> int:

@@ -8,8 +8,10 @@ against.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from .unicode_classes import LETTER, LOWER, MARK, NEWLINE, NUMBER, SPACE, UPPER, class_ranges
 
@@ -52,8 +54,15 @@ _SPELLINGS = {
 }
 
 
-def canonical_pattern(pattern: str | None) -> str | None:
-    """The name of a known pattern, or the regular expression itself, or None for no splitting."""
+Pattern = str | tuple[str, ...] | None
+
+
+def canonical_pattern(pattern: Any) -> Pattern:
+    """The name of a known pattern, or the regular expression itself, or None for no splitting, or
+    several that are applied one after the other."""
+    if isinstance(pattern, (tuple, list)):
+        several = tuple(str(canonical_pattern(_not_none(part))) for part in pattern)
+        return several if len(several) > 1 else several[0] if several else None
     if pattern is None or pattern in SCANNERS[1:]:
         return pattern
     if not isinstance(pattern, str):
@@ -63,8 +72,14 @@ def canonical_pattern(pattern: str | None) -> str | None:
     return _SPELLINGS.get(pattern, pattern)
 
 
-def scanner_code(pattern: str | None) -> int | None:
-    """The engine's number of a named pattern; None for a regular expression."""
+def _not_none(pattern: Any) -> Any:
+    if not isinstance(pattern, str):
+        raise TypeError(f"several patterns must be str, got {pattern!r}")
+    return pattern
+
+
+def scanner_code(pattern: Pattern) -> int | None:
+    """The engine's number of a named pattern; None for a regular expression and for several."""
     name = pattern or "none"
     return SCANNERS.index(name) if name in SCANNERS else None
 
@@ -104,7 +119,7 @@ def named_expression(pattern: str) -> re.Pattern[str]:
 
 
 @functools.lru_cache(maxsize=64)
-def splitter(pattern: str | None) -> Callable[[str], Iterable[str]]:
+def splitter(pattern: Pattern) -> Callable[[str], Iterable[str]]:
     """A function from a text to its pieces, in order.
 
     Every pattern but "words" and "lines" keeps all of the text: what a regular expression leaves
@@ -112,6 +127,16 @@ def splitter(pattern: str | None) -> Callable[[str], Iterable[str]]:
     """
     if pattern is None:
         return lambda text: [text] if text else []
+    if isinstance(pattern, tuple):
+        first, *others = map(splitter, pattern)
+
+        def split_again(text: str) -> Iterable[str]:
+            pieces = first(text)
+            for other in others:
+                pieces = itertools.chain.from_iterable(map(other, pieces))
+            return pieces
+
+        return split_again
     if pattern in SCANNERS:
         return named_expression(pattern).findall
     expression = compile_pattern(pattern)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from .added_tokens import AddedTokens
 from .model import Model
 from .patterns import named_expression
 from .reference import Specials, sound_text
@@ -23,6 +24,38 @@ def character_spans(
         spans = _word_spans(model, sound, ids.tolist(), specials)
     else:
         spans = _byte_spans(model, sound, ids)
+    return _in_text(text, sound, spans)
+
+
+def located_spans(
+    model: Model, text: str, rules: AddedTokens, encode: Callable[[str], list[int]]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """The ids of a text, part by part, and the characters that each covers, before normalization.
+
+    Args:
+        model: a byte-level tokenizer's data.
+        text: the text.
+        rules: of the special tokens.
+        encode: normalized text without special tokens -> ids.
+    """
+    sound = sound_text(text)
+    ids: list[int] = []
+    spans: list[tuple[int, int]] = []
+    for part in rules.split(sound, located=True):
+        if part.id is not None:
+            ids.append(part.id)
+            end = spans[-1][1] if spans else 0
+            spans.append((part.places[0][0], part.places[-1][1]) if part.places else (end, end))
+            continue
+        some = encode(part.text)
+        ids += some
+        for a, b in _byte_spans(model, part.text, np.array(some, dtype=np.int64)):
+            spans.append((part.places[a][0], part.places[b - 1][1]))
+    return ids, _in_text(text, sound, spans)
+
+
+def _in_text(text: str, sound: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans of the sound text as spans of the text."""
     if len(sound) == len(text):
         return spans
     # Pairs of surrogates were joined: find where each character began.

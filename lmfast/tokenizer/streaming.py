@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .cuts import pairs_inside, safe_cut
+from .cuts import safe_cut
 
 if TYPE_CHECKING:
+    from .decoding import Decoding
     from .encoding import Coding
 
 
@@ -18,11 +19,12 @@ class Appender:
 
     What can no longer change is encoded once. With a named pattern that is everything up to the
     last certain end of a piece, such as a space or the end of a line, so that appending costs in
-    proportion to what is new; with a regular expression or no pattern the whole text is encoded
-    again whenever ids are asked for.
+    proportion to what is new; with a regular expression, no pattern, or added tokens that take
+    the whitespace beside them or stand only for whole words, the whole text is encoded again
+    whenever ids are asked for.
 
     Args:
-        tokenizer: encodes; special tokens in the text become their ids.
+        tokenizer: encodes; special tokens in the text become their ids, and none are put around it.
         text: the first part.
 
     Example:
@@ -40,7 +42,8 @@ class Appender:
         # What follows, in the parts that came. Only its last character is looked at again.
         self._tail: list[str] = []
         self._last = ""
-        self._joined = pairs_inside(tokenizer.model.special_tokens)
+        model = tokenizer.model
+        self._pattern = model.pattern if model.has_certain_ends else None
         self.append(text)
 
     def append(self, text: str) -> None:
@@ -49,13 +52,16 @@ class Appender:
             raise TypeError(f"text must be a str, got {type(text).__name__}")
         if not text:
             return
-        cut = safe_cut(self._last + text, self._tokenizer.model.pattern, self._joined)
+        cut = safe_cut(self._last + text, self._pattern, self._tokenizer.model.joined_pairs)
         if cut:
             cut -= len(self._last)
-            self._fixed += self._tokenizer.encode("".join((*self._tail, text[:cut])))
+            self._fixed += self._encode("".join((*self._tail, text[:cut])))
             self._tail = []
         self._tail.append(text[cut:])
         self._last = text[-1]
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
     def _rest(self) -> str:
         self._tail = ["".join(self._tail)]
@@ -63,11 +69,11 @@ class Appender:
 
     def ids(self) -> list[int]:
         """The ids of all text so far."""
-        return self._fixed + self._tokenizer.encode(self._rest())
+        return self._fixed + self._encode(self._rest())
 
     def __len__(self) -> int:
         """The number of ids of all text so far."""
-        return len(self._fixed) + self._tokenizer.count(self._rest())
+        return len(self._fixed) + self._tokenizer.count(self._rest(), add_special_tokens=False)
 
 
 class StreamDecoder:
@@ -85,7 +91,7 @@ class StreamDecoder:
         ['', 'é', '']
     """
 
-    def __init__(self, tokenizer: Coding, *, errors: str = "replace") -> None:
+    def __init__(self, tokenizer: Decoding, *, errors: str = "replace") -> None:
         if errors not in ("strict", "replace", "ignore"):
             raise ValueError(f'errors must be "strict", "replace" or "ignore", got {errors!r}')
         self._tokenizer = tokenizer

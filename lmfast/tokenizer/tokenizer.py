@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from . import formats, huggingface, training
+from . import formats, huggingface, huggingface_export, training
 from .backend import engine
 from .call_arguments import check_text
-from .encoding import Allowed, Coding
+from .encoding import Coding
+from .engine_tables import decoder_tables, dense_ranks
 from .model import Model
-from .patterns import scanner_code
-from .training_arguments import is_one, whole
+from .patterns import Pattern, scanner_code
+from .template import NOTHING
+from .training_arguments import checked_counts, is_one, whole
 
 _NAMES = {
     "pad": ("<pad>", "[PAD]", "<|pad|>"),
@@ -50,10 +52,12 @@ class BPETokenizer(Coding):
         "_backend",
         "_encode_text",
         "_engine",
+        "_framed",
         "_made_decoder",
         "_made_encoder",
         "_model",
         "_no_specials",
+        "_scans",
     )
 
     def __init__(self, model: Model, *, backend: str = "auto") -> None:
@@ -61,23 +65,34 @@ class BPETokenizer(Coding):
             raise TypeError(
                 f"model must be a Model, got {type(model).__name__}; see train and load"
             )
-        self._model, self._backend = model, backend
-        self._engine = engine(backend)
-        every = [(t.encode(), id) for t, id in model.special_tokens.items()]
-        self._all_specials = Allowed(every, self._engine.Specials(every))
-        self._no_specials = Allowed([], self._engine.Specials([]))
-        self._made_encoder = self._made_decoder = self._encode_text = None
+        self._keep(_model=model, _backend=backend, _engine=engine(backend))
+        self._keep(
+            _all_specials=self._make_allowed(model.special_tokens),
+            _no_specials=self._make_allowed({}),
+            _scans=scanner_code(model.pattern) is not None and model.plain_tokens,
+            _framed=model.template is not NOTHING,
+            _made_encoder=None,
+            _made_decoder=None,
+            _encode_text=None,
+        )
 
-    # Both engines are built when first used: training and loading need neither. Two threads may
-    # build one at the same time; they are equal, and one of them is kept.
+    def _keep(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
+    def __setattr__(self, name: str, *_: Any) -> None:
+        raise AttributeError(f"a BPETokenizer is immutable: {name!r} stays as it was made")
+
+    __delattr__ = __setattr__
+
+    # Engines are built when first used. Two threads may build equal ones; one of them is kept.
     @property
     def _encoder(self) -> Any:
         if self._made_encoder is None:
             encoder = self._make_encoder()
-            self._made_encoder = encoder
-            if scanner_code(self._model.pattern) is not None:
-                self._encode_text = encoder.encode_text
+            self._keep(_made_encoder=encoder)
+            if self._scans and not self._model.normalizer:
+                self._keep(_encode_text=encoder.encode_text)
         return self._made_encoder
 
     def _make_encoder(self, **level: str) -> Any:
@@ -95,7 +110,7 @@ class BPETokenizer(Coding):
             -1 if model.unk is None else model.special_tokens[model.unk],
             [token or b"" for token in model.tokens],
             np.array(flat, dtype=np.int32),
-            np.ascontiguousarray(_dense_ranks(model.merges), dtype=np.int32),
+            np.ascontiguousarray(dense_ranks(model.merges), dtype=np.int32),
             self._all_specials.matcher,
             **level,
         )
@@ -103,7 +118,7 @@ class BPETokenizer(Coding):
     @property
     def _decoder(self) -> Any:
         if self._made_decoder is None:
-            self._made_decoder = self._engine.Decoder(*_decoder_tables(self._model))
+            self._keep(_made_decoder=self._engine.Decoder(*decoder_tables(self._model)))
         return self._made_decoder
 
     # Making one ------------------------------------------------------------------------------
@@ -252,6 +267,9 @@ class BPETokenizer(Coding):
         """Take over a ``tokenizer.json`` (path or text), a ``tokenizers.Tokenizer`` or a
         transformers fast tokenizer: byte-level BPE, or one written by `to_huggingface`.
 
+        Normalizers (NFC, NFD, NFKC, NFKD), pre-tokenizers (Split, Digits, Punctuation, ByteLevel),
+        added tokens with all their flags and post-processors work as there.
+
         Raises:
             ValueError: the tokenizer has a part that has no counterpart here; names it.
         """
@@ -259,7 +277,7 @@ class BPETokenizer(Coding):
 
     def to_huggingface(self) -> Any:
         """A ``tokenizers.Tokenizer`` that encodes the same. Needs the tokenizers package."""
-        return huggingface.build(self._model)
+        return huggingface_export.build(self._model)
 
     # What it is ------------------------------------------------------------------------------
 
@@ -273,7 +291,7 @@ class BPETokenizer(Coding):
         return self._model.mode
 
     @property
-    def pattern(self) -> str | None:
+    def pattern(self) -> Pattern:
         return self._model.pattern
 
     @property
@@ -292,6 +310,33 @@ class BPETokenizer(Coding):
         if self.mode == "char":
             return [(left.decode(), right.decode()) for left, right in pairs]
         return pairs
+
+    def segmentations(self, corpus: training.Corpus) -> dict[tuple[Any, ...], int]:
+        """How the merges cut the words of a corpus, and how often each of these occurs.
+
+        Args:
+            corpus: as for `train`; words counted with other patterns are refused.
+
+        Returns:
+            Tuple of tokens (str in the char mode, marker in front, else bytes) -> count.
+
+        Example:
+            >>> words = ["aaaa aaa aa"]
+            >>> BPETokenizer.train(words, 5, mode="char", marker="_").segmentations(words)
+            {('_aaaa',): 1, ('_aa', 'a'): 1, ('_aa',): 1}
+        """
+        counts = corpus if isinstance(corpus, Mapping) else None
+        if counts is None:
+            counts = training.count_words(
+                corpus, mode=self.mode, pattern=self.pattern, backend=self._backend
+            )
+        text = [self._model.text_of(id) or b"" for id in range(self._model.size)]
+        names: list[Any] = [t.decode() for t in text] if self.mode == "char" else text
+        found: dict[tuple[Any, ...], int] = {}
+        for word, count in zip(*checked_counts(counts, self.mode, self.pattern)):
+            key = tuple(names[id] for id in self._merge_piece(word))
+            found[key] = found.get(key, 0) + count
+        return found
 
     @property
     def special_tokens(self) -> dict[str, int]:
@@ -352,25 +397,3 @@ class BPETokenizer(Coding):
 
 def _rebuild(document: dict[str, Any], backend: str) -> BPETokenizer:
     return BPETokenizer(formats.from_document(document), backend=backend)
-
-
-def _dense_ranks(merges: np.ndarray) -> np.ndarray:
-    """The merges with their ranks renumbered without gaps."""
-    out = merges.copy()
-    if len(out):
-        out[:, 3] = np.cumsum(np.diff(out[:, 3], prepend=out[0, 3]) != 0)
-    return out
-
-
-def _decoder_tables(model: Model) -> tuple[list[bytes], list[bool]]:
-    """What each id decodes to, and which ids mean nothing."""
-    texts = [token or b"" for token in model.tokens]
-    unknown = [token is None for token in model.tokens]
-    marker = model.marker.encode()
-    if model.mode == "char":
-        texts = [b" " + t[len(marker) :] if t.startswith(marker) else t for t in texts]
-    for text, id in model.special_tokens.items():
-        spaced = model.mode == "char" and text != model.unk
-        texts[id] = (b" " if spaced else b"") + text.encode()
-        unknown[id] = False
-    return texts, unknown

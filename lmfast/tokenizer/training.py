@@ -12,7 +12,7 @@ from .backend import default_threads, engine
 from .byte_alphabet import BYTE_ORDER
 from .cuts import safe_cut_bytes
 from .model import Model
-from .patterns import scanner_code, splitter
+from .patterns import Pattern, scanner_code, splitter
 from .reference import sound_text, to_bytes
 from .training_arguments import (
     checked_counts,
@@ -39,7 +39,7 @@ class WordCounts(dict[bytes, int]):
     are broken by first appearance.
     """
 
-    def __init__(self, words: Mapping[bytes, int], *, mode: str, pattern: str | None) -> None:
+    def __init__(self, words: Mapping[bytes, int], *, mode: str, pattern: Pattern) -> None:
         super().__init__(words)
         self.mode, self.pattern = mode, pattern
 
@@ -60,11 +60,11 @@ class WordCounts(dict[bytes, int]):
         return _word_counts, (dict(self), self.mode, self.pattern)
 
 
-def _word_counts(words: dict[bytes, int], mode: str, pattern: str | None) -> WordCounts:
+def _word_counts(words: dict[bytes, int], mode: str, pattern: Pattern) -> WordCounts:
     return WordCounts(words, mode=mode, pattern=pattern)
 
 
-def _file_blocks(path: os.PathLike, pattern: str | None) -> Iterator[bytes]:
+def _file_blocks(path: os.PathLike, pattern: Pattern) -> Iterator[bytes]:
     """A file in blocks that end at piece boundaries, so that no piece is cut in two.
 
     Without a named pattern no boundary is certain before the end: the file is one block.
@@ -81,7 +81,7 @@ def _file_blocks(path: os.PathLike, pattern: str | None) -> Iterator[bytes]:
             yield b"".join(waiting)
 
 
-def _texts(corpus: Corpus, pattern: str | None) -> Iterator[str | bytes]:
+def _texts(corpus: Corpus, pattern: Pattern) -> Iterator[str | bytes]:
     if isinstance(corpus, (str, bytes)):
         yield corpus
     elif isinstance(corpus, os.PathLike):
@@ -103,7 +103,7 @@ def _texts(corpus: Corpus, pattern: str | None) -> Iterator[str | bytes]:
                 raise TypeError(f"corpus must yield str, bytes or paths, got {type(item).__name__}")
 
 
-def _batches(corpus: Corpus, pattern: str | None, backend: str) -> Iterator[list[str | bytes]]:
+def _batches(corpus: Corpus, pattern: Pattern, backend: str) -> Iterator[list[str | bytes]]:
     """Lists of texts, small enough for memory to stay bounded."""
     if isinstance(corpus, list):
         for i in range(0, len(corpus), _ITEMS):
@@ -125,7 +125,7 @@ def _batches(corpus: Corpus, pattern: str | None, backend: str) -> Iterator[list
         yield batch
 
 
-def _count(corpus: Corpus, mode: str, pattern: str | None, threads: int | None, backend: str):
+def _count(corpus: Corpus, mode: str, pattern: Pattern, threads: int | None, backend: str):
     """A Counter of the engine with the words of the corpus."""
     threads = checked_threads(threads)
     code = scanner_code(pattern)
@@ -151,7 +151,7 @@ def count_words(
     corpus: Corpus,
     *,
     mode: str = "byte",
-    pattern: str | None = "default",
+    pattern: Pattern = "default",
     threads: int | None = None,
     backend: str = "auto",
 ) -> WordCounts:
@@ -200,7 +200,7 @@ def train_models(
     vocab_size: int | Sequence[int],
     *,
     mode: str,
-    pattern: str | None,
+    pattern: Pattern,
     special_tokens: Sequence[str] | None,
     min_frequency: int,
     max_token_length: int | None,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .model import MODES
-from .patterns import canonical_pattern
+from .patterns import Pattern, canonical_pattern
 from .reference import TIE_BREAKS, sound_text, to_bytes
 
 MOST_IDS = (1 << 21) - 1
@@ -48,7 +48,7 @@ def checked_threads(threads: Any) -> int | None:
     return None if threads is None else min(whole("threads", threads, 1), 1024)
 
 
-def checked_pattern(mode: Any, pattern: Any) -> str | None:
+def checked_pattern(mode: Any, pattern: Any) -> Pattern:
     """The pattern of a mode: "default" is GPT-2's for bytes and words for characters."""
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
@@ -101,7 +101,7 @@ def checked_specials(
 
 
 def checked_counts(
-    words: Mapping[Any, Any], mode: str, pattern: str | None
+    words: Mapping[Any, Any], mode: str, pattern: Pattern
 ) -> tuple[list[bytes], list[int]]:
     """The words of a mapping as bytes, and their counts; pair counts must fit 64 bits."""
     made = (getattr(words, "mode", mode), getattr(words, "pattern", pattern))

@@ -1,7 +1,15 @@
 """Training: texts, batches, the training loop, evaluation and checkpoints."""
 
 from lmfast.training.batches import Batches, ContiguousBatches, PackedBatches, PaddedBatches
+from lmfast.training.chat_format import CHAT_FORMATS, ChatFormat
 from lmfast.training.checkpoint import latest_checkpoint, load_model, save_model
+from lmfast.training.completions import (
+    CompletionBatches,
+    CompletionExample,
+    PaddedExamples,
+    completion_example,
+    pad_examples,
+)
 from lmfast.training.files import CheckpointError
 from lmfast.training.logs import CsvLog, Log, TensorBoardLog
 from lmfast.training.low_rank import LoRA, lora
@@ -32,9 +40,13 @@ from lmfast.training.text import (
 from lmfast.training.trainer import Trainer
 
 __all__ = [
+    "CHAT_FORMATS",
     "SPECIAL_TOKENS",
     "Batches",
+    "ChatFormat",
     "CheckpointError",
+    "CompletionBatches",
+    "CompletionExample",
     "ContiguousBatches",
     "CsvLog",
     "DataError",
@@ -45,6 +57,7 @@ __all__ = [
     "Log",
     "PackedBatches",
     "PaddedBatches",
+    "PaddedExamples",
     "Processes",
     "RunningLoss",
     "Schedule",
@@ -55,6 +68,7 @@ __all__ = [
     "Trainer",
     "TrainingDiverged",
     "TrainingReport",
+    "completion_example",
     "encode_lines",
     "encode_text",
     "encode_texts",
@@ -63,6 +77,7 @@ __all__ = [
     "load_model",
     "lora",
     "open_texts",
+    "pad_examples",
     "perplexity",
     "plot_attention",
     "plot_losses",

@@ -162,8 +162,9 @@ def _sites(model: nn.Module) -> Iterator[Site]:
             # nn.RNNBase keeps its weights in a list besides, where no update would be seen.
             for weight, value in module._parameters.items():
                 if value is not None and value.ndim == 2:
-                    sizes = (value.shape[1], *value.shape)
-                    yield Site(dotted(name, weight), module, weight, weight, 0, *sizes, True, False)
+                    full, (rows, columns) = dotted(name, weight), value.shape
+                    at = (full, module, weight, weight, 0, columns, rows, columns)
+                    yield Site(*at, bare=True, layer=False)
 
 
 def _projections(name: str, module: Projections) -> Iterator[Site]:
@@ -173,7 +174,8 @@ def _projections(name: str, module: Projections) -> Iterator[Site]:
             continue
         start = 0
         for part, size in _runs(packed.get(weight, [(weight, value.shape[1])])):
-            yield Site(dotted(name, part), module, weight, part, start, size, *value.shape)
+            full = dotted(name, part)
+            yield Site(full, module, weight, part, start, size, value.shape[0], value.shape[1])
             start += size
 
 

@@ -1,0 +1,29 @@
+"""A model's data in the form that the engines take."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .model import Model
+
+
+def dense_ranks(merges: np.ndarray) -> np.ndarray:
+    """The merges with their ranks renumbered without gaps."""
+    out = merges.copy()
+    if len(out):
+        out[:, 3] = np.cumsum(np.diff(out[:, 3], prepend=out[0, 3]) != 0)
+    return out
+
+
+def decoder_tables(model: Model) -> tuple[list[bytes], list[bool]]:
+    """What each id decodes to, and which ids mean nothing."""
+    texts = [token or b"" for token in model.tokens]
+    unknown = [token is None for token in model.tokens]
+    marker = model.marker.encode()
+    if model.mode == "char":
+        texts = [b" " + t[len(marker) :] if t.startswith(marker) else t for t in texts]
+    for text, id in model.special_tokens.items():
+        spaced = model.mode == "char" and text != model.unk
+        texts[id] = (b" " if spaced else b"") + text.encode()
+        unknown[id] = False
+    return texts, unknown
