@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
     }
     measure = _training if training else _generation
     figures |= measure(model, shape, options, device)
-    call = figures.pop("call")
+    call, forward = figures.pop("call"), figures.pop("forward")
     figures["peak_memory_bytes"] = peak_device_bytes() if device.type == "cuda" else peak_bytes()
     ceilings = measured_ceilings(device, model.output.dtype)
     figures["ceilings"] = {
@@ -108,6 +108,8 @@ def run(options: argparse.Namespace) -> int:
     layers = LayerTimes(options.depth, device)
     with layers.recording(model.module):
         call()
+        if not layers.rows():  # the engine runs them all in one operator
+            forward()
     figures["layers"] = [
         {"layer": n, "calls": c, "milliseconds": 1e3 * s} for n, c, s in layers.rows()
     ]
@@ -154,7 +156,10 @@ def _training(
     tokens = shape[0] * shape[1]
     # Backward has two products for each one forward.
     flops = 3 * model.flops_per_token(options.context) * tokens
-    return _figures(medians, tokens, flops, model.training_bytes()) | {"call": step}
+    return _figures(medians, tokens, flops, model.training_bytes()) | {
+        "call": step,
+        "forward": lambda: model.module(inputs),
+    }
 
 
 def _generation(
@@ -180,6 +185,7 @@ def _generation(
     return found | {
         "new_tokens": options.new_tokens,
         "call": lambda: generate(options.new_tokens),
+        "forward": lambda: model.module(ids),
     }
 
 
