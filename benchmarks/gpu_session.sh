@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go and under ten minutes: builds in place, runs the tests
-# marked `gpu`, measures, and writes benchmarks/results/gpu.json. Needs python3 with a CUDA build of
+# marked `gpu`, measures, and writes benchmarks/results/gpu.json and gpu.png. Needs python3 with a CUDA build of
 # torch, triton, pytest, pytest-benchmark, setuptools, cmake and nvcc; no network. PYTHON names
 # another interpreter. Where $OUT is set, logs and results are copied there too.
 #
@@ -36,7 +36,7 @@ for step in "${@:-build test bench}"; do
         "$python" -c "import lmfast; print(lmfast.info())"
         ;;
       test) run test "$python" -m pytest tests/test_gpu.py -m gpu -p no:cacheprovider ;;
-      bench) LINES_SHOWN=80 run bench "$python" benchmarks/bench_gpu.py --out "$results/gpu.json" ;;
+      bench) LINES_SHOWN=80 run bench "$python" -m benchmarks.gpu --out "$results/gpu.json" ;;
       check)
         for tool in memcheck racecheck; do
           run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
@@ -53,6 +53,8 @@ done
 
 if [ -n "${OUT:-}" ]; then
   cp -r "$logs" "$OUT/"
-  [ -f "$results/gpu.json" ] && cp "$results/gpu.json" "$OUT/"
+  for file in gpu.json gpu.png; do
+    [ -f "$results/$file" ] && cp "$results/$file" "$OUT/"
+  done
 fi
 exit $status

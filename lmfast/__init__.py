@@ -5,6 +5,7 @@ from lmfast._allocator import tune_allocator
 from lmfast._dispatch import BackendError, explain, use_backend
 from lmfast._info import info
 from lmfast.generation import Generator, KVCache, generate
+from lmfast.patching import PatchReport, patch, unpatch
 from lmfast.tokenizer import BPETokenizer
 
 __version__ = "0.1.0"
@@ -14,13 +15,16 @@ __all__ = [
     "BackendError",
     "Generator",
     "KVCache",
+    "PatchReport",
     "explain",
     "generate",
     "info",
     "models",
     "nn",
     "ops",
+    "patch",
     "training",
     "tune_allocator",
+    "unpatch",
     "use_backend",
 ]

@@ -63,6 +63,7 @@ class Op:
         mutates: the tensor arguments it writes to, by name.
         peer: PyTorch's own op in the same dtype, on normalised arguments: the measure of the
             error rule. None: the reference, which is at least as exact.
+        prefer: normalised arguments -> (backend, why), where sizes decide and not the order.
         order: device type -> backends, best first.
     """
 
@@ -74,6 +75,7 @@ class Op:
     differentiable: tuple[str, ...]
     mutates: tuple[str, ...] = ()
     peer: Callable[..., Any] | None = None
+    prefer: Callable[..., tuple[str, str] | None] | None = None
     order: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(DEFAULT_ORDER))
     implementations: dict[str, Implementation] = field(default_factory=dict)
 
@@ -188,7 +190,9 @@ def select(op: Op, args: tuple[Any, ...], backend: str | None = None) -> Impleme
     wanted = backend or _requested.get(op.name) or _requested.get(_ALL_OPS)
     if wanted is not None:
         return _select_requested(op, wanted, device, args)
-    for name in op.order.get(device, ("torch",)):
+    preferred = None if op.prefer is None else op.prefer(*args)
+    first = () if preferred is None else preferred[:1]
+    for name in (*first, *op.order.get(device, ("torch",))):
         candidate = op.implementations.get(name)
         if candidate is not None and _reason_against(candidate, device, args) is None:
             return candidate
@@ -235,7 +239,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     device = normalised[0].device.type
     chosen = select(entry, normalised, backend).backend
     asked = backend or _requested.get(op) or _requested.get(_ALL_OPS)
-    lines = [f"{op} on {device} tensors runs on: {chosen}{' (asked for)' if asked else ''}"]
+    preferred = None if entry.prefer is None or asked else entry.prefer(*normalised)
+    why = " (asked for)" if asked else f" ({preferred[1]})" if preferred else ""
+    lines = [f"{op} on {device} tensors runs on: {chosen}{why}"]
     for name in BACKENDS:
         candidate = entry.implementations.get(name)
         if candidate is None:

@@ -73,12 +73,7 @@ def _table() -> list[str]:
     for name, op in sorted(_dispatch.ops().items()):
         cells = []
         for backend in names:
-            implementation = op.implementations.get(backend)
-            if implementation is None:
-                cells.append("-")
-            elif backend == "torch" or implementation.backward is not None:
-                cells.append("fwd+bwd")
-            else:
-                cells.append("forward")
+            kind = "fwd+bwd" if op.differentiable else "forward"
+            cells.append(kind if backend in op.implementations else "-")
         lines.append(name.ljust(width) + "".join(c.ljust(10) for c in cells))
     return lines

@@ -15,6 +15,7 @@ _COMMANDS = {
     "demo": "train and compare both models on real text: the main job",
     "train": "train a model on text files",
     "generate": "continue a prompt with a trained model",
+    "chat": "talk with a model, line by line",
     "tokenizer": "train, apply and invert a tokenizer",
     "info": "print versions, processor features and the table of operators and backends",
     "bench": "time the operators against plain PyTorch",

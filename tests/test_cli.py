@@ -9,8 +9,7 @@ import torch
 
 from lmfast.cli import main
 from lmfast.commands.formatting import HelpFormatter
-from lmfast.commands.profile import flops_per_token
-from lmfast.models import DecoderLanguageModel, RecurrentLanguageModel
+from lmfast.models import RecurrentLanguageModel
 from lmfast.tokenizer import BPETokenizer
 from lmfast.training import load_model, save_model
 
@@ -185,7 +184,7 @@ def test_tokenizer_round_trip(place, tmp_path, capsys, monkeypatch):
     fails(capsys, ["tokenizer", "encode", "--tokenizer", path, "\udce9"], "the text is not UTF-8")
 
 
-def test_info_bench_and_profile(tmp_path, capsys):
+def test_info_and_bench(tmp_path, capsys):
     assert main(["info"]) == 0
     assert "rms_norm" in capsys.readouterr().out
     figures = tmp_path / "bench.json"
@@ -195,26 +194,6 @@ def test_info_bench_and_profile(tmp_path, capsys):
         assert len(json.loads(figures.read_text())) == 4
         assert "linear_cross_entropy" in capsys.readouterr().out
     fails(capsys, ["bench", "softmax"], "no benchmark named 'softmax'; there are rms_norm,")
-    sizes = ["--vocab-size", "50", "--emb-dim", "16", "--heads", "2", "--batch-size", "2"]
-    for kind in ("decoder", "recurrent"):
-        path = str(tmp_path / f"{kind}.json")
-        assert main(["profile", "--kind", kind, *sizes, "--steps", "1", "--json", path]) == 0
-        out = capsys.readouterr().out
-        assert all(
-            word in out for word in ("forward", "backward", "optimiser", "tokens/s", "aten::")
-        )
-        content = json.loads((tmp_path / f"{kind}.json").read_text())
-        assert set(content["milliseconds"]) == {"forward", "backward", "optimiser"}
-
-
-def test_flops_of_the_reference_decoder():
-    decoder = DecoderLanguageModel(32_011, 128, 8, 2, 0)
-    blocks, attention, output = 2 * 2 * 12 * 128**2, 2 * 29 * 128 * 2, 2 * 128 * 32_011
-    assert flops_per_token(decoder, 29) == blocks + attention + output
-    tied = DecoderLanguageModel(32_011, 128, 8, 2, 0, tie_weights=True)
-    assert flops_per_token(tied, 29) == flops_per_token(decoder, 29)
-    recurrent = RecurrentLanguageModel(32_011, 128, 2, 0)
-    assert flops_per_token(recurrent, 29) == 2 * (4 * 128**2 + 128 * 32_011)
 
 
 def test_train_input_that_cannot_be_used(place, tmp_path, capsys):

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from op_checks import DTYPES, call, check_gradients, check_values, gradients, ops_with
+from op_checks import (
+    DTYPES,
+    call,
+    call_on_copies,
+    check_gradients,
+    check_values,
+    gradients,
+    ops_with,
+)
 
 import lmfast
 from lmfast import _dispatch
@@ -17,7 +25,13 @@ from lmfast.testing import Sample, assert_within_error_rule, relative_error
 
 pytestmark = pytest.mark.gpu
 
-PAIRS = [(op, backend) for backend in ("triton", "cuda") for op in ops_with(backend)]
+RECURRENT = ("elman_rnn", "lstm", "gru")  # cuDNN's own: see the test at the end
+PAIRS = [
+    (op, backend)
+    for backend in ("triton", "cuda")
+    for op in ops_with(backend)
+    if op.name not in RECURRENT
+]
 EVERY_PAIR = pytest.mark.parametrize(
     ("op", "backend"), PAIRS, ids=[f"{op.name}-{backend}" for op, backend in PAIRS]
 )
@@ -128,6 +142,38 @@ def test_attention_decodes_on_a_long_cache(keys: int) -> None:
     check_values(op, Sample("", (q, *cache.unbind()), {"lengths": lengths}), "triton")
 
 
+@pytest.mark.parametrize("keys", [640, 40000])
+@pytest.mark.parametrize("group", [1, 4])
+def test_cached_attention_on_a_long_paged_cache(keys: int, group: int) -> None:
+    op = _dispatch.ops()["cached_attention"]
+    q = normal(3, 2 * group, 1, 128)
+    stored = torch.randint(-127, 128, (2, 4, 2, keys, 128), device="cuda").to(torch.int8)
+    scales = torch.rand(2, 4, 2, keys, device="cuda") / 50
+    table = torch.randint(4, (3, -(-keys // 64)), device="cuda").int()
+    lengths = torch.tensor([keys, 70, 0], device="cuda")
+    options = {"key_scales": scales[0], "value_scales": scales[1], "table": table}
+    check_values(op, Sample("", (q, *stored.unbind(), lengths), options), "triton")
+    plain = normal(2, 3, 2, keys, 128)
+    plain[:, 1, :, 70:] = torch.nan
+    check_values(op, Sample("", (q, *plain.unbind(), lengths)), "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_linear_cross_entropy_in_chunks(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weight gradients over several chunks are summed in fp32: as close as in one."""
+    from lmfast.triton import linear_cross_entropy
+
+    hidden, weight = normal(700, 96, dtype=dtype), normal(50257, 96, dtype=dtype) / 10
+    targets = torch.randint(50257, (700,), device="cuda")
+    op = _dispatch.ops()["linear_cross_entropy"]
+    for rows in (700, 256):
+        monkeypatch.setattr(linear_cross_entropy, "LOGITS_PER_CHUNK", rows * 50304)
+        check_values(op, Sample("", (hidden, weight, targets)), "triton")
+        check_gradients(op, Sample("", (hidden, weight, targets)), "triton")
+
+
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_rope_rows_past_the_tables_are_nan(backend: str) -> None:
     cos, sin = lmfast.ops.rope_tables(16, 32, device="cuda")
@@ -144,7 +190,7 @@ def test_compiles_into_one_graph(op: Op, backend: str) -> None:
         torch._dynamo.reset()
 
         def function(*args: Any, sample: Sample = sample) -> tuple[torch.Tensor, ...]:
-            return call(op, Sample("", args, sample.kwargs), backend)
+            return call_on_copies(op, sample, backend, *args)
 
         compiled = torch.compile(function, fullgraph=True)
         for got, expected in zip(compiled(*sample.args), function(*sample.args), strict=True):
@@ -233,6 +279,12 @@ def test_operators_pass_opcheck(op: Op, backend: str) -> None:
         "swiglu": ("swiglu", "swiglu_backward"),
         "geglu": ("geglu", "geglu_backward"),
         "attention": ("attention", "attention_backward"),
+        "cached_attention": ("cached_attention",),
+        "rope_append": ("rope_append",),
+        "additive_attention": ("additive_attention", "additive_attention_backward"),
+        "linear_recurrence": ("linear_recurrence", "linear_recurrence_backward"),
+        "cross_entropy": ("cross_entropy", "cross_entropy_"),
+        "linear_cross_entropy": ("linear_cross_entropy",),
     }[op.name]
     x, weight = normal(3, 2, 64), normal(64)
     q, k = normal(2, 2, 3, 64), normal(2, 3, 1, 64).transpose(1, 2)
@@ -241,7 +293,23 @@ def test_operators_pass_opcheck(op: Op, backend: str) -> None:
     keys = normal(2, 1, 5, 64)
     options = (True, None, starts, None, None, 0, 0.0, None, None, 0.125)
     out, lse = torch.empty_like(q), torch.zeros(2, 2, 3, device="cuda")
+    ids = torch.tensor([[0, 63], [-100, 7], [5, 5]], device="cuda").flatten()
+    loss = (-100, 1, 0.1, 0.01)
+    slots = torch.tensor([0, 1, 2, 5, 7, 9], device="cuda")
     arguments = {
+        "cached_attention": (q, keys, keys, starts, *(None,) * 8),
+        "rope_append": (q, q[:, :1], q[:, :1], keys, keys.clone(), None, None, slots, None)
+        + (cos, sin, starts, 0, True),
+        "cross_entropy": (x.view(6, 64), ids, None, *loss, True),
+        "cross_entropy_": (x.view(6, 64).clone(), ids, None, *loss),
+        "linear_cross_entropy": (x.view(6, 64), normal(65, 64), ids, None, None, None, *loss)
+        + (0.0, False, True, True, False),
+        "additive_attention": (x.float(), keys[:, 0][:1].expand(3, -1, -1))
+        + (keys[:, 0][:1].expand(3, -1, -1), weight.float(), None),
+        "additive_attention_backward": (x.float(), None, x.float(), x, x, weight.float(), None)
+        + (torch.rand(3, 2, 2, device="cuda"),),
+        "linear_recurrence": (x, x.clone(), x[:, 0].clone()),
+        "linear_recurrence_backward": (x, x.clone(), x.clone(), None),
         "attention": (q, keys, keys, *options),
         "attention_backward": (q, q, keys, keys, out.zero_(), lse, *options),
         "rms_norm": (x, weight, 1e-6),
@@ -263,3 +331,30 @@ def test_automatic_choice_is_a_kernel() -> None:
     x = normal(4, 64)
     assert lmfast.explain("rms_norm", x) in ("cuda", "triton")
     assert lmfast.explain("rms_norm", x.double()) == "torch"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers_by_cudnn(name: str, dtype: torch.dtype) -> None:
+    """As close to float64 as a loop in the same dtype, forward and backward."""
+    op = _dispatch.ops()[name]
+    for sample in op.sample_inputs("cuda", dtype):
+        if op.check(*sample.args, **sample.kwargs)[-2] == "gru_textbook":
+            continue
+        found = []
+        for function, s in (
+            (op.implementations["cuda"].forward, sample),
+            (op.peer, sample),
+            (op.reference, sample.to_fp64()),
+        ):
+            args = list(op.check(*s.args, **s.kwargs))
+            leaves = [t.detach().requires_grad_() for t in args[:7] if t is not None]
+            made = iter(leaves)
+            args[:7] = [None if t is None else next(made) for t in args[:7]]
+            outputs = torch.utils._pytree.tree_leaves(function(*args))
+            outputs = [o for o in outputs if o.requires_grad]
+            grads = torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
+            found.append([*outputs, *grads])
+        for value, plain, exact in zip(*found, strict=True):
+            unit = torch.finfo(dtype).eps
+            assert relative_error(value, exact) <= 1.5 * relative_error(plain, exact) + unit

@@ -10,7 +10,7 @@ from lmfast.generation import sampling_probabilities
 
 
 def both(logits, **options):
-    """Ids and log-probabilities of the kernel at every level, after comparing with the reference."""
+    """Ids and log-probabilities, after comparing the kernel at every level with the reference."""
     plain = ops.sample(logits, backend="torch", return_log_probs=True, **options)
     before = _extension.cpu_isa()
     try:

@@ -172,7 +172,113 @@ def attention_cases(dtype: torch.dtype) -> Iterator[Case]:
             )
 
 
-CASES = (norm_cases, rope_cases, glu_cases, attention_cases)
+def cache_cases(dtype: torch.dtype) -> Iterator[Case]:
+    from lmfast.triton.attention import cached_attention
+    from lmfast.triton.rope_append import rope_append
+
+    lengths, table = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 32, dtype=torch.int32)
+    heads = torch.zeros(8)
+    for name, head_dim, quantised, paged in (
+        ("plain", 128, False, False),
+        ("paged int8", 128, True, True),
+        ("paged", 64, False, True),
+    ):
+        if dtype != torch.bfloat16 and not quantised:
+            continue
+        q = torch.empty(2, 8, 1, head_dim, dtype=dtype)
+        keys = torch.empty(2, 2, 2048, head_dim, dtype=torch.int8 if quantised else dtype)
+        scales = torch.empty(2, 2, 2048) if quantised else None
+        options = (table if paged else None, scales, scales, *(None,) * 5)
+        yield (
+            f"cached attention {name}",
+            lambda q=q, k=keys, o=options: cached_attention(q, k, k, lengths, *o),
+        )
+        if dtype == torch.bfloat16 and quantised:
+            every = (table, scales, scales, 100, 30.0, heads, heads, 0.1)
+            many = torch.empty(2, 8, 64, head_dim, dtype=dtype)
+            yield (
+                "cached attention, every option",
+                lambda q=many, k=keys, o=every: cached_attention(q, k, k, lengths, *o),
+            )
+        for steps, rotary in ((1, head_dim), (64, head_dim // 2)):
+            x = torch.empty(2, 8, steps, head_dim, dtype=dtype)
+            slots = torch.zeros(2 * steps, dtype=torch.int64)
+            tables = (torch.empty(64, rotary // 2),) * 2
+            yield (
+                f"rope_append {name} {steps}",
+                lambda x=x, k=keys, c=scales, s=slots, t=tables: rope_append(
+                    x, x[:, :2], x[:, :2], k, k, c, c, s, s, *t, lengths, 0, False
+                ),
+            )
+
+
+def loss_cases(dtype: torch.dtype) -> Iterator[Case]:
+    from lmfast.triton.cross_entropy import cross_entropy, cross_entropy_
+    from lmfast.triton.linear_cross_entropy import linear_cross_entropy
+
+    for classes in (257, 128256):
+        logits, targets = torch.empty(4, classes, dtype=dtype), torch.zeros(4, dtype=torch.int64)
+        settings = (targets, None, -100, 1, 0.0, 0.0)
+        yield f"loss {classes}", lambda x=logits, s=settings: cross_entropy(x, *s, False)
+        yield f"loss in place {classes}", lambda x=logits, s=settings: cross_entropy_(x, *s)
+        every = (targets, torch.zeros(4, dtype=torch.float64), -100, 0, 0.1, 0.01)
+        yield (
+            f"loss, every option {classes}",
+            lambda x=logits, s=every: cross_entropy(x, *s, True),
+        )
+    hidden, weight = torch.empty(64, 16, dtype=dtype), torch.empty(50257, 16, dtype=dtype)
+    targets, bias = torch.zeros(64, dtype=torch.int64), torch.zeros(50257)
+    for name, options in (
+        ("", (None, None, None, -100, 1, 0.0, 0.0, 0.0, False)),
+        (", every option", (bias, None, None, -100, 2, 0.1, 0.01, 30.0, False)),
+    ):
+        yield (
+            f"linear_cross_entropy{name}",
+            lambda o=options: linear_cross_entropy(hidden, weight, targets, *o, True, False, False),
+        )
+
+
+def scan_cases(dtype: torch.dtype) -> Iterator[Case]:
+    from lmfast.triton import linear_recurrence as kernels
+
+    for steps, width in ((7, 33), (512, 1024)):
+        a = torch.empty(2, steps, width, dtype=dtype)
+        yield f"scan {steps}", lambda a=a: kernels.linear_recurrence(a, a, a[:, 0])
+        yield (
+            f"scan backward {steps}",
+            lambda a=a: kernels.linear_recurrence_backward(a, a, a, a[:, 0]),
+        )
+
+
+def additive_cases(dtype: torch.dtype) -> Iterator[Case]:
+    from lmfast.triton import additive_attention as kernels
+
+    v = torch.empty(256)
+    for steps in (1, 30):
+        q, keys = torch.empty(2, steps, 256), torch.zeros(2, 40, 256, dtype=dtype)
+        weights = torch.zeros(2, steps, 40)
+        yield (
+            f"additive attention {steps}",
+            lambda q=q, k=keys: kernels.additive_attention(q, k, k, v, None),
+        )
+        yield (
+            f"additive attention backward {steps}",
+            lambda q=q, k=keys, w=weights: kernels.additive_attention_backward(
+                q, w, q, k, k, v, None, w
+            ),
+        )
+
+
+CASES = (
+    norm_cases,
+    rope_cases,
+    glu_cases,
+    attention_cases,
+    cache_cases,
+    loss_cases,
+    scan_cases,
+    additive_cases,
+)
 
 
 def main(out: str) -> None:
@@ -187,7 +293,9 @@ def main(out: str) -> None:
         named |= {k: options.pop(k) for k in self.arg_names if k in options}
         ast = source(self, named)
         key = f"{self.fn.__name__} {ast.hash()} {sorted(options.items())}"
-        if key in compiled:
+        # float16 compiles like bfloat16: one of each kernel is enough.
+        half = [r["kernel"] for r in compiled.values() if r["case"].startswith("float16")]
+        if key in compiled or (current.startswith("float16") and self.fn.__name__ in half):
             return
         kernel = triton.compile(ast, target=TARGET, options=options)
         compiled[key] = {

@@ -1,4 +1,4 @@
-"""`lmfast profile`: where the time of a training step goes."""
+"""`lmfast profile`: where the time of training or generation goes, and how far the machine is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,33 @@ from torch.profiler import ProfilerActivity, profile
 import lmfast
 from lmfast._table import format_table
 from lmfast.commands.options import COUNT, add_machine_options, apply_machine_options
-from lmfast.models import DecoderLanguageModel, LanguageModel, RecurrentLanguageModel
-from lmfast.training import load_model
+from lmfast.commands.profile_measure import (
+    Ceilings,
+    LayerTimes,
+    launches,
+    measured_ceilings,
+    seconds_of,
+    synchronize,
+)
+from lmfast.commands.profile_model import ProfiledModel, profiled_model
 from lmfast.training.memory import peak_bytes, peak_device_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.description = (
-        "Run training steps on random ids and print the time of each part, tokens per second, "
-        "arithmetic per second, peak memory, and the operations that take longest."
+        "Run training steps or generation on random ids and print tokens per second, arithmetic "
+        "and bytes per second beside what this machine reaches at most, peak memory, launches, "
+        "and the time of each part, layer and operation."
     )
-    parser.add_argument("--model", metavar="DIR", help="a saved model; else one of --kind")
+    parser.add_argument(
+        "--model", metavar="DIR", help="a saved model, of this package or transformers; else --kind"
+    )
     parser.add_argument(
         "--kind", choices=["decoder", "recurrent"], default="decoder", help="of a new model"
+    )
+    parser.add_argument(
+        "--mode", choices=["training", "generation"], default="training", help="what to run"
     )
     parser.add_argument(
         "--vocab-size", type=COUNT, default=32_011, metavar="N", help="of a new model"
@@ -37,13 +51,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--emb-dim", type=COUNT, default=128, metavar="N", help="of a new model")
     parser.add_argument("--layers", type=COUNT, default=2, metavar="N", help="of a new model")
     parser.add_argument("--heads", type=COUNT, default=8, metavar="N", help="of a new decoder")
-    parser.add_argument("--batch-size", type=COUNT, default=128, metavar="N", help="rows")
-    parser.add_argument("--context", type=COUNT, default=29, metavar="N", help="tokens per row")
+    parser.add_argument(
+        "--batch-size", type=COUNT, metavar="N", help="rows (default: 128, in generation 1)"
+    )
+    parser.add_argument(
+        "--context", type=COUNT, default=29, metavar="N", help="tokens per row, or of a prompt"
+    )
+    parser.add_argument(
+        "--new-tokens", type=COUNT, default=64, metavar="N", help="generated per row"
+    )
     parser.add_argument(
         "--steps", type=COUNT, default=5, metavar="N", help="timed, after one to warm up"
     )
     parser.add_argument("--top", type=COUNT, default=12, metavar="N", help="operations to list")
+    parser.add_argument(
+        "--depth", type=COUNT, default=3, metavar="N", help="of nested layers to list"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    parser.add_argument(
+        "--trace", metavar="FILE", help="write a trace for chrome://tracing or Perfetto"
+    )
     add_machine_options(parser)
 
 
@@ -51,11 +78,68 @@ def run(options: argparse.Namespace) -> int:
     """Profile and print."""
     device = apply_machine_options(options)
     lmfast.tune_allocator()
-    model = _model(options).to(device)
+    model = profiled_model(options, device)
+    training = options.mode == "training"
+    model.module.train(training)
     torch.manual_seed(0)
-    shape = (options.batch_size, options.context)
+    batch = options.batch_size or (128 if training else 1)
+    shape = (batch, options.context)
+    print(
+        f"{model.name} of {model.parameters():,} parameters, {options.mode} of "
+        f"{batch} x {options.context} tokens\n"
+    )
+    figures: dict[str, Any] = {
+        "model": model.name,
+        "parameters": model.parameters(),
+        "mode": options.mode,
+        "batch_size": batch,
+        "context": options.context,
+    }
+    measure = _training if training else _generation
+    figures |= measure(model, shape, options, device)
+    call = figures.pop("call")
+    figures["peak_memory_bytes"] = peak_device_bytes() if device.type == "cuda" else peak_bytes()
+    ceilings = measured_ceilings(device, model.output.dtype)
+    figures["ceilings"] = {
+        "bytes_per_second": ceilings.bytes_per_second,
+        "flops_per_second": ceilings.flops_per_second,
+    }
+    _print_rates(figures, ceilings)
+    layers = LayerTimes(options.depth, device)
+    with layers.recording(model.module):
+        call()
+    figures["layers"] = [
+        {"layer": n, "calls": c, "milliseconds": 1e3 * s} for n, c, s in layers.rows()
+    ]
+    _print_layers(figures["layers"])
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as recorded:
+        call()
+        synchronize(device)
+    operators, kernels = launches(recorded.events())
+    figures["operator_calls"], figures["kernel_launches"] = operators, kernels
+    _print_operations(recorded.key_averages(), options.top, device)
+    started = f", {kernels:,} kernels started" if device.type == "cuda" else ""
+    what = "a training step" if training else f"{options.new_tokens} steps"
+    print(f"\n{what}: {operators:,} operators called{started}")
+    if options.trace is not None:
+        recorded.export_chrome_trace(options.trace)
+        print(f"trace written to {options.trace}")
+    if options.json is not None:
+        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _training(
+    model: ProfiledModel,
+    shape: tuple[int, int],
+    options: argparse.Namespace,
+    device: torch.device,
+) -> dict[str, Any]:
     inputs, targets = (torch.randint(0, model.vocab_size, shape, device=device) for _ in range(2))
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer = torch.optim.AdamW(model.module.parameters(), fused=True)
     parts: dict[str, list[float]] = {"forward": [], "backward": [], "optimiser": []}
 
     def step() -> None:
@@ -67,82 +151,87 @@ def run(options: argparse.Namespace) -> int:
     for _ in range(options.steps + 1):
         step()
     medians = {name: statistics.median(seconds[1:]) for name, seconds in parts.items()}
-    total = sum(medians.values())
-    tokens = options.batch_size * options.context
-    figures: dict[str, Any] = {
-        "model": model.config,
-        "parameters": model.num_parameters(),
-        "batch_size": options.batch_size,
-        "context": options.context,
-        "milliseconds": {name: seconds * 1e3 for name, seconds in medians.items()},
-        "tokens_per_second": tokens / total,
-        "gflop_per_second": 3 * flops_per_token(model, options.context) * tokens / total / 1e9,
-        "peak_memory_bytes": peak_device_bytes() if device.type == "cuda" else peak_bytes(),
+    tokens = shape[0] * shape[1]
+    # Backward has two products for each one forward.
+    flops = 3 * model.flops_per_token(options.context) * tokens
+    return _figures(medians, tokens, flops, model.training_bytes()) | {"call": step}
+
+
+def _generation(
+    model: ProfiledModel,
+    shape: tuple[int, int],
+    options: argparse.Namespace,
+    device: torch.device,
+) -> dict[str, Any]:
+    ids = torch.randint(0, model.vocab_size, shape, device=device)
+    times: dict[int, list[float]] = {1: [], options.new_tokens + 1: []}
+
+    def generate(new_tokens: int) -> Any:
+        with torch.no_grad():
+            return model.generate(ids, new_tokens)
+
+    for _ in range(options.steps + 1):
+        for new_tokens, seconds in times.items():
+            seconds.append(seconds_of(partial(generate, new_tokens), device))
+    first, whole = (statistics.median(seconds[1:]) for seconds in times.values())
+    per_step = max(whole - first, 1e-9) / options.new_tokens
+    flops, moved = model.decoding_work(shape[0], options.context + options.new_tokens / 2)
+    found = _figures({"prompt": first, "token": per_step}, shape[0], flops, moved, per_step)
+    return found | {
+        "new_tokens": options.new_tokens,
+        "call": lambda: generate(options.new_tokens),
     }
-    _print(figures, medians, total)
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as recorded:
-        step()
-    _print_operations(recorded.key_averages(), options.top, device)
-    if options.json is not None:
-        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    return 0
 
 
-def flops_per_token(model: LanguageModel, context: int) -> float:
-    """Return the floating-point operations of one token's forward pass.
-
-        2 (matrix entries without the embedding, the output matrix included) + 2 T E blocks
-
-    The second term is causal attention: scores and their product with the values over T / 2 keys.
-    """
-    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
-    matrices -= model.embedding.weight.numel()
-    if isinstance(model, DecoderLanguageModel) and model.output is None:
-        matrices += model.embedding.weight.numel()
-    attention = 0
-    if isinstance(model, DecoderLanguageModel):
-        width = model.options["num_heads"] * model.head_dim
-        attention = 2 * context * width * len(model.layers)
-    return 2 * matrices + attention
-
-
-def _model(options: argparse.Namespace) -> LanguageModel:
-    if options.model is not None:
-        return load_model(options.model)
-    if options.kind == "recurrent":
-        return RecurrentLanguageModel(options.vocab_size, options.emb_dim, options.layers, None)
-    return DecoderLanguageModel(
-        options.vocab_size, options.emb_dim, options.heads, options.layers, None
-    )
+def _figures(
+    parts: dict[str, float], tokens: int, flops: float, moved: float, seconds: float | None = None
+) -> dict[str, Any]:
+    """Rates of ``tokens`` in ``seconds``, by default the parts' sum."""
+    seconds = sum(parts.values()) if seconds is None else seconds
+    return {
+        "milliseconds": {name: 1e3 * s for name, s in parts.items()},
+        "tokens_per_second": tokens / seconds,
+        "gflop_per_second": flops / seconds / 1e9,
+        "gb_per_second": moved / seconds / 1e9,
+    }
 
 
 def _timed(seconds: list[float], device: torch.device, call: Callable[[], Any]) -> Any:
     started = time.perf_counter()
     result = call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     seconds.append(time.perf_counter() - started)
     return result
 
 
-def _print(figures: dict[str, Any], medians: dict[str, float], total: float) -> None:
-    print(
-        f"{figures['model']['model']} of {figures['parameters']:,} parameters, "
-        f"batches of {figures['batch_size']} x {figures['context']} tokens\n"
-    )
+def _print_rates(figures: dict[str, Any], ceilings: Ceilings) -> None:
+    parts = figures["milliseconds"]
+    total = sum(parts.values())
     rows = [["part", "ms", "share"]]
-    for name, seconds in medians.items():
-        rows.append([name, f"{seconds * 1e3:.1f}", f"{seconds / total:.0%}"])
-    rows.append(["step", f"{total * 1e3:.1f}", "100%"])
+    if figures["mode"] == "training":
+        rows += [[n, f"{ms:.1f}", f"{ms / total:.0%}"] for n, ms in parts.items()]
+        rows.append(["step", f"{total:.1f}", "100%"])
+    else:
+        rows += [[n, f"{ms:.3f}", ""] for n, ms in parts.items()]
     print(format_table(rows))
+    flops, moved = figures["gflop_per_second"], figures["gb_per_second"]
     print(
         f"\n{figures['tokens_per_second']:,.0f} tokens/s, "
-        f"{figures['gflop_per_second']:,.0f} GFLOP/s (backward counted as two forwards), "
         f"peak memory {figures['peak_memory_bytes'] / 1e6:,.0f} MB\n"
+        f"{flops:,.1f} GFLOP/s, {flops * 1e9 / ceilings.flops_per_second:.0%} of the "
+        f"{ceilings.flops_per_second / 1e9:,.0f} of a large matrix product\n"
+        f"{moved:,.2f} GB/s of parameters and cache, "
+        f"{moved * 1e9 / ceilings.bytes_per_second:.0%} of the "
+        f"{ceilings.bytes_per_second / 1e9:,.1f} of a large copy\n"
     )
+
+
+def _print_layers(layers: list[dict[str, Any]]) -> None:
+    if not layers:
+        return
+    rows = [["layer, forward", "calls", "ms each"]]
+    rows += [[r["layer"], str(r["calls"]), f"{r['milliseconds']:.3f}"] for r in layers]
+    print(format_table(rows) + "\n")
 
 
 def _print_operations(averages: Any, top: int, device: torch.device) -> None:

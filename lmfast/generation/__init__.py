@@ -4,6 +4,7 @@ from lmfast.generation.cache import KVCache
 from lmfast.generation.generator import Completion, Generator, generate
 from lmfast.generation.options import GenerationOptions
 from lmfast.generation.prefill import Prefix
+from lmfast.generation.running_batch import RunningBatch
 from lmfast.generation.sampling import sample, sampling_probabilities
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Generator",
     "KVCache",
     "Prefix",
+    "RunningBatch",
     "generate",
     "sample",
     "sampling_probabilities",

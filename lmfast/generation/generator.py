@@ -16,6 +16,7 @@ from lmfast.generation.options import GenerationOptions, check_ids, end_ids, pad
 from lmfast.generation.prefill import Prefix, feed, prefill
 from lmfast.generation.prompts import Prompts, check_prompts, fit
 from lmfast.generation.runner import Weights, make_runner
+from lmfast.generation.running_batch import RunningBatch
 from lmfast.generation.speculative import decode_speculatively
 
 
@@ -196,6 +197,33 @@ class Generator:
             raise ValueError("stream gives out tokens at once: leave out num_beams and best_of")
         job = self._job(ids, attention_mask, wanted)
         return (new.clone() for new in self._steps(job))
+
+    def batch(self, prefix: Prefix | None = None) -> RunningBatch:
+        """Return an empty `RunningBatch`, whose sequences come and go while the others run on.
+
+        Args:
+            prefix: of one row, from `prefill`; all sequences must begin with it.
+        """
+        if prefix is not None and len(prefix.prompts.lengths) != 1:
+            raise ValueError(f"prefix must have one row, got {len(prefix.prompts.lengths)}")
+        return RunningBatch(self.runner, self._job_of_one, prefix)
+
+    def _job_of_one(self, ids: Tensor, options: dict[str, Any]) -> Job:
+        wanted = GenerationOptions(**options)
+        for name, set_ in (
+            ("num_beams", wanted.num_beams > 1),
+            ("num_return_sequences", wanted.num_return_sequences > 1),
+            ("best_of", wanted.best_of is not None),
+            ("prompt_lookup_num_tokens", wanted.prompt_lookup_num_tokens is not None),
+            ("assistant_model", wanted.assistant_model is not None),
+            ("use_cache=False", not wanted.use_cache),
+            ('context_policy="slide"', wanted.context_policy == "slide"),
+            ("prefix, which the batch has", wanted.prefix is not None),
+            ("on_token", wanted.on_token is not None),
+        ):
+            if set_:
+                raise ValueError(f"a sequence of a running batch cannot have {name}")
+        return self._job(ids, None, wanted)
 
     def _steps(self, job: Job) -> Iterator[Tensor]:
         """The new ids of each step, told to `on_token`."""

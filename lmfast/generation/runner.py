@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -110,8 +109,7 @@ def make_runner(model: Any, weights: Weights = "fp32") -> tuple[Runner, str | No
 
 
 def _engine(model: Any, weights: Weights) -> tuple[Runner | None, str | None]:
-    if importlib.util.find_spec("lmfast.generation.engine") is None:
-        return None, "the compiled engine is not part of this build"
+    # Models stand on this package's cache, and the engine knows the models.
     from lmfast.generation.engine import CannotPack, make_engine
 
     try:

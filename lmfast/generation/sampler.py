@@ -11,7 +11,7 @@ from lmfast._dispatch import select
 from lmfast.generation.options import GenerationOptions, check_ids
 from lmfast.generation.prompts import Prompts
 from lmfast.generation.sampling import probabilities
-from lmfast.ops._library import with_unit_last_stride
+from lmfast.ops._library import accumulation_dtype, with_unit_last_stride
 from lmfast.ops._sample_reference import adjusted_scores
 from lmfast.ops.sample import OP, uniform_numbers
 
@@ -68,7 +68,12 @@ class Sampler:
         if self.plain and allowed is None and step >= self._min_new_tokens:
             return logits.argmax(-1)
         uniform = uniform_numbers(logits, self._generator) if self.do_sample else self._uniform
-        args = (with_unit_last_stride(logits), uniform, *self._adjustments(step, allowed), False)
+        args = (
+            with_unit_last_stride(logits),
+            uniform,
+            *self._adjustments(logits, step, allowed),
+            False,
+        )
         return select(OP, args).forward(*args)[0]
 
     def count(self, ids: Tensor) -> None:
@@ -78,7 +83,7 @@ class Sampler:
 
     def probabilities(self, logits: Tensor, step: int) -> Tensor:
         """The distribution (B, V) that ids are drawn from; all of it on one id when greedy."""
-        return probabilities(logits, *self._adjustments(step, None))
+        return probabilities(logits, *self._adjustments(logits, step, None))
 
     def draw(self, shares: Tensor) -> Tensor:
         """Draw ids (B,) in proportion to shares (B, V)."""
@@ -91,7 +96,7 @@ class Sampler:
 
     def log_probs(self, log_probs: Tensor, step: int) -> Tensor:
         """Log-probabilities (B, V) with bias, penalties and forbidden ids, not normalised."""
-        return adjusted_scores(log_probs, *self._adjustments(step, None))
+        return adjusted_scores(log_probs, *self._adjustments(log_probs, step, None))
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows in the given order."""
@@ -104,11 +109,13 @@ class Sampler:
             self._prompt_mask = self._prompt_mask[rows]
 
     def _adjustments(
-        self, step: int, allowed: Tensor | None
+        self, logits: Tensor, step: int, allowed: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         bias = self._bias
         if allowed is not None:
             bias = allowed if bias is None else allowed + bias
+        if bias is not None:
+            bias = bias.to(accumulation_dtype(logits.dtype))
         forbidden = self._never if step >= self._min_new_tokens else self._not_yet
         return self._settings, self.counts, self._prompt_mask, bias, forbidden
 

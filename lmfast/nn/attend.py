@@ -12,9 +12,11 @@ def is_causal_mask(mask: Tensor) -> bool:
     """Tell whether a square mask is lower-triangular ones, the causal mask itself.
 
     Only masks in host memory are read: looking into one on a GPU would wait for the device, so
-    there the answer is False and the mask is applied as given.
+    there the answer is False and the mask is applied as given. So it is in a compiled graph.
     """
-    if mask.device.type != "cpu" or mask.ndim != 2 or mask.shape[0] != mask.shape[1]:
+    if torch.compiler.is_compiling() or mask.device.type != "cpu":
+        return False
+    if mask.ndim != 2 or mask.shape[0] != mask.shape[1]:
         return False
     return torch.equal(mask != 0, torch.ones_like(mask, dtype=torch.bool).tril())
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from lmfast import ops
 from lmfast.nn.attend import as_visible, attend, is_causal_mask
 from lmfast.nn.norm import RMSNorm
 from lmfast.nn.packed import PackedParameters
@@ -205,7 +204,7 @@ class MultiHeadAttention(PackedParameters):
             raise TypeError(f"positions must be an int or a tensor of integers, got {positions}")
         batch, steps, _ = x.shape
         heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv = ops.linear(x, self.W_QKV.t(), self.B_QKV)
+        qkv = self.project(x, "W_QKV", "B_QKV")
         qkv = qkv.view(batch, steps, heads + 2 * kv_heads, self.head_dim)
         q, k, v = qkv.transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)  # (B, H, T, D)
         if self.q_norm is not None and self.k_norm is not None:
@@ -229,7 +228,7 @@ class MultiHeadAttention(PackedParameters):
             q = cache.rope_append(q, k, v, cos, sin, interleaved=interleaved, positions=positions)
             out = cache.attend(q, mask=visible, **options)
         joined = out.transpose(1, 2).reshape(batch, steps, heads * self.head_dim)
-        return ops.linear(joined, self.W_O.t(), self.B_O)
+        return self.project(joined, "W_O", "B_O")
 
     def extra_repr(self) -> str:
         return (

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lmfast import ops
 from lmfast.nn.packed import PackedParameters
+from lmfast.nn.projection import Projections
 
 _ACTIVATIONS = {
     "relu": lambda x: x,  # part of the product
@@ -24,7 +25,7 @@ def _check_widths(emb_dim: int, hidden_dim: int) -> None:
         )
 
 
-class MLP(nn.Module):
+class MLP(Projections):
     """Two linear maps with an activation between them, applied to every position alike.
 
         y = act(x W_1 + B_1) W_2 + B_2
@@ -85,8 +86,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         relu = self.activation == "relu"
-        hidden = ops.linear(x, self.W_1.t(), self.B_1, relu=relu)  # (B, T, hidden)
-        return ops.linear(_ACTIVATIONS[self.activation](hidden), self.W_2.t(), self.B_2)
+        hidden = self.project(x, "W_1", "B_1", relu=relu)  # (B, T, hidden)
+        return self.project(_ACTIVATIONS[self.activation](hidden), "W_2", "B_2")
 
     def extra_repr(self) -> str:
         return (
@@ -156,8 +157,8 @@ class SwiGLU(PackedParameters):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = ops.linear(x, self.W_GU.t(), self.B_GU)  # (B, T, 2 hidden)
-        return ops.linear(self._gated(packed), self.W_D.t(), self.B_D)
+        packed = self.project(x, "W_GU", "B_GU")  # (B, T, 2 hidden)
+        return self.project(self._gated(packed), "W_D", "B_D")
 
     def _gated(self, packed: Tensor) -> Tensor:
         return ops.swiglu(packed)

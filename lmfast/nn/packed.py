@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from lmfast.nn.projection import Projections
 
 
-class PackedParameters(nn.Module):
+class PackedParameters(Projections):
     """A module that keeps several matrices side by side in one parameter.
 
     One matrix product then serves them all. State dicts hold the parts under their own names, as

@@ -17,6 +17,7 @@ from lmfast.ops.gru import gru
 from lmfast.ops.linear import linear
 from lmfast.ops.linear_cross_entropy import linear_cross_entropy
 from lmfast.ops.linear_recurrence import linear_recurrence
+from lmfast.ops.lora_linear import lora_linear
 from lmfast.ops.lstm import lstm
 from lmfast.ops.rms_norm import rms_norm
 from lmfast.ops.rope import rope
@@ -38,6 +39,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_recurrence",
+    "lora_linear",
     "lstm",
     "rms_norm",
     "rope",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -58,3 +59,46 @@ def differentiate(
         )
     by_id = {id(t): g for t, g in zip(wanted, found, strict=True)}
     return [None if t is None else by_id.get(id(t)) for t in inputs]
+
+
+def with_reference(
+    function: Callable[..., tuple[Tensor, ...]],
+    reference: Callable[..., tuple[Tensor, ...]],
+    tensors: Sequence[Tensor | None],
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> tuple[Tensor, ...]:
+    """``function(*tensors)``, an operator of PyTorch's whose backward cannot be differentiated.
+
+    Gradients are that operator's, gradients of gradients those of ``reference``. Forward and
+    backward run inside ``context()``, whenever autograd gets to them.
+    """
+    return _WithReference.apply(function, reference, context, *tensors)
+
+
+class _WithReference(torch.autograd.Function):
+    """Keeps the graph that the operator's own autograd records, and runs it later."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Any, reference: Any, context: Any, *tensors: Any) -> Any:
+        given = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors]
+        with torch.enable_grad(), context():
+            outputs = function(*given)
+        ctx.save_for_backward(*tensors)
+        ctx.reference, ctx.context, ctx.given, ctx.outputs = reference, context, given, outputs
+        return tuple(t.detach() for t in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        if recording_backward():
+            given = [g if o.requires_grad else None for o, g in zip(ctx.outputs, grads)]
+            return None, None, None, *differentiate(ctx.reference, ctx.saved_tensors, given)
+        used = [(o, g) for o, g in zip(ctx.outputs, grads, strict=True) if o.requires_grad]
+        leaves = [t for t in ctx.given if t is not None and t.requires_grad]
+        with ctx.context():
+            found = iter(
+                torch.autograd.grad(
+                    [o for o, _ in used], leaves, [g for _, g in used], retain_graph=True
+                )
+            )
+        wanted = [t is not None and t.requires_grad for t in ctx.given]
+        return None, None, None, *(next(found) if w else None for w in wanted)

@@ -19,6 +19,7 @@ from lmfast.ops._recurrent import (
     unsupported_by_recurrent_kernels,
 )
 from lmfast.ops._recurrent_bf16 import runs_in_bf16
+from lmfast.ops._recurrent_cudnn import cudnn_layer, unsupported_by_cudnn
 from lmfast.ops._recurrent_reference import GATES, reference_layer
 from lmfast.testing import Sample
 
@@ -179,6 +180,11 @@ def cpu_forward(*args: Any) -> Any:
     return _over_batch(cpu_layer, *args)
 
 
+def cudnn_forward(*args: Any) -> Any:
+    """The op with cuDNN's layer on normalised arguments; differentiable."""
+    return _over_batch(cudnn_layer, *args)
+
+
 def register_recurrent_op(
     name: str,
     public: Callable[..., Any],
@@ -199,6 +205,7 @@ def register_recurrent_op(
     )
     # The forward differentiates itself: its backward needs what the layers saved.
     register(name, "cpu", ("cpu",), cpu_forward, backward_op, unsupported_by_recurrent_kernels)
+    register(name, "cuda", ("cuda",), cudnn_forward, None, unsupported_by_cudnn)
     return op
 
 

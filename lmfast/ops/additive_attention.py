@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -59,8 +59,8 @@ def additive_attention(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        cpu (C++, not float64), torch. Gradients on both, of context and weights; gradients of
-        gradients through PyTorch.
+        cpu (C++) and triton (not float64), torch. Gradients on all, of context and weights;
+        gradients of gradients through PyTorch.
 
     Source:
         Bahdanau, Cho and Bengio, Neural Machine Translation by Jointly Learning to Align and
@@ -175,7 +175,9 @@ def _samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("masked", 3, 2, 7, 4, 5, mask=mask)
     yield sample("masked one step", 3, 0, 7, 19, 17, mask=mask)
     yield sample("all steps", 2, 11, 13, 33, 35)
-    yield sample("holes", 1, 9, 70, 40, 67, mask=torch.rand(1, 70, generator=generator) < 0.5)
+    yield sample(
+        "holes", 1, 9, 70, 40, 67, mask=torch.rand(1, 70, generator=generator, device=device) < 0.5
+    )
     yield sample("one key", 1, 3, 1, 1, 1)
     yield sample("long", 1, 3, 259, 16, 8)
     yield sample("no keys", 2, 3, 0, 4, 5)
@@ -231,13 +233,19 @@ class _AdditiveAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        q: Tensor, keys: Tensor, values: Tensor, v: Tensor, mask: Tensor | None, backend: str
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        op: Any,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
-        return _forward_op(q, with_unit_last_stride(keys), with_unit_last_stride(values), v, mask)
+        return op(q, with_unit_last_stride(keys), with_unit_last_stride(values), v, mask)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.backend = inputs
+        *tensors, _, ctx.backend = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, output[1])
 
@@ -245,63 +253,80 @@ class _AdditiveAttention(torch.autograd.Function):
     def backward(ctx: Any, dcontext: Tensor | None, dweights: Tensor | None) -> tuple[Any, ...]:
         q, keys, values, v, mask, weights = ctx.saved_tensors
         if dcontext is None and dweights is None:
-            return (None,) * 6
+            return (None,) * 7
         if recording_backward():
             grads = differentiate(
                 lambda *t: _attend(t[0], t[1], t[2], t[3], mask),
                 (q, keys, values, v),
                 (dcontext, dweights),
             )
-            return *grads, None, None
+            return *grads, None, None, None
         backward = implementation("additive_attention", ctx.backend).backward
         assert backward is not None
         if dcontext is None:
             dcontext = values.new_zeros(q.shape[0], q.shape[1], values.shape[2])
         grads = backward(dcontext, dweights, q, keys, values, v, mask, weights)
-        return *grads, None, None
+        return *grads, None, None, None
 
 
-def _cpu_backward(
-    dcontext: Tensor,
-    dweights: Tensor | None,
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    weights: Tensor,
-) -> tuple[Tensor, ...]:
-    return _backward_op(
-        with_unit_last_stride(dcontext),
-        None if dweights is None else dweights.contiguous(),
-        q,
-        with_unit_last_stride(keys),
-        with_unit_last_stride(values),
-        v,
-        mask,
-        weights,
-    )
+def launchers(
+    forward_op: Any, backward_op: Any, backend: str
+) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, ...]]]:
+    """(forward, backward) of an implementation by operators with the schemas above."""
+
+    def forward(
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        w_query: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        # Differentiable by itself: the product with W_query is PyTorch's.
+        with torch.autocast(query.device.type, enabled=False):
+            q = _project(query, w_query).contiguous()
+        tensors = (q, keys, values, v.float().contiguous())
+        mask = None if mask is None else mask.contiguous()
+        if needs_grad(*tensors):
+            context, weights = apply(_AdditiveAttention, *tensors, mask, forward_op, backend)
+        else:
+            call = _AdditiveAttention.forward
+            context, weights = call(*tensors, mask, forward_op, backend)
+        return _shaped(query, context, weights)
+
+    def backward(
+        dcontext: Tensor,
+        dweights: Tensor | None,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        return backward_op(
+            with_unit_last_stride(dcontext),
+            None if dweights is None else dweights.contiguous(),
+            q,
+            with_unit_last_stride(keys),
+            with_unit_last_stride(values),
+            v,
+            mask,
+            weights,
+        )
+
+    return forward, backward
 
 
-def _cpu_forward(
-    query: Tensor, keys: Tensor, values: Tensor, w_query: Tensor, v: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The op on normalised arguments; differentiable. The product with W_query is PyTorch's."""
-    with torch.autocast(query.device.type, enabled=False):
-        q = _project(query, w_query).contiguous()
-    tensors = (q, keys, values, v.float().contiguous())
-    mask = None if mask is None else mask.contiguous()
-    if needs_grad(*tensors):
-        context, weights = apply(_AdditiveAttention, *tensors, mask, "cpu")
-    else:
-        context, weights = _AdditiveAttention.forward(*tensors, mask, "cpu")
-    return _shaped(query, context, weights)
+def unsupported_by_kernels(check: Callable[..., str | None]) -> Callable[..., str | None]:
+    """The ``supports`` of an implementation whose kernels take what ``check`` lets pass."""
 
+    def supports(query: Tensor, *others: Tensor | None) -> str | None:
+        if query.dtype == torch.float64:
+            return "no kernel for torch.float64"
+        return check(query, *others[:-1])
 
-def _unsupported(query: Tensor, *others: Tensor | None) -> str | None:
-    if query.dtype == torch.float64:
-        return "no kernel for torch.float64"
-    return unsupported_by_cpu_kernels(query, *others[:-1])
+    return supports
 
 
 OP = register_op(
@@ -315,4 +340,10 @@ OP = register_op(
     )
 )
 
-register("additive_attention", "cpu", ("cpu",), _cpu_forward, _cpu_backward, _unsupported)
+register(
+    "additive_attention",
+    "cpu",
+    ("cpu",),
+    *launchers(_forward_op, _backward_op, "cpu"),
+    unsupported_by_kernels(unsupported_by_cpu_kernels),
+)

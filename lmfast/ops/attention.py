@@ -20,6 +20,7 @@ from lmfast._dispatch import (
 from lmfast.ops._attention_arguments import check
 from lmfast.ops._attention_reference import Options, peer, reference
 from lmfast.ops._attention_samples import samples
+from lmfast.ops._attention_sdpa import preferred, sdpa
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import (
     define,
@@ -79,8 +80,10 @@ def attention(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        cpu (C++) and triton (float32, bfloat16, float16), torch. Gradients for q, k, v and sinks on
-        all, for mask and alibi through torch; gradients of gradients through PyTorch.
+        cpu (C++) and triton (float32, bfloat16, float16), torch; on a GPU that is
+        ``F.scaled_dot_product_attention``, and the first choice, for long plain attention in 16
+        bit. Gradients for q, k, v and sinks on all, for mask and alibi through torch; gradients
+        of gradients through PyTorch.
 
     Source:
         Vaswani et al. 2017, arXiv:1706.03762; tiling and online softmax: Dao et al. 2022,
@@ -114,7 +117,7 @@ def attention(
     )
     chosen = select(OP, args, backend)
     if chosen.backend == "torch":
-        return reference(*args)
+        return _torch_forward(*args)
     if needs_grad(q, k, v, sinks):
         return apply(_Attention, *args, chosen.backend)[0]
     return chosen.forward(*args)[0]
@@ -170,6 +173,8 @@ def _plain_call(
         return None
     offset, offsets = (None, q_offset) if isinstance(q_offset, Tensor) else (q_offset, None)
     try:
+        if not q.is_cpu:
+            return None
         # bool and int pass for each other in an operator.
         if isinstance(q_offset, bool) or not isinstance(causal, bool) or needs_grad(q, k, v):
             return None
@@ -180,6 +185,10 @@ def _plain_call(
         )[0]
     except (RuntimeError, TypeError, AttributeError, IndexError, ZeroDivisionError):
         return None
+
+
+def _torch_forward(*args: Any) -> Tensor:
+    return reference(*args) if preferred(*args) is None else sdpa(*args)
 
 
 class _Attention(torch.autograd.Function):
@@ -276,6 +285,7 @@ OP = register_op(
         sample_inputs=samples,
         differentiable=("q", "k", "v", "sinks"),
         peer=peer,
+        prefer=preferred,
     )
 )
 

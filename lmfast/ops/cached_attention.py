@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def cached_attention(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        cpu (C++, not for float64), torch.
+        cpu (C++) and triton (not for float64), torch.
 
     Source:
         Dao et al. 2022, arXiv:2205.14135 (online softmax); keys split over threads: Dao et al.
@@ -99,7 +100,7 @@ def cached_attention(
         # One token's attention takes some 10 us, and so do the checks below. The operator has its
         # own, for memory's sake: only what it refuses is looked at closely, to say what is wrong.
         try:
-            if not needs_grad(q, keys, values, key_scales, value_scales, sinks, alibi):
+            if q.is_cpu and not needs_grad(q, keys, values, key_scales, value_scales, sinks, alibi):
                 return _operator(
                     q,
                     keys,
@@ -145,35 +146,50 @@ _operator = define(
 )
 
 
-def _unsupported(
-    q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *options: Any
-) -> str | None:
-    o = CacheOptions(*options)
-    for t in (q, keys, o.key_scales, o.value_scales):
-        if t is not None and t.dtype == torch.float64:
-            return "no kernel for torch.float64"
-    if q.shape[3] > 256:
-        return f"the kernel takes head sizes to 256, got {q.shape[3]}"
-    stored = () if keys.dtype == torch.int8 else (keys,)
-    return unsupported_by_cpu_kernels(q, *stored, o.sinks, o.alibi)
+def unsupported_by_kernels(
+    check: Callable[..., str | None],
+) -> Callable[..., str | None]:
+    """The ``supports`` of an implementation whose kernels take what ``check`` lets pass."""
+
+    def supports(
+        q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *options: Any
+    ) -> str | None:
+        o = CacheOptions(*options)
+        for t in (q, keys, o.key_scales, o.value_scales):
+            if t is not None and t.dtype == torch.float64:
+                return "no kernel for torch.float64"
+        if q.shape[3] > 256:
+            return f"the kernel takes head sizes to 256, got {q.shape[3]}"
+        stored = () if keys.dtype == torch.int8 else (keys,)
+        return check(q, *stored, o.sinks, o.alibi)
+
+    return supports
 
 
-def _cpu_forward(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *options: Any) -> Tensor:
-    o = CacheOptions(*options)
-    return _operator(
-        with_unit_last_stride(q),
-        with_unit_last_stride(keys),
-        with_unit_last_stride(values),
-        lengths.contiguous(),
-        None if o.table is None else o.table.contiguous(),
-        None if o.key_scales is None else with_unit_last_stride(o.key_scales),
-        None if o.value_scales is None else with_unit_last_stride(o.value_scales),
-        o.window or None,
-        o.softcap or None,
-        None if o.sinks is None else o.sinks.float().contiguous(),
-        None if o.alibi is None else o.alibi.float().contiguous(),
-        o.scale,
-    )
+_unsupported = unsupported_by_kernels(unsupported_by_cpu_kernels)
+
+
+def launcher(op: Any) -> Callable[..., Tensor]:
+    """The forward of an implementation by an operator with the schema above."""
+
+    def run(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *options: Any) -> Tensor:
+        o = CacheOptions(*options)
+        return op(
+            with_unit_last_stride(q),
+            with_unit_last_stride(keys),
+            with_unit_last_stride(values),
+            lengths.contiguous(),
+            None if o.table is None else o.table.contiguous(),
+            None if o.key_scales is None else with_unit_last_stride(o.key_scales),
+            None if o.value_scales is None else with_unit_last_stride(o.value_scales),
+            o.window or None,
+            o.softcap or None,
+            None if o.sinks is None else o.sinks.float().contiguous(),
+            None if o.alibi is None else o.alibi.float().contiguous(),
+            o.scale,
+        )
+
+    return run
 
 
 OP = register_op(
@@ -188,4 +204,4 @@ OP = register_op(
     )
 )
 
-register("cached_attention", "cpu", ("cpu",), _cpu_forward, None, _unsupported)
+register("cached_attention", "cpu", ("cpu",), launcher(_operator), None, _unsupported)

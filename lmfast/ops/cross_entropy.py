@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -69,7 +69,8 @@ def cross_entropy(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        cpu (C++), torch. Gradients on all; gradients of gradients through PyTorch, not in place.
+        cpu (C++), triton, torch. Gradients on all; gradients of gradients through PyTorch, not in
+        place.
 
     Source:
         Hsu et al., Liger Kernel, 2024, arXiv:2410.10989 (the gradient in place of the logits).
@@ -218,13 +219,15 @@ _inplace_op = define(f"cross_entropy_(Tensor(a!) logits, {_ARGUMENTS}) -> Tensor
 class _CrossEntropy(torch.autograd.Function):
     """The gradient comes with the loss, for an incoming gradient of one. For another one it is
     computed again, which reads as much as scaling would and rounds once; so it is for reduction
-    "none" and in compiled graphs. Only in place of the logits it is scaled.
+    "none", in compiled graphs, and on a GPU, where looking at the incoming one would wait for it.
+    Only in place of the logits it is scaled.
     """
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         *args, backend = inputs
-        with_loss = args[-1] or not (args[3] == "none" or torch.compiler.is_compiling())
+        eager = args[0].is_cpu and not torch.compiler.is_compiling()
+        with_loss = args[-1] or (eager and args[3] != "none")
         return _with_gradient(backend, None, *args, want_dlogits=with_loss)
 
     @staticmethod
@@ -269,37 +272,42 @@ def _with_gradient(
     return run(dloss, *args, want_dlogits=want_dlogits)
 
 
-def _cpu(
-    dloss: Tensor | None,
-    logits: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    inplace: bool,
-    *,
-    want_dlogits: bool,
-) -> tuple[Tensor, Tensor]:
-    rows = logits.reshape(-1, logits.shape[-1])
-    settings = (
-        targets.reshape(-1).contiguous(),
-        None if dloss is None else dloss.reshape(-1).double().contiguous(),
-        ignore_index,
-        REDUCTIONS.index(reduction),
-        label_smoothing,
-        z_loss,
-    )
-    if inplace and want_dlogits:
-        loss = _inplace_op(rows, *settings)
-        if not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version(logits)  # whoever saved them is to notice
-        return loss, rows.detach().reshape(logits.shape)
-    loss, dlogits = _op(rows, *settings, want_dlogits)
-    return (
-        with_shape(loss, targets.shape) if reduction == "none" else loss,
-        with_shape(dlogits, logits.shape) if want_dlogits else dlogits,
-    )
+def launcher(op: Any, inplace_op: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The backward of an implementation by operators with the schemas above."""
+
+    def run(
+        dloss: Tensor | None,
+        logits: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+        reduction: str,
+        label_smoothing: float,
+        z_loss: float,
+        inplace: bool,
+        *,
+        want_dlogits: bool,
+    ) -> tuple[Tensor, Tensor]:
+        rows = logits.reshape(-1, logits.shape[-1])
+        settings = (
+            targets.reshape(-1).contiguous(),
+            None if dloss is None else dloss.reshape(-1).double().contiguous(),
+            ignore_index,
+            REDUCTIONS.index(reduction),
+            label_smoothing,
+            z_loss,
+        )
+        if inplace and want_dlogits:
+            loss = inplace_op(rows, *settings)
+            if not torch.compiler.is_compiling():
+                torch.autograd.graph.increment_version(logits)  # whoever saved them is to notice
+            return loss, rows.detach().reshape(logits.shape)
+        loss, dlogits = op(rows, *settings, want_dlogits)
+        return (
+            with_shape(loss, targets.shape) if reduction == "none" else loss,
+            with_shape(dlogits, logits.shape) if want_dlogits else dlogits,
+        )
+
+    return run
 
 
 OP = register_op(
@@ -313,6 +321,7 @@ OP = register_op(
     )
 )
 
+_cpu = launcher(_op, _inplace_op)
 register(
     "cross_entropy",
     "cpu",

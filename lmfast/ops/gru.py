@@ -56,7 +56,8 @@ def gru(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        cpu (C++, not float64), torch. Gradients on both; gradients of gradients through PyTorch.
+        cpu (C++, not float64), cuda (cuDNN), torch. Gradients on all; gradients of gradients
+        through PyTorch.
         With AMX, torch's form, at least 16 rows and a hidden size that is a multiple of 32,
         products run in bf16 for bf16 inputs, and for float32 ones under autocast or at
         ``torch.set_float32_matmul_precision("medium")``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,8 +83,8 @@ def linear_cross_entropy(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        cpu (C++), torch (in chunks of rows). Gradients on all; gradients of gradients through
-        PyTorch with full logits.
+        cpu (C++), triton (in chunks of rows around cuBLAS's products), torch (in chunks of rows).
+        Gradients on all; gradients of gradients through PyTorch with full logits.
 
     Source:
         Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2024,
@@ -250,47 +251,58 @@ _op = define(
 )
 
 
-def _cpu(
-    dloss: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    bf16: bool,
-    *,
-    wanted: tuple[bool, bool, bool] = (False, False, False),
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    mean = None
-    if label_smoothing:
-        mean_bias = rows.new_zeros((), dtype=torch.float32) if bias is None else bias.float().mean()
-        mean = torch.cat((weight.mean(0, dtype=torch.float32), mean_bias[None]))
-    loss, dhidden, dweight, dbias = _op(
-        rows,
-        weight,
-        targets.reshape(-1).contiguous(),
-        None if bias is None else bias.float().contiguous(),
-        None if dloss is None else dloss.reshape(-1).float().contiguous(),
-        mean,
-        ignore_index,
-        REDUCTIONS.index(reduction),
-        label_smoothing,
-        z_loss,
-        softcap,
-        bf16,
-        *wanted,
-    )
-    return (
-        with_shape(loss, targets.shape) if reduction == "none" else loss,
-        with_shape(dhidden, hidden.shape) if wanted[0] else None,
-        dweight if wanted[1] else None,
-        dbias.to(bias.dtype) if wanted[2] and bias is not None else None,
-    )
+def launcher(op: Any, takes_mean: bool) -> Callable[..., Any]:
+    """The backward of an implementation by an operator with the schema above.
+
+    Args:
+        op: the operator.
+        takes_mean: whether it needs ``mean`` with label_smoothing.
+    """
+
+    def run(
+        dloss: Tensor | None,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        ignore_index: int,
+        reduction: str,
+        label_smoothing: float,
+        z_loss: float,
+        softcap: float,
+        bf16: bool,
+        *,
+        wanted: tuple[bool, bool, bool] = (False, False, False),
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        mean = None
+        if takes_mean and label_smoothing:
+            nothing = rows.new_zeros((), dtype=torch.float32)
+            mean_bias = nothing if bias is None else bias.float().mean()
+            mean = torch.cat((weight.mean(0, dtype=torch.float32), mean_bias[None]))
+        loss, dhidden, dweight, dbias = op(
+            rows,
+            weight,
+            targets.reshape(-1).contiguous(),
+            None if bias is None else bias.float().contiguous(),
+            None if dloss is None else dloss.reshape(-1).float().contiguous(),
+            mean,
+            ignore_index,
+            REDUCTIONS.index(reduction),
+            label_smoothing,
+            z_loss,
+            softcap,
+            bf16,
+            *wanted,
+        )
+        return (
+            with_shape(loss, targets.shape) if reduction == "none" else loss,
+            with_shape(dhidden, hidden.shape) if wanted[0] else None,
+            dweight if wanted[1] else None,
+            dbias.to(bias.dtype) if wanted[2] and bias is not None else None,
+        )
+
+    return run
 
 
 def _cpu_supports(
@@ -330,6 +342,7 @@ OP = register_op(
     )
 )
 
+_cpu = launcher(_op, takes_mean=True)
 register(
     "linear_cross_entropy", "cpu", ("cpu",), lambda *args: _cpu(None, *args)[0], _cpu, _cpu_supports
 )

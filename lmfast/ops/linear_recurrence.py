@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -42,10 +42,11 @@ def linear_recurrence(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        cpu (C++, in order over time), torch (a parallel scan in log2 T steps). Gradients on both;
-        gradients of gradients through PyTorch. Nothing is divided and no logarithm is taken: where
-        a is in (0, 1) and b positive, as in minGRU, every operation keeps its relative error,
-        while sums of log a lose as many digits as they have before the point.
+        cpu (C++, in order over time), triton (parallel scans of 64 steps, in order), torch (a
+        parallel scan in log2 T steps). Gradients on all; gradients of gradients through PyTorch.
+        Nothing is divided and no logarithm is taken: where a is in (0, 1) and b positive, as in
+        minGRU, every operation keeps its relative error, while sums of log a lose as many digits
+        as they have before the point.
 
     Source:
         Hillis and Steele, Data Parallel Algorithms, 1986; Feng et al., Were RNNs All We Needed?,
@@ -159,35 +160,45 @@ _backward_op = define(
 
 class _LinearRecurrence(torch.autograd.Function):
     @staticmethod
-    def forward(a: Tensor, b: Tensor, state: Tensor | None, backend: str) -> Tensor:
-        return _forward_op(a, b, state)
+    def forward(a: Tensor, b: Tensor, state: Tensor | None, op: Any, backend: str) -> Tensor:
+        return op(a, b, state)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        a, b, state, ctx.backend = inputs
+        a, b, state, _, ctx.backend = inputs
         ctx.save_for_backward(a, b, state, output)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         a, b, state, y = ctx.saved_tensors
         if recording_backward():
-            return *differentiate(_scan, (a, b, state), (dy,)), None
+            return *differentiate(_scan, (a, b, state), (dy,)), None, None
         backward = implementation("linear_recurrence", ctx.backend).backward
         assert backward is not None
         da, db, dstate = backward(dy.contiguous(), a, y, state)
-        return da, db, None if state is None else dstate, None
+        return da, db, None if state is None else dstate, None, None
 
 
-def _cpu_forward(a: Tensor, b: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The op on normalised arguments; narrow dtypes are widened, as the state is fp32."""
-    wide = accumulation_dtype(a.dtype)
-    given = None if state is None else state.to(wide).contiguous()
-    tensors = (a.to(wide).contiguous(), b.to(wide).contiguous(), given)
-    if needs_grad(*tensors):
-        y = apply(_LinearRecurrence, *tensors, "cpu")
-    else:
-        y = _forward_op(*tensors)
-    return _with_last(y.to(a.dtype), a, b, state)
+def launcher(op: Any, backend: str, widen: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The forward of an implementation by an operator with the schema above.
+
+    Args:
+        op: the forward operator.
+        backend: whose backward belongs to it.
+        widen: hand it narrow dtypes in fp32; else it keeps its state in fp32 by itself.
+    """
+
+    def run(a: Tensor, b: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        wide = accumulation_dtype(a.dtype) if widen else a.dtype
+        given = None if state is None else state.to(wide).contiguous()
+        tensors = (a.to(wide).contiguous(), b.to(wide).contiguous(), given)
+        if needs_grad(*tensors):
+            y = apply(_LinearRecurrence, *tensors, op, backend)
+        else:
+            y = op(*tensors)
+        return _with_last(y.to(a.dtype), a, b, state)
+
+    return run
 
 
 OP = register_op(
@@ -205,7 +216,7 @@ register(
     "linear_recurrence",
     "cpu",
     ("cpu",),
-    _cpu_forward,
+    launcher(_forward_op, "cpu", widen=True),
     _backward_op,
     lambda *tensors: unsupported_by_cpu_kernels(*tensors),
 )

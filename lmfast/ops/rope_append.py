@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def rope_append(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        cpu (C++), torch.
+        cpu (C++), triton, torch.
 
     Source:
         Su et al., RoFormer, 2021, arXiv:2104.09864; the mapping of tokens to slots: Kwon et al.,
@@ -306,49 +307,36 @@ _op = define(
 )
 
 
-def _cpu_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    key_scales: Tensor | None,
-    value_scales: Tensor | None,
-    slots: Tensor,
-    tokens: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    offset: int,
-    interleaved: bool,
-) -> None:
-    _op(
-        q,
-        with_unit_last_stride(k),
-        with_unit_last_stride(v),
-        keys,
-        values,
-        key_scales,
-        value_scales,
-        slots.contiguous(),
-        None if tokens is None else tokens.contiguous(),
-        None if cos is None else cos.contiguous(),
-        None if sin is None else sin.contiguous(),
-        None if positions is None else positions.contiguous(),
-        offset,
-        interleaved,
-    )
+def launcher(op: Any) -> Callable[..., None]:
+    """The forward of an implementation by an operator with the schema above."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
+        keys, values, key_scales, value_scales, *indices, offset, interleaved = rest
+        k, v = with_unit_last_stride(k), with_unit_last_stride(v)
+        given = (None if t is None else t.contiguous() for t in indices)
+        op(q, k, v, keys, values, key_scales, value_scales, *given, offset, interleaved)
+
+    return run
 
 
-def _cpu_supports(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, *rest: Any) -> str | None:
-    if (keys.dtype == torch.float64) != (q.dtype == torch.float64):
-        return f"no kernel that stores {q.dtype} as {keys.dtype}"
-    if keys.dtype == torch.int8 and keys.shape[3] > _MAX_QUANTISED_HEAD_DIM:
-        return f"int8 storage takes head sizes to {_MAX_QUANTISED_HEAD_DIM}, got {keys.shape[3]}"
-    values = rest[0]
-    if any(t.stride(3) != 1 for t in (q, keys, values) if t.shape[3] > 1 and t.numel()):
-        return "q, keys and values need head dimensions that are neighbours in memory"
-    return unsupported_by_cpu_kernels(q, k, v)
+def unsupported_by_kernels(
+    check: Callable[..., str | None],
+) -> Callable[..., str | None]:
+    """The ``supports`` of an implementation whose kernels take what ``check`` lets pass."""
+
+    def supports(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, *rest: Any) -> str | None:
+        if (keys.dtype == torch.float64) != (q.dtype == torch.float64):
+            return f"no kernel that stores {q.dtype} as {keys.dtype}"
+        if keys.dtype == torch.int8 and keys.shape[3] > _MAX_QUANTISED_HEAD_DIM:
+            return (
+                f"int8 storage takes head sizes to {_MAX_QUANTISED_HEAD_DIM}, got {keys.shape[3]}"
+            )
+        values = rest[0]
+        if any(t.stride(3) != 1 for t in (q, keys, values) if t.shape[3] > 1 and t.numel()):
+            return "q, keys and values need head dimensions that are neighbours in memory"
+        return check(q, k, v)
+
+    return supports
 
 
 OP = register_op(
@@ -363,4 +351,11 @@ OP = register_op(
     )
 )
 
-register("rope_append", "cpu", ("cpu",), _cpu_forward, None, _cpu_supports)
+register(
+    "rope_append",
+    "cpu",
+    ("cpu",),
+    launcher(_op),
+    None,
+    unsupported_by_kernels(unsupported_by_cpu_kernels),
+)

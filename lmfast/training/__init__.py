@@ -1,8 +1,10 @@
 """Training: texts, batches, the training loop, evaluation and checkpoints."""
 
 from lmfast.training.batches import Batches, ContiguousBatches, PackedBatches, PaddedBatches
-from lmfast.training.checkpoint import CheckpointError, latest_checkpoint, load_model, save_model
+from lmfast.training.checkpoint import latest_checkpoint, load_model, save_model
+from lmfast.training.files import CheckpointError
 from lmfast.training.logs import CsvLog, Log, TensorBoardLog
+from lmfast.training.low_rank import LoRA, lora
 from lmfast.training.metrics import Evaluation, RunningLoss, evaluate, perplexity
 from lmfast.training.plots import plot_attention, plot_losses
 from lmfast.training.processes import Processes, process_group
@@ -39,6 +41,7 @@ __all__ = [
     "DatasetTexts",
     "Evaluation",
     "JsonLines",
+    "LoRA",
     "Log",
     "PackedBatches",
     "PaddedBatches",
@@ -58,6 +61,7 @@ __all__ = [
     "evaluate",
     "latest_checkpoint",
     "load_model",
+    "lora",
     "open_texts",
     "perplexity",
     "plot_attention",

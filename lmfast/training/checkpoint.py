@@ -9,30 +9,21 @@ finds whole ones only.
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lmfast.models.base import LanguageModel, build_model
+from lmfast.training.files import CheckpointError, read_pair, sync, write_pair
+from lmfast.training.low_rank import attach_settings, settings_of
 
-_FORMAT = "lmfast"
-_VERSION = 1
 _STEP_NAME = re.compile(r"step-(\d{8,})")
-
-
-class CheckpointError(ValueError):
-    """A model or checkpoint on disk is absent, damaged, foreign, or of another model."""
 
 
 def save_model(directory: str | Path, model: nn.Module) -> None:
@@ -56,7 +47,10 @@ def save_model(directory: str | Path, model: nn.Module) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config = getattr(model, "config", {"model": type(model).__name__})
-    _write_pair(directory, "model", "config", model.state_dict(), {"model": config})
+    content = {"model": config}
+    if (updates := settings_of(model)) is not None:
+        content["low_rank"] = updates
+    write_pair(directory, "model", "config", model.state_dict(), content)
 
 
 def load_model(directory: str | Path, *, device: torch.device | str = "cpu") -> LanguageModel:
@@ -65,9 +59,11 @@ def load_model(directory: str | Path, *, device: torch.device | str = "cpu") -> 
     Raises:
         CheckpointError: a file is missing, damaged, or not from this package.
     """
-    tensors, content = _read_pair(Path(directory), "model", "config")
+    tensors, content = read_pair(Path(directory), "model", "config")
     try:
         model = build_model(content["model"])
+        if "low_rank" in content:
+            attach_settings(model, content["low_rank"])
         model.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
@@ -95,14 +91,14 @@ def save_checkpoint(
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         save_model(partial, model)
-        _write_pair(partial, "training", "training", tensors, content)
+        write_pair(partial, "training", "training", tensors, content)
         if directory.exists():
             os.rename(directory, replaced)
         os.rename(partial, directory)
     finally:
         for leftover in (partial, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
-    _sync(directory.parent)
+    sync(directory.parent)
 
 
 def add_checkpoint(
@@ -144,8 +140,8 @@ def load_checkpoint(
         CheckpointError: as `load_model`.
     """
     directory = Path(directory)
-    parameters, config = _read_pair(directory, "model", "config")
-    tensors, content = _read_pair(directory, "training", "training")
+    parameters, config = read_pair(directory, "model", "config")
+    tensors, content = read_pair(directory, "training", "training")
     return parameters, config["model"], tensors, content
 
 
@@ -185,89 +181,3 @@ def latest_checkpoint(run: str | Path) -> Path:
     if not found:
         raise CheckpointError(f"{run} holds no checkpoint to resume from")
     return found[-1]
-
-
-def _write_pair(
-    directory: Path,
-    tensor_name: str,
-    json_name: str,
-    tensors: Mapping[str, Tensor],
-    content: Mapping[str, Any],
-) -> None:
-    """Write the safetensors file, then the JSON that vouches for it."""
-    path = directory / f"{tensor_name}.safetensors"
-    temporary = path.with_suffix(".tmp")
-    # Clones: views of a packed matrix share memory, which safetensors refuses.
-    layout = torch.contiguous_format
-    plain = {k: t.detach().cpu().clone(memory_format=layout) for k, t in tensors.items()}
-    try:
-        save_file(plain, temporary, metadata={"format": "pt"})
-    except SafetensorError as error:  # its name for a full disk, too
-        raise OSError(f"cannot write {temporary}: {error}") from error
-    header = {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "file": path.name,
-        "bytes": temporary.stat().st_size,
-        "crc32": _crc32(temporary),
-    }
-    _sync(temporary)
-    text = json.dumps({**header, **content}, indent=1)
-    json_path = directory / f"{json_name}.json"
-    json_temporary = json_path.with_suffix(".json.tmp")
-    json_temporary.write_text(text + "\n", encoding="utf-8")
-    _sync(json_temporary)
-    os.replace(temporary, path)
-    os.replace(json_temporary, json_path)
-    _sync(directory)
-
-
-def _read_pair(
-    directory: Path, tensor_name: str, json_name: str
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    json_path = directory / f"{json_name}.json"
-    path = directory / f"{tensor_name}.safetensors"
-    for needed in (json_path, path):
-        if not needed.is_file():
-            raise CheckpointError(f"{directory} is no {tensor_name} directory: no {needed.name}")
-    try:
-        content = json.loads(json_path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{json_path} is damaged: {error}") from None
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise CheckpointError(f"{json_path} was not written by lmfast")
-    if content.get("version") != _VERSION:
-        raise CheckpointError(
-            f"{json_path} has version {content.get('version')}, this lmfast reads {_VERSION}"
-        )
-    size = path.stat().st_size
-    if size != content.get("bytes"):
-        raise CheckpointError(f"{path} is damaged: {size} bytes, not {content.get('bytes')}")
-    if _crc32(path) != content.get("crc32"):
-        raise CheckpointError(f"{path} is damaged: its checksum is not the one in {json_path.name}")
-    try:
-        # Copies: the tensors are views of the mapped file, which an optimiser would keep mapped
-        # after it is deleted, and whose truncation would crash the process.
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}, content
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-
-
-def _crc32(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or directory is on the disk; that it does not fit may show only here."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot tell
-            raise
-    finally:
-        os.close(descriptor)

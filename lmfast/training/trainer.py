@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from lmfast.training import settings
 from lmfast.training.batches import Batches
 from lmfast.training.checkpoint import (
-    CheckpointError,
     add_checkpoint,
     checkpoint_path,
     latest_checkpoint,
@@ -23,6 +22,7 @@ from lmfast.training.checkpoint import (
     recover_checkpoints,
     save_model,
 )
+from lmfast.training.files import CheckpointError
 from lmfast.training.interrupt import StopRequest
 from lmfast.training.logs import Log
 from lmfast.training.metrics import Evaluation, LossFunction, evaluate, exp_or_inf, model_loss

@@ -21,7 +21,16 @@ from lmfast._dispatch import register
 from lmfast.ops._attention_reference import Options
 from lmfast.ops._glu import launchers
 from lmfast.ops._library import needs_grad, with_unit_last_stride
+from lmfast.ops.additive_attention import launchers as additive_launchers
+from lmfast.ops.additive_attention import unsupported_by_kernels as additive_unsupported_by
 from lmfast.ops.attention import kernel_options, sink_gradient
+from lmfast.ops.cached_attention import launcher as cached_attention_launcher
+from lmfast.ops.cached_attention import unsupported_by_kernels as cache_unsupported_by
+from lmfast.ops.cross_entropy import launcher as cross_entropy_launcher
+from lmfast.ops.linear_cross_entropy import launcher as linear_cross_entropy_launcher
+from lmfast.ops.linear_recurrence import launcher as linear_recurrence_launcher
+from lmfast.ops.rope_append import launcher as rope_append_launcher
+from lmfast.ops.rope_append import unsupported_by_kernels as append_unsupported_by
 from lmfast.triton._launch import DEVICES, twin, unsupported
 
 # Longest row the kernels are tested with. They hold a row, or walk it in blocks.
@@ -36,6 +45,12 @@ _attention = twin("attention", "attention")
 _attention_grads = twin("attention_backward", "attention_backward")
 
 
+_cross_entropy = cross_entropy_launcher(
+    twin("cross_entropy", "cross_entropy"), twin("cross_entropy_", "cross_entropy")
+)
+_linear_cross_entropy = linear_cross_entropy_launcher(
+    twin("linear_cross_entropy", "linear_cross_entropy"), takes_mean=False
+)
 _glu_launchers = {
     name: launchers(twin(name, "swiglu"), twin(f"{name}_backward", "swiglu"))
     for name in ("swiglu", "geglu")
@@ -179,6 +194,59 @@ register(
 register("rope", "triton", DEVICES, _rope_forward, _rope_rotate, _rope_unsupported)
 register(
     "attention", "triton", DEVICES, _attention_forward, _attention_backward, _attention_unsupported
+)
+register(
+    "cached_attention",
+    "triton",
+    DEVICES,
+    cached_attention_launcher(twin("cached_attention", "attention")),
+    None,
+    cache_unsupported_by(unsupported),
+)
+register(
+    "cross_entropy",
+    "triton",
+    DEVICES,
+    lambda *args: _cross_entropy(None, *args, want_dlogits=False)[0],
+    _cross_entropy,
+    lambda logits, *settings: unsupported(logits),
+)
+register(
+    "linear_cross_entropy",
+    "triton",
+    DEVICES,
+    lambda *args: _linear_cross_entropy(None, *args)[0],
+    _linear_cross_entropy,
+    lambda hidden, weight, targets, bias, *settings: unsupported(hidden, weight, bias),
+)
+register(
+    "linear_recurrence",
+    "triton",
+    DEVICES,
+    linear_recurrence_launcher(
+        twin("linear_recurrence", "linear_recurrence"), "triton", widen=False
+    ),
+    twin("linear_recurrence_backward", "linear_recurrence"),
+    unsupported,
+)
+register(
+    "additive_attention",
+    "triton",
+    DEVICES,
+    *additive_launchers(
+        twin("additive_attention", "additive_attention"),
+        twin("additive_attention_backward", "additive_attention"),
+        "triton",
+    ),
+    additive_unsupported_by(unsupported),
+)
+register(
+    "rope_append",
+    "triton",
+    DEVICES,
+    rope_append_launcher(twin("rope_append", "rope_append")),
+    None,
+    append_unsupported_by(unsupported),
 )
 for _name, _pair in _glu_launchers.items():
     register(_name, "triton", DEVICES, *_pair, _glu_unsupported)

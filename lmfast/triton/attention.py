@@ -11,11 +11,16 @@ takes the saved log-sum-exp from the very same numbers, so that large scores can
 rounded to the dtype of v before they meet it, and the sum they are divided by is taken after that
 rounding, so that they still add up to one. fp32 is multiplied as three tf32 products on the matrix
 units: plain fp32 products spill 7.8 KB per thread at head size 256.
+
+On a cache, a tile of keys lies in one block of the table, so paging costs one load per tile; int8
+keys are exact in the queries' dtype, and their scales are applied to scores and weights, not to
+keys and values: one multiplication per score instead of one per element.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,78 +28,31 @@ import triton.language as tl
 from torch import Tensor
 
 from lmfast.ops._attention_reference import Options
-from lmfast.triton._launch import INTERPRETED, multiprocessors, next_power_of_2, on_device
+from lmfast.ops._cached_attention_reference import TABLE_BLOCK, CacheOptions, attention_options
+from lmfast.triton._attention_scores import arguments, mask_strides, row_start, scores_of
+from lmfast.triton._launch import multiprocessors, next_power_of_2, on_device
 
 # More rows than this fill the multiprocessors without cutting the keys into parts.
 _MOST_ROWS_TO_SPLIT = 64
 _LEAST_KEYS_PER_PART = 256
+_TABLE_BLOCK = tl.constexpr(TABLE_BLOCK)
 
 
-@triton.jit
-def row_start(offset, offsets_ptr, lengths_ptr, batch, length, keys, AFTER_LENGTHS: tl.constexpr):
-    """(position of query 0, number of keys) of a batch row."""
-    limit = keys
-    if lengths_ptr is not None:
-        limit = tl.load(lengths_ptr + batch).to(tl.int32)
-    if offsets_ptr is not None:
-        return tl.load(offsets_ptr + batch).to(tl.int32), limit
-    if AFTER_LENGTHS:
-        return limit - length, limit
-    return offset + limit * 0, limit
+class Storage(NamedTuple):
+    """Where keys and values lie in a cache: ``cached_attention``'s arguments."""
+
+    table: Tensor | None = None  # (B, blocks) int32
+    key_scales: Tensor | None = None  # (R, Hkv, C) float32
+    value_scales: Tensor | None = None
+
+    def strides(self) -> tuple[int, ...]:
+        """Of a table row, then of the storage row and head of either scale."""
+        table = 0 if self.table is None else self.table.stride(0)
+        scales = (self.key_scales, self.value_scales)
+        return table, *(s for t in scales for s in ((0, 0) if t is None else t.stride()[:2]))
 
 
-@triton.jit
-def scores_of(
-    q,
-    k,
-    position,
-    key,
-    limit,
-    slope,
-    mask_row,
-    mask_key,
-    inside,
-    mask_lowest,
-    window,
-    softcap,
-    scale,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):
-    """Scores in base 2, -inf where hidden, and d(score) / d(scaled product), of one tile."""
-    log2_e: tl.constexpr = 1.4426950408889634
-    s = tl.dot(q, tl.trans(k), input_precision="tf32x3")
-    slope_of_cap = s
-    if SOFTCAP:
-        # The interpreter and the compiler share no tanh.
-        cap = 1.0 - 2.0 / (1.0 + tl.exp(s * (2.0 * scale / softcap)))
-        s = cap * (softcap * log2_e)
-        slope_of_cap = 1.0 - cap * cap
-    else:
-        s *= scale * log2_e
-    seen = inside & (key < limit)[None, :]
-    distance = key[None, :] - position[:, None]
-    if slope is not None:
-        s += slope[:, None] * log2_e * distance.to(tl.float32)
-    if CAUSAL:
-        seen = seen & (distance <= 0)
-    if WINDOW:
-        seen = seen & (distance > -window)
-        if not CAUSAL:
-            seen = seen & (distance < window)
-    if mask_row is not None:
-        given = tl.load(mask_row + mask_key, mask=seen, other=0)
-        if given.dtype == tl.int1:
-            seen = seen & given
-        else:
-            added = given.to(tl.float32)
-            seen = seen & (added > mask_lowest)
-            s += tl.where(seen, added * log2_e, 0.0)
-    return tl.where(seen, s, float("-inf")), slope_of_cap
-
-
-@triton.jit(do_not_specialize=["offset", "length", "keys", "window", "splits"])
+@triton.jit(do_not_specialize=["offset", "length", "keys", "window", "splits", "stored_rows"])
 def _attention_fwd_kernel(
     q_ptr,
     k_ptr,
@@ -106,14 +64,23 @@ def _attention_fwd_kernel(
     mask_ptr,
     sinks_ptr,
     alibi_ptr,
+    table_ptr,
+    key_scales_ptr,
+    value_scales_ptr,
     offset,
     length,
     keys,
     window,
     splits,
+    stored_rows,
     softcap,
     scale,
     mask_lowest,
+    table0,
+    ks0,
+    ks1,
+    vs0,
+    vs1,
     q0,
     q1,
     q2,
@@ -184,8 +151,6 @@ def _attention_fwd_kernel(
         low = low + part * per_part
         high = tl.minimum(high, low + per_part)
 
-    k_base = k_ptr + batch * k0 + kv_head.to(tl.int64) * k1
-    v_base = v_ptr + batch * v0 + kv_head.to(tl.int64) * v1
     log2_e: tl.constexpr = 1.4426950408889634
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -193,9 +158,18 @@ def _attention_fwd_kernel(
     for begin in range(low, high, BLOCK_N):
         key = begin + tl.arange(0, BLOCK_N)
         kv_mask = (key < limit)[:, None] & (d < HEAD_DIM)[None, :]
-        k = tl.load(k_base + key.to(tl.int64)[:, None] * k2 + d[None, :], mask=kv_mask, other=0.0)
-        if DOT_FP32:
-            k = k.to(tl.float32)
+        stored = batch
+        if table_ptr is not None:
+            # A tile lies in one block of the table. A storage row that does not exist gives NaN.
+            entry = tl.load(table_ptr + batch * table0 + begin // _TABLE_BLOCK)
+            known = (entry >= 0) & (entry < stored_rows)
+            stored = tl.where(known, entry, 0).to(tl.int64)
+        at = stored * k0 + kv_head.to(tl.int64) * k1 + key.to(tl.int64) * k2
+        k = tl.load(k_ptr + at[:, None] + d[None, :], mask=kv_mask, other=0.0).to(q.dtype)
+        key_scale = None
+        if key_scales_ptr is not None:
+            at = stored * ks0 + kv_head.to(tl.int64) * ks1 + key
+            key_scale = tl.load(key_scales_ptr + at, mask=key < limit, other=0.0)
         s, _ = scores_of(
             q,
             k,
@@ -213,16 +187,24 @@ def _attention_fwd_kernel(
             CAUSAL,
             WINDOW,
             SOFTCAP,
+            key_scale,
         )
+        if table_ptr is not None:
+            s = tl.where(known, s, float("nan"))
         new_top = tl.maximum(top, tl.max(s, axis=1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp2(s - shift[:, None])
-        v = tl.load(v_base + key.to(tl.int64)[:, None] * v2 + d[None, :], mask=kv_mask, other=0.0)
-        if DOT_FP32:
-            v = v.to(tl.float32)
-        p = p.to(v.dtype)
+        at = stored * v0 + kv_head.to(tl.int64) * v1 + key.to(tl.int64) * v2
+        v = tl.load(v_ptr + at[:, None] + d[None, :], mask=kv_mask, other=0.0).to(q.dtype)
         correction = tl.exp2(top - shift)
-        total = total * correction + tl.sum(p.to(tl.float32), axis=1)
+        if value_scales_ptr is not None:
+            at = stored * vs0 + kv_head.to(tl.int64) * vs1 + key
+            value_scale = tl.load(value_scales_ptr + at, mask=key < limit, other=0.0)
+            total = total * correction + tl.sum(p, axis=1)
+            p = (p * value_scale[None, :]).to(q.dtype)
+        else:
+            p = p.to(q.dtype)
+            total = total * correction + tl.sum(p.to(tl.float32), axis=1)
         acc = tl.dot(p, v, acc * correction[:, None], input_precision="tf32x3")
         top = new_top
 
@@ -236,7 +218,7 @@ def _attention_fwd_kernel(
         out_at = out_at[:, None] * HEAD_DIM + d[None, :]
         tl.store(out_ptr + out_at, acc, mask=q_mask)
     else:
-        seen = total > 0
+        seen = total != 0  # also of NaN
         if sinks_ptr is not None:
             sink = tl.load(sinks_ptr + head, mask=row < rows, other=0.0) * log2_e
             new_top = tl.maximum(top, sink)
@@ -279,7 +261,8 @@ def _attention_join_kernel(
     top = tl.load(sums_ptr + 2 * at, mask=there, other=float("-inf"))
     total = tl.load(sums_ptr + 2 * at + 1, mask=there, other=0.0)
     shift = tl.max(top, axis=0)
-    seen = shift > float("-inf")
+    # A part with a NaN has no maximum, but a NaN for its sum.
+    seen = (shift > float("-inf")) | (tl.sum(tl.where(total == total, 0, 1), axis=0) > 0)
     sink = shift
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head) * log2_e
@@ -325,34 +308,8 @@ def tile(rows: int, q: Tensor) -> dict[str, int]:
     }
 
 
-def arguments(o: Options, q: Tensor, k: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What forward and backward kernels take alike: scalars, and compile-time values."""
-    length, keys = q.shape[2], k.shape[2]
-    lowest = 0.0
-    if o.mask is not None and o.mask.dtype != torch.bool:
-        lowest = torch.finfo(o.mask.dtype).min
-    scalars = (keys - length if o.offset is None else o.offset, length, keys, o.window)
-    constants = {
-        "HEADS": q.shape[1],
-        "GROUP": q.shape[1] // k.shape[1],
-        "HEAD_DIM": q.shape[3],
-        "AFTER_LENGTHS": o.lengths is not None and o.offset is None,
-        "CAUSAL": o.causal,
-        "WINDOW": o.window > 0,
-        "SOFTCAP": o.softcap > 0,
-        "DOT_FP32": INTERPRETED and q.dtype == torch.bfloat16,
-        "BLOCK_D": max(16, next_power_of_2(q.shape[3])),
-    }
-    return (scalars, (o.softcap, o.scale, lowest)), constants
-
-
-def mask_strides(o: Options) -> tuple[int, ...]:
-    return (0, 0, 0, 0) if o.mask is None else o.mask.stride()
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    """Launches the forward kernel; the arguments of ``lmfast::attention``."""
-    o = Options(*options)
+def attend(q: Tensor, k: Tensor, v: Tensor, o: Options, storage: Storage) -> tuple[Tensor, Tensor]:
+    """Launches the forward kernel: (out, log-sum-exp in base 2)."""
     batch, heads, length, width = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     out = torch.empty_like(q)
@@ -374,8 +331,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, T
     with on_device(q):
         _attention_fwd_kernel[(triton.cdiv(rows, shape["BLOCK_M"]), batch * kv_heads, splits)](
             *(q, k, v, parts, sums),
-            *(o.offsets, o.lengths, o.mask, o.sinks, o.alibi),
-            *(*scalars, splits, *floats),
+            *(o.offsets, o.lengths, o.mask, o.sinks, o.alibi, *storage),
+            *(*scalars, splits, k.shape[0], *floats, *storage.strides()),
             *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o_strides, *mask_strides(o)),
             **constants,
             PARTS=splits > 1,
@@ -392,3 +349,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, T
                 num_warps=4,
             )
     return out, lse
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """Launches the forward kernel; the arguments of ``lmfast::attention``."""
+    return attend(q, k, v, Options(*options), Storage())
+
+
+def cached_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    table: Tensor | None,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """Launches the forward kernel on a cache; the arguments of ``lmfast::cached_attention``."""
+    scale = 1.0 / math.sqrt(max(1, q.shape[3])) if scale is None else scale
+    cache = CacheOptions(None, None, None, window or 0, softcap or 0.0, sinks, alibi, scale)
+    options = attention_options(lengths, cache)
+    return attend(q, keys, values, options, Storage(table, key_scales, value_scales))[0]

@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lmfast.ops._attention_reference import Options
+from lmfast.triton._attention_scores import arguments, mask_strides, row_start, scores_of
 from lmfast.triton._launch import next_power_of_2, on_device
-from lmfast.triton.attention import arguments, mask_strides, row_start, scores_of
 
 
 @triton.jit(do_not_specialize=["offset", "length", "keys", "window"])

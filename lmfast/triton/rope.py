@@ -22,56 +22,93 @@ _PAIRS = 2048
 
 
 @triton.jit
+def load_pairs(ptr, at, mask, rotary, INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr):
+    """First and second elements of the pairs of heads that begin at ``at``, in fp32.
+
+    ``at`` and ``mask`` are (tokens, heads, 1), the results (tokens, heads, PAIRS).
+    """
+    if INTERLEAVED:
+        d = tl.arange(0, 2 * PAIRS)[None, None, :]
+        x = tl.load(ptr + at + d, mask=mask & (d < rotary), other=0.0).to(tl.float32)
+        a, b = tl.split(x.reshape(x.shape[0], x.shape[1], PAIRS, 2))
+    else:
+        half = rotary // 2
+        d = tl.arange(0, PAIRS)[None, None, :]
+        a = tl.load(ptr + at + d, mask=mask & (d < half), other=0.0).to(tl.float32)
+        b = tl.load(ptr + at + half + d, mask=mask & (d < half), other=0.0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
+def store_pairs(ptr, at, mask, a, b, rotary, INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr):
+    """Stores what ``load_pairs`` loads."""
+    dtype: tl.constexpr = ptr.dtype.element_ty
+    if INTERLEAVED:
+        d = tl.arange(0, 2 * PAIRS)[None, None, :]
+        x = tl.join(a, b).reshape(a.shape[0], a.shape[1], 2 * PAIRS)
+        tl.store(ptr + at + d, x.to(dtype), mask=mask & (d < rotary))
+    else:
+        half = rotary // 2
+        d = tl.arange(0, PAIRS)[None, None, :]
+        tl.store(ptr + at + d, a.to(dtype), mask=mask & (d < half))
+        tl.store(ptr + at + half + d, b.to(dtype), mask=mask & (d < half))
+
+
+@triton.jit
+def angles_at(
+    cos_ptr, sin_ptr, position, table_rows, rotary, INVERSE: tl.constexpr, PAIRS: tl.constexpr
+):
+    """Cosines and sines of tokens, (tokens, 1, PAIRS), and which tokens the tables know.
+
+    A row past the tables becomes NaN: the host cannot look at positions without waiting for them.
+    """
+    valid = (position >= 0) & (position < table_rows)
+    pair = tl.arange(0, PAIRS)
+    half = rotary // 2
+    at = (position * half)[:, None] + pair[None, :]
+    known = valid[:, None] & (pair < half)[None, :]
+    cos = tl.load(cos_ptr + at, mask=known, other=float("nan"))[:, None, :]
+    sin = tl.load(sin_ptr + at, mask=known, other=float("nan"))[:, None, :]
+    if INVERSE:
+        sin = -sin
+    return cos, sin, valid
+
+
+@triton.jit
 def _rotate_tile(
     in_ptr,
     out_ptr,
     cos,
     sin,
     valid,
-    token,
-    head,
-    heads,
-    length,
+    source,
+    target,
+    mask,
     head_dim,
     rotary,
-    in_head,
-    in_token,
-    out_head,
-    out_token,
     INTERLEAVED: tl.constexpr,
     INPLACE: tl.constexpr,
     PAIRS: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    source = (token.to(tl.int64) * in_token)[:, None] + (head.to(tl.int64) * in_head)[None, :]
-    target = (token.to(tl.int64) * out_token)[:, None] + (head.to(tl.int64) * out_head)[None, :]
-    source, target = source[:, :, None], target[:, :, None]
-    rows = ((token < length)[:, None] & (head < heads)[None, :])[:, :, None]
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
-    if INTERLEAVED:
-        d = tl.arange(0, 2 * PAIRS)[None, None, :]
-        mask = rows & (d < rotary)
-        x = tl.load(in_ptr + source + d, mask=mask, other=0.0).to(tl.float32)
-        a, b = tl.split(x.reshape(x.shape[0], x.shape[1], PAIRS, 2))
-        rotated = tl.join(a * cos - b * sin, a * sin + b * cos).reshape(x.shape)
-        tl.store(out_ptr + target + d, rotated.to(dtype), mask=mask)
-    else:
-        half = rotary // 2
-        d = tl.arange(0, PAIRS)[None, None, :]
-        mask = rows & (d < half)
-        a = tl.load(in_ptr + source + d, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(in_ptr + source + half + d, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out_ptr + target + d, (a * cos - b * sin).to(dtype), mask=mask)
-        tl.store(out_ptr + target + half + d, (a * sin + b * cos).to(dtype), mask=mask)
+    a, b = load_pairs(in_ptr, source, mask, rotary, INTERLEAVED, PAIRS)
+    first, second = a * cos - b * sin, a * sin + b * cos
+    store_pairs(out_ptr, target, mask, first, second, rotary, INTERLEAVED, PAIRS)
     if TAIL > 0:
         d = rotary + tl.arange(0, TAIL)[None, None, :]
-        mask = rows & (d < head_dim)
-        lost = mask & (valid == 0)[:, None, None]
+        mask = mask & (d < head_dim)
         if not INPLACE:
             x = tl.load(in_ptr + source + d, mask=mask, other=0.0)
             tl.store(out_ptr + target + d, x, mask=mask)
-        nan = tl.full([1, 1, TAIL], float("nan"), tl.float32).to(dtype)
-        tl.store(out_ptr + target + d, nan, mask=lost)
+        nan = tl.full([1, 1, TAIL], float("nan"), tl.float32).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + target + d, nan, mask=mask & (valid == 0)[:, None, None])
+
+
+@triton.jit
+def tile_offsets(token, head, token_stride, head_stride):
+    """(tokens, heads, 1): where heads begin."""
+    token, head = token.to(tl.int64) * token_stride, head.to(tl.int64) * head_stride
+    return token[:, None, None] + head[None, :, None]
 
 
 @triton.jit(do_not_specialize=["offset", "length", "table_rows", "q_blocks", "q_heads", "k_heads"])
@@ -121,17 +158,8 @@ def _rope_kernel(
         position = tl.load(positions_ptr + batch * length + token, mask=token < length, other=0)
     else:
         position = tl.load(positions_ptr + batch) + token
-    # A row past the tables becomes NaN: the host cannot look at positions without waiting for them.
-    valid = (position >= 0) & (position < table_rows)
-    pair = tl.arange(0, PAIRS)
-    half = rotary // 2
-    at = (position * half)[:, None] + pair[None, :]
-    nan = float("nan")
-    known = valid[:, None] & (pair < half)[None, :]
-    cos = tl.load(cos_ptr + at, mask=known, other=nan)[:, None, :]
-    sin = tl.load(sin_ptr + at, mask=known, other=nan)[:, None, :]
-    if INVERSE:
-        sin = -sin
+    cos, sin, valid = angles_at(cos_ptr, sin_ptr, position, table_rows, rotary, INVERSE, PAIRS)
+    there = (token < length)[:, None, None]
     block = tl.program_id(1)
     if block < q_blocks:
         head = block * HEADS + tl.arange(0, HEADS)
@@ -141,16 +169,11 @@ def _rope_kernel(
             cos,
             sin,
             valid,
-            token,
-            head,
-            q_heads,
-            length,
+            tile_offsets(token, head, q2, q1),
+            tile_offsets(token, head, qo2, qo1),
+            there & (head < q_heads)[None, :, None],
             head_dim,
             rotary,
-            q1,
-            q2,
-            qo1,
-            qo2,
             INTERLEAVED,
             INPLACE,
             PAIRS,
@@ -164,21 +187,23 @@ def _rope_kernel(
             cos,
             sin,
             valid,
-            token,
-            head,
-            k_heads,
-            length,
+            tile_offsets(token, head, k2, k1),
+            tile_offsets(token, head, ko2, ko1),
+            there & (head < k_heads)[None, :, None],
             head_dim,
             rotary,
-            k1,
-            k2,
-            ko1,
-            ko2,
             INTERLEAVED,
             INPLACE,
             PAIRS,
             TAIL,
         )
+
+
+def tile(pairs: int, tokens: int, *heads: int) -> tuple[int, int]:
+    """Tokens and heads of a program whose heads have as many pairs."""
+    of_heads = next_power_of_2(min(max(1, h) for h in heads))
+    of_heads = min(of_heads, max(1, _PAIRS // pairs))
+    return min(next_power_of_2(tokens), max(1, _PAIRS // (pairs * of_heads))), of_heads
 
 
 def _launch(
@@ -198,9 +223,7 @@ def _launch(
     if batch * length * max(q_heads, k_heads) * head_dim == 0:
         return
     pairs = next_power_of_2(rotary // 2)
-    heads = next_power_of_2(min(max(1, h) for h in (q_heads, k_heads)))
-    heads = min(heads, max(1, _PAIRS // pairs))
-    tokens = min(next_power_of_2(length), max(1, _PAIRS // (pairs * heads)))
+    tokens, heads = tile(pairs, length, q_heads, k_heads)
     q_blocks, k_blocks = triton.cdiv(q_heads, heads), triton.cdiv(k_heads, heads)
     with on_device(q):
         _rope_kernel[(batch * triton.cdiv(length, tokens), q_blocks + k_blocks)](

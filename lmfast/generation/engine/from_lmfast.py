@@ -19,6 +19,7 @@ from lmfast.generation.engine.plan import (
 from lmfast.models.decoder import DecoderLanguageModel
 from lmfast.nn.attention import MultiHeadAttention
 from lmfast.nn.block import DecoderBlock
+from lmfast.nn.low_rank import LowRank
 from lmfast.nn.mlp import MLP, GeGLU, SwiGLU
 from lmfast.nn.norm import RMSNorm
 from lmfast.nn.rotary import RotaryEmbedding
@@ -33,6 +34,8 @@ def decoder_plan(model: DecoderLanguageModel) -> Plan:
     """
     parameters = tuple(model.parameters())
     check_parameters(parameters)
+    if any(isinstance(m, LowRank) and not m.merged for m in model.modules()):
+        raise CannotPack("it has low-rank updates beside its matrices; merge() them")
     if model.training and any(p > 0 for p in _dropouts(model)):
         raise CannotPack("the model is in training mode and has dropout; call eval()")
     blocks: list[Any] = list(model.layers)

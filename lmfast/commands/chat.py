@@ -1,0 +1,149 @@
+"""`lmfast chat`: talk with a model, line by line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+
+from lmfast.commands.generation import (
+    Clock,
+    Printer,
+    add_generation_options,
+    generation_arguments,
+    load_generator,
+)
+from lmfast.commands.options import add_machine_options, apply_machine_options, typed_text
+from lmfast.generation import Prefix
+from lmfast.generation.text import encode
+
+START, END = "<|im_start|>", "<|im_end|>"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    add_generation_options(parser)
+    add_machine_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Read lines and answer them until the input ends."""
+    device = apply_machine_options(options)
+    generator, tokenizer = load_generator(options, device)
+    talk = Conversation(tokenizer, options.system)
+    print(f"{talk.format}; /reset begins anew, /quit or the end of the input ends", file=sys.stderr)
+    arguments = generation_arguments(options, tokenizer, device)
+    if talk.end_ids:
+        arguments["eos_token_id"] = talk.end_ids
+    prefix: Prefix | None = None
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/quit":
+            print(file=sys.stderr)
+            return 0
+        if line.strip() == "/reset":
+            talk, prefix = Conversation(tokenizer, options.system), None
+            continue
+        line = typed_text(line.rstrip("\n"), "the line")
+        if not line.strip():
+            continue
+        ids = talk.ask(line)
+        if not ids:
+            print("note: the line has no tokens", file=sys.stderr)
+            continue
+        clock = Clock(1, len(ids))
+        prompt = torch.tensor([ids], device=device)
+        # What was said before is not computed again; a context that is cut begins elsewhere.
+        known = None
+        if options.context == "error":
+            known = prefix = generator.prefill(prompt, prefix=prefix)
+        printer = Printer(tokenizer, options.stop)
+        new: list[int] = []
+        for step in generator.stream(prompt, prefix=known, **arguments):
+            clock.tick()
+            new.append(int(step[0]))
+            if new[-1] not in talk.end_ids:
+                printer.add(new[-1])
+        printer.close()
+        talk.answer(new)
+        if options.stats:
+            clock.report()
+
+
+class Conversation:
+    """What was said, as ids.
+
+    The tokenizer's own template is used where it has one, ChatML where it has its tags, and else
+    the text simply goes on.
+
+    Args:
+        tokenizer: a `BPETokenizer` or one of transformers.
+        system: the first turn, or None.
+    """
+
+    def __init__(self, tokenizer: Any, system: str | None) -> None:
+        self._tokenizer = tokenizer
+        self._turns: list[dict[str, str]] = []
+        self._ids: list[int] = []
+        self.end_ids: list[int] = []
+        specials = getattr(getattr(tokenizer, "model", None), "special_tokens", {})
+        if getattr(tokenizer, "chat_template", None):
+            self.format = "the tokenizer's template"
+            if tokenizer.eos_token_id is not None:
+                self.end_ids = [tokenizer.eos_token_id]
+            if system is not None:
+                self._turns.append({"role": "system", "content": system})
+        elif START in specials and END in specials:
+            self.format = "ChatML"
+            self.end_ids = [specials[END]]
+            if system is not None:
+                self._ids = self._turn("system", system)
+        else:
+            self.format = "no template: the model continues the text"
+            if system is not None:
+                self._ids = encode(tokenizer, f"{system}\n")
+
+    def ask(self, text: str) -> list[int]:
+        """Add what was typed and return all ids up to where the answer begins."""
+        if self.format == "the tokenizer's template":
+            self._turns.append({"role": "user", "content": text})
+            return list(
+                self._tokenizer.apply_chat_template(
+                    self._turns, add_generation_prompt=True, return_dict=False
+                )
+            )
+        if self.format == "ChatML":
+            self._ids += [
+                *self._turn("user", text),
+                *encode(self._tokenizer, f"{START}assistant\n"),
+            ]
+        else:
+            self._ids += encode(self._tokenizer, f"{text}\n")
+        return list(self._ids)
+
+    def answer(self, ids: list[int]) -> None:
+        """Add what the model said."""
+        if self.format == "the tokenizer's template":
+            said = [i for i in ids if i not in self.end_ids]
+            self._turns.append({"role": "assistant", "content": self._tokenizer.decode(said)})
+            return
+        self._ids += ids
+        if self.format == "ChatML":
+            if not ids or ids[-1] not in self.end_ids:
+                self._ids += self.end_ids
+            self._ids += encode(self._tokenizer, "\n")
+        else:
+            self._ids += encode(self._tokenizer, "\n")
+
+    def _turn(self, role: str, text: str) -> list[int]:
+        # Tags in the text are text: they are no way to end a turn.
+        inner = self._tokenizer.encode(text, allowed_special=set(), disallowed_special=set())
+        head, tail = (
+            encode(self._tokenizer, f"{START}{role}\n"),
+            encode(self._tokenizer, f"{END}\n"),
+        )
+        return [*head, *inner, *tail]

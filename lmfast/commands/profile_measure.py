@@ -1,0 +1,109 @@
+"""What `lmfast profile` measures besides the run: ceilings, launches, and the time of layers."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine does at most, measured here.
+
+    Attributes:
+        bytes_per_second: read and written together, of a copy too large for the caches.
+        flops_per_second: of a square product in the model's dtype.
+    """
+
+    bytes_per_second: float
+    flops_per_second: float
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for a GPU; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call."""
+    synchronize(device)
+    started = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def measured_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Times a copy and a matrix product, each the best of five."""
+    on_gpu = device.type == "cuda"
+    source = torch.zeros(2**30 if on_gpu else 2**27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    size = 8192 if on_gpu else 1536
+    a = torch.randn(size, size, device=device).to(dtype)
+    product = torch.empty_like(a)
+    copy = min(seconds_of(lambda: target.copy_(source), device) for _ in range(_REPEATS))
+    multiply = min(seconds_of(lambda: torch.mm(a, a, out=product), device) for _ in range(_REPEATS))
+    return Ceilings(2 * source.numel() / copy, 2 * size**3 / multiply)
+
+
+def launches(events: Any) -> tuple[int, int]:
+    """(operators called, kernels started on a GPU) among a profiler's events."""
+    operators = kernels = 0
+    for event in events:
+        if event.name.startswith(("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")):
+            kernels += 1
+        elif event.cpu_parent is None and "::" in event.name:
+            operators += 1
+    return operators, kernels
+
+
+class LayerTimes:
+    """Forward times of a model's layers, by hooks on its modules.
+
+    A layer is a module down to the given depth that is called; what is inside deeper ones counts
+    for the one above.
+    """
+
+    def __init__(self, depth: int, device: torch.device) -> None:
+        self._depth, self._device = depth, device
+        self._seconds: dict[str, list[float]] = defaultdict(list)
+
+    @contextmanager
+    def recording(self, module: nn.Module) -> Iterator[None]:
+        """Times every call inside the block."""
+        hooks = []
+        for name, layer in module.named_modules():
+            if not name or name.count(".") >= self._depth:
+                continue
+            started: list[float] = []
+
+            def before(*_: Any, started: list[float] = started, name: str = name) -> None:
+                self._seconds.setdefault(name, [])  # a layer comes before what is inside it
+                synchronize(self._device)
+                started.append(time.perf_counter())
+
+            def after(*_: Any, started: list[float] = started, name: str = name) -> None:
+                synchronize(self._device)
+                self._seconds[name].append(time.perf_counter() - started.pop())
+
+            hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def rows(self) -> list[tuple[str, int, float]]:
+        """(layer, calls, median seconds of a call) in the order of the first calls."""
+        return [(n, len(s), statistics.median(s)) for n, s in self._seconds.items()]

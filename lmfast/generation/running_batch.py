@@ -1,0 +1,172 @@
+"""Continuous batching: sequences come and go while the others run on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmfast.generation.loop import Job, need_rows
+from lmfast.generation.prefill import Prefix, check_prefix, feed
+from lmfast.generation.runner import Runner
+from lmfast.generation.sampler import Sampler
+from lmfast.generation.stopping import StopOfRow
+
+
+@dataclass
+class _Sequence:
+    job: Job
+    sampler: Sampler
+    stop: StopOfRow
+    new: list[int]
+
+
+class RunningBatch:
+    """Sequences that are continued together, one token each per step.
+
+    Every sequence gets the tokens it would get alone, also drawn ones when it has a generator of
+    its own. Rows of the model's state are added and removed without copying the others.
+
+    Args:
+        runner: of the model.
+        make_job: checks ids (1, T) and options.
+        prefix: what all sequences begin with, seen already.
+
+    Example:
+        >>> import torch
+        >>> from lmfast import Generator
+        >>> from lmfast.models import DecoderLanguageModel
+        >>> batch = Generator(DecoderLanguageModel(50, 16, 2, 1, 0)).batch()
+        >>> first = batch.add([3, 4], max_new_tokens=5)
+        >>> len(batch.step())
+        1
+        >>> second = batch.add([7], max_new_tokens=2)
+        >>> while batch.running:
+        ...     new_ids = batch.step()
+        >>> len(batch.new_ids(first)), len(batch.new_ids(second))
+        (5, 2)
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        make_job: Callable[[Tensor, dict[str, Any]], Job],
+        prefix: Prefix | None = None,
+    ) -> None:
+        self._runner = runner
+        self._make_job = make_job
+        self._prefix = prefix
+        start = runner.new_state(1) if prefix is None else prefix.state
+        need_rows(start, "a running batch")
+        self._state = start.sibling(0)
+        self._logits: Tensor | None = None  # (n, V) of those running
+        self._sequences: dict[int, _Sequence] = {}
+        self._running: list[int] = []
+
+    @property
+    def running(self) -> list[int]:
+        """Keys of the sequences that have not ended, in order of arrival."""
+        return list(self._running)
+
+    def new_ids(self, key: int) -> list[int]:
+        """The ids a sequence has got so far.
+
+        Raises:
+            KeyError: there is no such sequence, or it was removed.
+        """
+        return list(self._sequences[key].new)
+
+    @torch.inference_mode()
+    def add(self, ids: Sequence[int] | Tensor, **options: Any) -> int:
+        """Take in a sequence and let the model see its prompt.
+
+        Args:
+            ids: (T,) its prompt.
+            **options: of `GenerationOptions` for one row; no searches, no sliding context.
+
+        Returns:
+            The key by which it is known.
+
+        Raises:
+            TypeError, ValueError: as `Generator.generate`.
+        """
+        prompt = torch.as_tensor(ids, device=self._runner.device)
+        if prompt.ndim != 1:
+            raise ValueError(f"ids must be (T,), got {tuple(prompt.shape)}")
+        job = self._make_job(prompt[None], options)
+        chunk = job.options.prefill_chunk_size
+        if self._prefix is None:
+            logits, state = feed(self._runner, job.prompts, self._state.sibling(1), chunk)
+        else:
+            check_prefix(job.prompts, self._prefix)
+            rest = job.prompts.without(self._prefix.prompts.lengths[0])
+            logits, state = self._prefix.logits, self._prefix.state.fork()
+            if rest.lengths[0]:
+                logits, state = feed(self._runner, rest, state, chunk)
+        key = max(self._sequences, default=-1) + 1
+        sampler = Sampler(job.options, job.prompts, self._runner.vocab_size, job.eos_ids)
+        self._sequences[key] = _Sequence(job, sampler, job.row_stops()[0], [])
+        if job.options.max_new_tokens:
+            self._state.append_rows(state)
+            self._running.append(key)
+            known = [] if self._logits is None else [self._logits]
+            self._logits = torch.cat((*known, logits))
+        return key
+
+    @torch.inference_mode()
+    def step(self) -> dict[int, int]:
+        """Choose one more id for every running sequence; those that end with it run no longer.
+
+        Returns:
+            The new ids by key.
+        """
+        if not self._running:
+            return {}
+        assert self._logits is not None
+        new = {
+            key: self._choose(self._sequences[key], self._logits[row : row + 1])
+            for row, key in enumerate(self._running)
+        }
+        ended = [key for key in self._running if self._ends(self._sequences[key])]
+        self._drop(ended)
+        if self._running:
+            device = self._logits.device
+            ids = torch.tensor([[new[key]] for key in self._running], device=device)
+            self._logits, self._state = self._runner.step(ids, self._state)
+        return new
+
+    def remove(self, key: int) -> None:
+        """Forget a sequence, running or not.
+
+        Raises:
+            KeyError: there is no such sequence.
+        """
+        del self._sequences[key]
+        self._drop([key])
+
+    def _choose(self, sequence: _Sequence, logits: Tensor) -> int:
+        choices = sequence.job.choices
+        allowed = None if choices is None else choices.allowed()
+        chosen = sequence.sampler(logits, len(sequence.new), allowed)
+        sequence.sampler.count(chosen)
+        sequence.new.append(int(chosen))
+        return sequence.new[-1]
+
+    def _ends(self, sequence: _Sequence) -> bool:
+        options, count = sequence.job.options, len(sequence.new)
+        ended = sequence.stop.ends(sequence.new[-1], count >= options.min_new_tokens)
+        if sequence.job.choices is not None:
+            ended |= sequence.job.choices.advance(0, sequence.new[-1])
+        return ended or count == options.max_new_tokens
+
+    def _drop(self, keys: list[int]) -> None:
+        rows = [row for row, key in enumerate(self._running) if key not in keys]
+        if len(rows) == len(self._running):
+            return
+        self._running = [self._running[row] for row in rows]
+        self._state.reorder(rows)
+        assert self._logits is not None
+        self._logits = self._logits[rows]

@@ -1,0 +1,119 @@
+"""`attn_implementation="lmfast"`: attention and masks for transformers' interfaces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lmfast import ops
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of transformers' models by `lmfast.ops.attention`.
+
+    Args:
+        module: the attention layer that calls.
+        query: (B, H, T, D); key, value: (B, Hkv, S, D).
+        attention_mask: bool (True: seen) or added to the scores; without one, the queries are the
+            first T tokens of the keys if there are several (a static cache has room behind them),
+            and a single query sees all keys.
+        dropout: of the attention weights. They exist only in PyTorch's attention, which then runs.
+        scaling: of the products; 1 / sqrt(D) by default.
+        is_causal: whether a missing mask means the causal one; the module's attribute by default.
+        kwargs: `softcap` and `s_aux` (sinks) are used; weights are returned for
+            `output_attentions`.
+
+    Returns:
+        (B, T, H, D) contiguous, and the weights (B, H, T, S) or None.
+    """
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    length, keys = query.shape[2], key.shape[2]
+    causal = causal and length > 1 and attention_mask is None
+    if causal and keys > length:
+        key, value = key[:, :, :length], value[:, :, :length]
+    elif attention_mask is not None and attention_mask.shape[-1] > keys:
+        attention_mask = attention_mask[..., :keys]
+    if kwargs.get("output_attentions") or (dropout and (softcap or sinks is not None)):
+        return _with_weights(
+            query, key, value, attention_mask, dropout, scaling, causal, softcap, sinks
+        )
+    if dropout or kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
+        )
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    size = value.shape[-1]
+    if size != query.shape[-1]:
+        if size > query.shape[-1] or softcap or sinks is not None:
+            return _with_weights(
+                query, key, value, attention_mask, 0.0, scaling, causal, softcap, sinks
+            )
+        # The kernels have one head size: zeros behind the values give zeros behind the result.
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        value = nn.functional.pad(value, (0, query.shape[-1] - size))
+    out = ops.attention(
+        *(query, key, value),
+        causal=causal,
+        mask=attention_mask,
+        scale=scaling,
+        softcap=softcap,
+        sinks=sinks,
+    )
+    return out[..., :size].transpose(1, 2).contiguous(), None
+
+
+def _with_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    causal: bool,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The formula with all weights written out."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = query @ key.transpose(2, 3) * scale  # [B, H, T, S]
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        column = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
+        scores = torch.cat((scores, column), -1)
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+    weights = weights[..., : key.shape[2]]
+    out = nn.functional.dropout(weights, dropout) @ value
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def register() -> None:
+    """Makes the name "lmfast" known; a name without a mask function would see no padding at all."""
+    AttentionInterface.register("lmfast", attention_forward)
+    AttentionMaskInterface.register("lmfast", sdpa_mask)

@@ -1,0 +1,155 @@
+"""Rotary positions: the forward of an attention layer with another function under the same name.
+
+transformers' attention layers call a function of their module, `apply_rotary_pos_emb(q, k, cos,
+sin)`, which is written out in a dozen operators. The layer's own code runs on, with a namespace of
+its own in which that name means `lmfast.ops.rope`; the module and its function stay as they are.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmfast import ops
+from lmfast.ops._library import needs_grad
+from lmfast.patching.probe import Call
+from lmfast.patching.rules import Plan
+from lmfast.patching.swap import recipe
+
+# How a model's (B, T, D_rot) cosines hold one number per pair, and whether pairs are neighbours.
+_TABLES: dict[str, Callable[[Tensor], Tensor]] = {
+    "halves": lambda t: t[..., : t.shape[-1] // 2],  # [f, f]
+    "twice": lambda t: t[..., ::2],  # f0, f0, f1, f1, ...
+    "once": lambda t: t,
+}
+_VARIANTS = (("halves", False), ("halves", True), ("twice", True), ("once", False), ("once", True))
+
+Rotate = Callable[..., Any]
+
+
+def _spread(angles: Tensor, tables: str) -> Tensor:
+    if tables == "halves":
+        return torch.cat((angles, angles), -1)
+    return angles.repeat_interleave(2, -1) if tables == "twice" else angles
+
+
+def replacement(own: Rotate, tables: str, interleaved: bool, backend: str | None) -> Rotate:
+    """`own(q, k, cos, sin, unsqueeze_dim=1)` by `lmfast.ops.rope`."""
+
+    def rotate(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, unsqueeze_dim: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        fits = (
+            not args
+            and unsqueeze_dim in (1, 2)
+            and q.dim() == k.dim() == 4
+            and cos.dim() == 3
+            and not needs_grad(cos, sin)
+            # The dtype of the result is the model's own affair elsewhere.
+            and (q.dtype == k.dtype == cos.dtype or torch.is_autocast_enabled(q.device.type))
+        )
+        if not fits:
+            return own(q, k, cos, sin, *args, unsqueeze_dim=unsqueeze_dim)
+        if unsqueeze_dim == 2:
+            q, k = q.transpose(1, 2), k.transpose(1, 2)
+        c, s, positions = _prepared(cos, sin, tables, q.dtype)
+        q, k = ops.rope(q, k, c, s, interleaved=interleaved, positions=positions, backend=backend)
+        if unsqueeze_dim == 2:
+            q, k = q.transpose(1, 2), k.transpose(1, 2)
+        return q, k
+
+    return rotate
+
+
+def _prepared(
+    cos: Tensor, sin: Tensor, tables: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Tables (rows, D_rot / 2) and each token's row; made once for all layers of a pass."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        kept = getattr(cos, "_lmfast_tables", None)
+        if kept is not None and kept[0] is sin and kept[1] == (tables, dtype):
+            return kept[2]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    batch, steps, _ = cos.shape
+    # [B or 1, T, D_rot / 2] -> [rows, D_rot / 2]
+    c, s = (_TABLES[tables](t).to(wide).flatten(0, 1).contiguous() for t in (cos, sin))
+    positions = None
+    if batch > 1:
+        positions = torch.arange(batch * steps, device=cos.device).view(batch, steps)
+    found = (c, s, positions)
+    if not compiling:
+        cos._lmfast_tables = (sin, (tables, dtype), found)  # type: ignore[attr-defined]
+    return found
+
+
+def _variants(function: Rotate) -> list[tuple[str, bool]]:
+    """How `function` rotates: the forms of tables and pairs in which ops.rope does the same."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 3, 5, 8, dtype=torch.float64, generator=generator)
+    k = torch.randn(2, 1, 5, 8, dtype=torch.float64, generator=generator)
+    angles = torch.rand(2, 5, 4, dtype=torch.float64, generator=generator) * 3
+    found = []
+    for tables, interleaved in _VARIANTS:
+        cos, sin = (_spread(t, tables) for t in (angles.cos(), angles.sin()))
+        try:
+            expected = function(q, k, cos, sin)
+            got = replacement(function, tables, interleaved, "torch")(q, k, cos, sin)
+            # Some round to float32 inside.
+            if all(torch.allclose(a, b, 0, 1e-5) for a, b in zip(expected, got, strict=True)):
+                found.append((tables, interleaved))
+        except Exception:
+            continue
+    return found
+
+
+def rotary_functions(module: nn.Module) -> dict[str, Rotate]:
+    """The functions that look like rotary ones among the names a module's forward uses."""
+    own = type(module).forward
+    if not isinstance(own, types.FunctionType):
+        return {}
+    found = {}
+    for name in own.__code__.co_names:
+        value = own.__globals__.get(name)
+        if callable(value) and "rotary" in name and "apply" in name:
+            found[name] = value
+    return found
+
+
+def plan_rotary(module: nn.Module, call: Callable[[], list[Call]]) -> Plan | str | None:
+    """A layer that calls one rotary function on q and k."""
+    functions = rotary_functions(module)
+    if not functions:
+        return None
+    candidates: list[dict[str, Any]] = []
+    for name, function in functions.items():
+        candidates += [
+            {"function": name, "tables": tables, "interleaved": interleaved}
+            for tables, interleaved in _variants(function)
+        ]
+    if not candidates:
+        return f"{' and '.join(functions)} is not a rotation that lmfast.ops.rope computes"
+    return Plan("rotary", candidates, call, "lmfast.ops.rope")
+
+
+@recipe("rotary")
+def _rotary(
+    original: type, function: str, tables: str, interleaved: bool, backend: str | None = None
+) -> dict[str, Any]:
+    own = original.forward  # type: ignore[attr-defined]
+    rotate = replacement(own.__globals__[function], tables, interleaved, backend)
+    # Without a __name__, torch.compile looks names up in this namespace, not in the module's.
+    scope = {**own.__globals__, function: rotate}
+    scope.pop("__name__", None)
+    forward = types.FunctionType(
+        own.__code__, scope, own.__name__, own.__defaults__, own.__closure__
+    )
+    forward.__kwdefaults__ = own.__kwdefaults__
+    forward.__annotations__ = own.__annotations__
+    forward.__doc__ = own.__doc__
+    forward.__module__, forward.__qualname__ = own.__module__, own.__qualname__
+    return {"forward": forward}

@@ -1,0 +1,252 @@
+"""Models of transformers: what `lmfast.patch` adds for them, and parts to use by themselves.
+
+    lmfast.patch(model)                                       # everything
+    register(); model.set_attn_implementation("lmfast")       # attention only
+    Trainer(..., callbacks=[use_lmfast()])
+
+Importing this module makes `attn_implementation="lmfast"` known.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lmfast.integrations._attention import attention_forward, register
+from lmfast.integrations._loss import LazyLogits
+from lmfast.integrations._rotary import plan_rotary, rotary_functions
+from lmfast.patching import swap
+from lmfast.patching.probe import Call, bare_copy, compare, own_randomness, two_copies
+from lmfast.patching.rules import Plan
+
+__all__ = ["LazyLogits", "attention_forward", "register"]
+
+# First and first not: the versions whose tests have been run.
+_KNOWN = ((5, 17), (5, 24))
+_ATTENTION = "lmfast"
+_BEFORE = "_lmfast_attention"  # the attribute of a model that keeps the attention it had
+
+register()
+
+
+def refusal(model: nn.Module) -> str | None:
+    """Why models of the installed transformers are not patched, or None."""
+    major, minor = transformers.__version__.split(".")[:2]
+    version = int(major), int(minor)
+    if _KNOWN[0] <= version < _KNOWN[1]:
+        return None
+    return (
+        f"transformers {transformers.__version__} is not known to work: "
+        f"{_KNOWN[0][0]}.{_KNOWN[0][1]} to {_KNOWN[1][0]}.{_KNOWN[1][1] - 1} are; nothing was "
+        "replaced"
+    )
+
+
+def roots(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
+    """The outermost models of transformers within a module."""
+    found: list[tuple[str, PreTrainedModel]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{other}." if other else "") for other, _ in found)
+        if isinstance(module, PreTrainedModel) and not inside:
+            found.append((name, module))
+    return found
+
+
+def patch(model: nn.Module, worker: Any) -> None:
+    """The part of `lmfast.patch` that needs to know transformers."""
+    for _, root in roots(model):
+        _rotary(root, worker)
+        _attention(root, worker)
+        _loss(root, worker)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Gives the models within a module their attention back."""
+    for module in model.modules():
+        before = vars(module).pop(_BEFORE, None)
+        if before is not None and isinstance(module, PreTrainedModel):
+            if module.config._attn_implementation == _ATTENTION:
+                module.set_attn_implementation(before)
+
+
+def _own_config(model: nn.Module) -> None:
+    """Gives a copy of a model a configuration of its own."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig):
+                vars(module)[name] = copy.deepcopy(value, memo)
+
+
+def _inputs(model: PreTrainedModel, embedding: nn.Module, **more: Any) -> list[Call]:
+    """Two small batches, the second one with padding in front."""
+    weight: Any = embedding.weight
+    vocabulary = min(weight.shape[0], 1000)
+    ids = torch.randint(0, vocabulary, (2, 7), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        embedded = embedding(ids.to(weight.device))
+    mask = torch.ones(2, 7, dtype=torch.int64)
+    mask[1, :2] = 0
+
+    def result(keep: Tensor | None) -> Any:
+        def select(out: Any) -> Any:
+            values = out.logits if getattr(out, "logits", None) is not None else out[0]
+            chosen = [_plain(values)[keep] if keep is not None else _plain(values)]
+            loss = getattr(out, "loss", None)
+            return chosen if loss is None else [*chosen, loss]
+
+        return select
+
+    calls = []
+    for padding in (None, mask):
+        kwargs: dict[str, Any] = {
+            "inputs_embeds": embedded.detach().clone().requires_grad_(),
+            "use_cache": False,
+            **more,
+        }
+        if padding is not None:
+            kwargs["attention_mask"] = padding.to(weight.device)
+        keep = None if padding is None else padding.bool().to(weight.device)
+        calls.append(Call((), kwargs, result(keep)))
+    return calls
+
+
+def _plain(values: Tensor) -> Tensor:
+    return values.compute() if isinstance(values, LazyLogits) else values
+
+
+def _quiet(model: nn.Module) -> None:
+    """Only the inputs of a copy get gradients."""
+    for p in model.parameters():
+        p.requires_grad_(False)
+
+
+def _rotary(root: PreTrainedModel, worker: Any) -> None:
+    wanted = {
+        name: m
+        for name, m in root.named_modules()
+        if id(m) not in worker.outcomes and rotary_functions(m)
+    }
+    if not wanted:
+        return
+    try:
+        captured = _captured(root, set(wanted))
+    except Exception as error:
+        for m in wanted.values():
+            worker.outcomes[id(m)] = (None, f"the model could not be run: {error}")
+        return
+    for name, m in wanted.items():
+        if name not in captured:
+            worker.outcomes[id(m)] = (None, "the model does not call it")
+            continue
+        plan = plan_rotary(m, lambda name=name: captured[name])  # type: ignore[misc]
+        if isinstance(plan, Plan):
+            worker.attempt(m, plan)
+        elif plan is not None:
+            worker.outcomes[id(m)] = (None, plan)
+
+
+def _captured(root: PreTrainedModel, names: set[str]) -> dict[str, list[Call]]:
+    """The arguments that modules get when the model runs."""
+    found: dict[str, list[Call]] = {}
+    with own_randomness(root):
+        clone = bare_copy(root)
+        for name, m in clone.named_modules():
+            if name in names:
+
+                def keep(module: Any, args: Any, kwargs: Any, name: str = name) -> None:
+                    found.setdefault(name, []).append(_fresh(args, kwargs))
+
+                m.register_forward_pre_hook(keep, with_kwargs=True)
+        clone.eval()
+        embedding = clone.get_input_embeddings()  # type: ignore[operator]
+        with torch.no_grad():
+            for call in _inputs(root, embedding):
+                clone.forward(**call.kwargs)
+    return found
+
+
+def _fresh(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """A captured call with its first floating-point tensor made a leaf that gets a gradient."""
+    args, kwargs = tuple(args), dict(kwargs)
+    for index, value in enumerate(args):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            args = (*args[:index], value.detach().clone().requires_grad_(), *args[index + 1 :])
+            return Call(args, kwargs)
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            kwargs[name] = value.detach().clone().requires_grad_()
+            break
+    return Call(args, kwargs)
+
+
+def _attention(root: PreTrainedModel, worker: Any) -> None:
+    """`attn_implementation="lmfast"`, if the whole model computes the same with it."""
+    report = worker.report
+    before = root.config._attn_implementation
+    if before == _ATTENTION:
+        report.notes.append('attention: attn_implementation="lmfast" already')
+        return
+    if not root._can_set_attn_implementation():
+        report.notes.append(
+            "attention: left as it is, the model does not use transformers' AttentionInterface"
+        )
+        return
+    reason = _differs(root, lambda clone: clone.set_attn_implementation(_ATTENTION))
+    if reason is not None:
+        report.notes.append(f"attention: left as it is ({before}): {reason}")
+        return
+    vars(root)[_BEFORE] = before
+    root.set_attn_implementation(_ATTENTION)
+    report.notes.append(f'attention: attn_implementation="lmfast" in the place of "{before}"')
+
+
+def _differs(root: PreTrainedModel, change: Any, **more: Any) -> str | None:
+    """Why a copy of a model that was changed computes something else, or None."""
+    with own_randomness(root):
+        try:
+            original, candidate = two_copies(root)
+            _quiet(original)
+            _own_config(candidate)
+            change(candidate)
+            calls = _inputs(root, original.get_input_embeddings(), **more)  # type: ignore[operator]
+        except Exception as error:
+            return f"it could not be checked: {type(error).__name__}: {error}"
+        return compare(original, candidate, calls)
+
+
+def _loss(root: PreTrainedModel, worker: Any) -> None:
+    """The loss without logits, where there is an output layer."""
+    if swap.swap_of(root) is not None:
+        return
+    layer = root.get_output_embeddings()
+    name = "lmfast.integrations"
+    note = "no output layer: nothing but what it holds"
+    if layer is not None:
+        name, note = (
+            "lmfast.ops.linear_cross_entropy",
+            "the loss in training; logits when looked at",
+        )
+    options: dict[str, Any] = {"backend": worker.backend, "label": name, "note": note}
+    chosen = tuple(sorted(options.items()))
+    if "forward" in vars(root):
+        worker.outcomes[id(root)] = (None, "its forward was replaced on the instance")
+        return
+    if layer is not None:
+        labels = torch.randint(0, 20, (2, 7), generator=torch.Generator().manual_seed(4))
+        labels[0, 2] = -100
+        reason = _differs(
+            root,
+            lambda clone: swap.apply(clone, "transformers_model", chosen),
+            labels=labels.to(root.device),
+        )
+        if reason is not None:
+            worker.outcomes[id(root)] = (None, f"loss: {reason}")
+            return
+    swap.apply(root, "transformers_model", chosen)
+    worker.outcomes[id(root)] = (name if layer is not None else None, note)

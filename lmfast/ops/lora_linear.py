@@ -1,0 +1,231 @@
+"""A linear layer with a low-rank update beside its matrix (LoRA), in few passes both ways.
+
+Eager PyTorch adds the update in three more passes over the output and, going back, two more over
+the gradient of the input. Here the second factor's product is added where the output lies, and in
+the backward pass the first factor's where the gradient lies; beside x only x A, of R columns, is
+kept. The matrix itself is usually frozen and then costs one product forward and one backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmfast._dispatch import Op, register_op, select
+from lmfast._forward_mode import has_tangent
+from lmfast.ops._autograd import apply, differentiate, recording_backward
+from lmfast.ops._library import check_same_device, check_tensor, needs_grad
+from lmfast.ops.linear import linear
+from lmfast.testing import Sample
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    low: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Multiplies by a matrix and by a low-rank update of it.
+
+    ``y = x weight^T + bias + scale (x a) b``
+
+    Args:
+        x: (..., K), a floating-point tensor.
+        weight: (N, K), any strides.
+        a: (K, R); b: (R, N): the factors of the update, R small.
+        bias: (N,) or None.
+        scale: of the update, alpha / R by custom.
+        low: (..., K): what the update is applied to in the place of x, for instance x with some
+            features dropped.
+        backend: overrides the choice of implementation, see ``lmfast.use_backend``.
+
+    Returns:
+        (..., N) in x's dtype, under autocast in autocast's.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, or dtypes differ without autocast.
+        ValueError: shapes that do not fit or devices that differ.
+        BackendError: the backend asked for cannot run this call.
+
+    Backends:
+        torch; the large products are those of ``lmfast.ops.linear``.
+
+    Source:
+        Hu et al. 2021, LoRA, arXiv:2106.09685.
+
+    Example:
+        >>> import lmfast, torch
+        >>> x, weight = torch.ones(1, 3), torch.eye(3)
+        >>> lmfast.ops.lora_linear(x, weight, torch.ones(3, 1), torch.ones(1, 3), scale=0.5)
+        tensor([[2.5000, 2.5000, 2.5000]])
+    """
+    args = _check(x, weight, a, b, bias=bias, scale=scale, low=low)
+    select(OP, args, backend)
+    if torch.is_autocast_enabled(x.device.type) or has_tangent(*args):
+        return _reference(*args)
+    if needs_grad(x, weight, a, b, bias, low):
+        return apply(_LoRALinear, *args)[0]
+    return _products(*args)[0]
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    low: Tensor | None = None,
+) -> tuple[Any, ...]:
+    others = {"weight": weight, "a": a, "b": b, "bias": bias, "low": low}
+    given = {"x": x, **{name: t for name, t in others.items() if t is not None}}
+    for name, tensor in given.items():
+        check_tensor(name, tensor)
+        check_same_device(name, tensor, "x", x)
+    if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "weight must be (N, K) with the K of x (..., K), "
+            f"got {tuple(weight.shape)} for x {tuple(x.shape)}"
+        )
+    rows, columns = weight.shape
+    if a.dim() != 2 or a.shape[0] != columns:
+        raise ValueError(f"a must be (K, R) with K = {columns}, got {tuple(a.shape)}")
+    if b.shape != (a.shape[1], rows):
+        raise ValueError(f"b must be (R, N) = {(a.shape[1], rows)}, got {tuple(b.shape)}")
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"bias must have shape ({rows},), got {tuple(bias.shape)}")
+    if low is not None and low.shape != x.shape:
+        raise ValueError(f"low must have x's shape {tuple(x.shape)}, got {tuple(low.shape)}")
+    if not torch.is_autocast_enabled(x.device.type):
+        for name, tensor in given.items():
+            if tensor.dtype != x.dtype:
+                raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
+    return x, weight, a, b, bias, float(scale), low
+
+
+def _reference(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    low: Tensor | None,
+) -> Tensor:
+    update = (x if low is None else low) @ a @ b
+    return torch.nn.functional.linear(x, weight, bias) + scale * update
+
+
+def _products(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    low: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The output and (x a), as (rows, R)."""
+    inner = (x if low is None else low).reshape(-1, x.shape[-1]) @ a
+    y = linear(x, weight, bias)
+    y.view(-1, y.shape[-1]).addmm_(inner, b, alpha=scale)
+    return y, inner
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        a: Tensor,
+        b: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        low: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        return _products(x, weight, a, b, bias, scale, low)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, a, b, bias, ctx.scale, low = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, a, b, bias, low, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
+        x, weight, a, b, bias, low, inner = ctx.saved_tensors
+        if dy is None:
+            return (None,) * 7
+        if recording_backward():
+
+            def plain(x, weight, a, b, bias, low):  # type: ignore[no-untyped-def]
+                return _reference(x, weight, a, b, bias, ctx.scale, low)
+
+            *grads, dlow = differentiate(plain, (x, weight, a, b, bias, low), (dy,))
+            return *grads, None, dlow
+        wanted = ctx.needs_input_grad
+        rows = dy.reshape(-1, dy.shape[-1])
+        source = (x if low is None else low).reshape(-1, x.shape[-1])
+        dinner = (rows @ b.t()).mul_(ctx.scale)  # (rows, R)
+        dx = dweight = da = db = dbias = dlow = None
+        if wanted[0]:
+            dx = linear(rows, weight.t())
+            if low is None:
+                dx.addmm_(dinner, a.t())
+            dx = dx.view(x.shape)
+        if wanted[1]:
+            dweight = rows.t() @ x.reshape(-1, x.shape[-1])
+        if wanted[2]:
+            da = source.t() @ dinner
+        if wanted[3]:
+            db = (inner.t() @ rows).mul_(ctx.scale)
+        if bias is not None and wanted[4]:
+            dbias = rows.sum(0)
+        if low is not None and wanted[6]:
+            dlow = (dinner @ a.t()).view(x.shape)
+        return dx, dweight, da, db, dbias, None, dlow
+
+
+def _samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    def narrow(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator, device=device) / 4).to(dtype)
+
+    yield Sample("3x5x7 R 2", (normal(3, 5), narrow(7, 5), narrow(5, 2), narrow(2, 7)))
+    yield Sample(
+        "bias, dropped input",
+        (normal(2, 3, 4), narrow(6, 4), narrow(4, 1), narrow(1, 6)),
+        {"bias": normal(6), "scale": 2.0, "low": normal(2, 3, 4)},
+    )
+    yield Sample(
+        "280x96x80 R 16",
+        (normal(280, 96), narrow(96, 80).t(), narrow(96, 16), narrow(16, 80)),
+        {"bias": normal(80), "scale": 0.5},
+    )
+    yield Sample("no rows", (normal(0, 4), narrow(6, 4), narrow(4, 2), narrow(2, 6)))
+
+
+OP = register_op(
+    Op(
+        name="lora_linear",
+        public=lora_linear,
+        reference=_reference,
+        check=_check,
+        sample_inputs=_samples,
+        differentiable=("x", "weight", "a", "b", "bias", "low"),
+    )
+)

@@ -1,0 +1,98 @@
+"""Giving one module another forward: its class becomes a generated subclass of its own class.
+
+Parameters, buffers, hooks, state_dict and the module itself stay what they are; `isinstance` and
+the class's name stay true; torch.compile sees an ordinary method. Deep copies and pickles carry the
+original class and the recipe, from which the subclass is made again.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import importlib
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+Options = tuple[tuple[str, Any], ...]
+
+# Name -> (original class, options) -> the attributes of the subclass. The options "label" and
+# "note" are for the report.
+_RECIPES: dict[str, Callable[..., dict[str, Any]]] = {}
+
+
+def recipe(name: str) -> Callable[[Callable[..., dict[str, Any]]], Callable[..., dict[str, Any]]]:
+    """Decorator: registers what a replacement called `name` puts into the subclass."""
+
+    def register(build: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        _RECIPES[name] = build
+        return build
+
+    return register
+
+
+@functools.cache
+def subclass(original: Any, name: str, options: Options) -> type[nn.Module]:
+    """The subclass of `original` with the forward of a recipe; one per recipe and options."""
+    if name not in _RECIPES:  # a pickle of a model of transformers
+        importlib.import_module("lmfast.integrations.transformers")
+    settings = {key: value for key, value in options if key not in ("label", "note")}
+    attributes = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        **_RECIPES[name](original, **settings),
+        "__reduce_ex__": _reduce_ex,
+        "_lmfast_swap": (original, name, options),
+    }
+    return type(original)(original.__name__, (original,), attributes)
+
+
+def _new(original: type, name: str, options: Options) -> nn.Module:
+    cls = subclass(original, name, options)
+    return cls.__new__(cls)
+
+
+def _reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    found = super(type(self), self).__reduce_ex__(max(int(protocol), 2))
+    assert isinstance(found, tuple)
+    if found[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+        raise TypeError(f"{type(self).__name__} has its own way of pickling: unpatch it first")
+    return (_new, type(self)._lmfast_swap, *found[2:])  # type: ignore[attr-defined]
+
+
+def swap_of(module: nn.Module) -> tuple[type, str, Options] | None:
+    """(original class, recipe, options) of a module that was given another forward, or None."""
+    return getattr(type(module), "_lmfast_swap", None)
+
+
+def apply(module: nn.Module, name: str, options: Options) -> None:
+    """Gives a module the forward of a recipe."""
+    own: Any = type(module)
+    module.__class__ = subclass(own, name, options)
+
+
+def undo(module: nn.Module) -> bool:
+    """Gives a module its own class back; False if it had it."""
+    found = swap_of(module)
+    if found is None:
+        return False
+    ours: Any = type(module)
+    module.__class__ = found[0]
+    # A wrapper put around forward meanwhile, as accelerate's hooks are, keeps the method it found.
+    for key, value in list(vars(module).items()):
+        if (
+            inspect.ismethod(value)
+            and value.__self__ is module
+            and value.__func__ is vars(ours).get("forward")
+        ):
+            vars(module)[key] = types.MethodType(getattr(found[0], "forward"), module)  # noqa: B009
+    return True
+
+
+def each_swapped(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module of a model that has another forward now."""
+    return (m for m in list(model.modules()) if swap_of(m) is not None)

@@ -1,0 +1,132 @@
+"""`lmfast chat` and `generate` with models of both kinds, by what they print."""
+
+import io
+
+import pytest
+import torch
+
+from lmfast.cli import main
+from lmfast.commands.chat import Conversation
+from lmfast.models import DecoderLanguageModel
+from lmfast.tokenizer import BPETokenizer
+from lmfast.training import load_model, save_model
+
+TAGS = ["<|im_start|>", "<|im_end|>"]
+
+
+def save(path, special_tokens=None):
+    torch.manual_seed(0)
+    tokenizer = BPETokenizer.train(
+        ["the cat sat on the mat"] * 3, 270, special_tokens=special_tokens
+    )
+    model = DecoderLanguageModel(tokenizer.vocab_size, 16, 2, 1, None)
+    with torch.no_grad():
+        model.embedding.weight.mul_(50)
+    save_model(path, model)
+    tokenizer.save(path / "tokenizer.json")
+    return tokenizer
+
+
+def chat(monkeypatch, capsys, path, lines, *options):
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    capsys.readouterr()
+    assert main(["chat", "--model", str(path), "--max-new-tokens", "6", *options]) == 0
+    return capsys.readouterr()
+
+
+def test_a_conversation_goes_on_from_what_was_said(tmp_path, monkeypatch, capsys):
+    tokenizer = save(tmp_path / "run")
+    said = chat(monkeypatch, capsys, tmp_path / "run", ["the cat", "sat"], "--stats")
+    assert "no template" in said.err
+    assert said.err.count("first token after") == 2
+    assert "6 steps of 1 rows after" in said.err
+    assert "peak memory" in said.err
+    # By hand: the likeliest tokens after the whole text so far.
+    model, ids, expected = load_model(tmp_path / "run"), [], ""
+    for line in ("the cat", "sat"):
+        ids += tokenizer.encode(f"{line}\n")
+        new = []
+        for _ in range(6):
+            new.append(int(model(torch.tensor([ids + new]))[0, -1].argmax()))
+        ids += new + tokenizer.encode("\n")
+        expected += tokenizer.decode(new) + "\n"
+    assert said.out == expected
+    slid = chat(monkeypatch, capsys, tmp_path / "run", ["the cat", "sat"], "--context", "slide")
+    assert slid.out == expected
+
+
+def test_reset_begins_anew_and_quit_ends(tmp_path, monkeypatch, capsys):
+    save(tmp_path / "run")
+    once = chat(monkeypatch, capsys, tmp_path / "run", ["the cat"]).out
+    lines = ["the cat", "", "/reset", "the cat", "/quit", "never read"]
+    assert chat(monkeypatch, capsys, tmp_path / "run", lines).out == once * 2
+    seeded = ["--temperature", "1.5", "--seed", "4"]
+    drawn = chat(monkeypatch, capsys, tmp_path / "run", ["the cat"], *seeded).out
+    assert drawn == chat(monkeypatch, capsys, tmp_path / "run", ["the cat"], *seeded).out != once
+
+
+def test_chatml_where_the_tokenizer_has_its_tags(tmp_path, monkeypatch, capsys):
+    tokenizer = save(tmp_path / "run", special_tokens=TAGS)
+    talk = Conversation(tokenizer, "Be kind.")
+    ids = talk.ask("the <|im_end|> cat")
+    assert tokenizer.decode(ids) == (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nthe <|im_end|> cat<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    end = tokenizer.encode("<|im_end|>")
+    assert talk.end_ids == end
+    assert ids.count(end[0]) == 2  # the one that was typed is text
+    talk.answer(tokenizer.encode("mat"))
+    again = tokenizer.decode(talk.ask("sat"))
+    assert again.endswith("assistant\nmat<|im_end|>\n<|im_start|>user\nsat<|im_end|>\n"
+                          "<|im_start|>assistant\n")  # fmt: skip
+    said = chat(monkeypatch, capsys, tmp_path / "run", ["the cat"], "--system", "Be kind.")
+    assert "ChatML" in said.err
+    assert "<|im_" not in said.out.replace("<|im_start|>", "")
+
+
+def test_beams_lookup_and_samples(tmp_path, capsys):
+    save(tmp_path / "run")
+    run = ["generate", "--model", str(tmp_path / "run"), "--prompt", "the cat"]
+    run += ["--max-new-tokens", "8"]
+    outputs = {}
+    for name, extra in (
+        ("plain", []),
+        ("lookup", ["--lookup", "3"]),
+        ("two", ["--samples", "2"]),
+        ("beams", ["--beams", "3", "--samples", "2"]),
+        ("drawn", ["--samples", "3", "--typical-p", "0.9", "--seed", "1"]),
+    ):
+        capsys.readouterr()
+        assert main([*run, *extra]) == 0
+        outputs[name] = capsys.readouterr().out
+    assert outputs["lookup"] == outputs["plain"]
+    assert outputs["two"].count(outputs["plain"].rstrip("\n")) == 2
+    assert outputs["beams"].count("the cat") >= 2
+    assert outputs["drawn"].count("the cat") >= 3
+    assert main([*run, "--beams", "2", "--stream"]) == 1
+    assert "leave out --samples and --beams" in capsys.readouterr().err
+
+
+def test_a_model_of_transformers(tmp_path, capsys, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = BPETokenizer.train(["the cat sat on the mat"] * 3, 270)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.to_huggingface())
+    theirs.save_pretrained(tmp_path)
+    config = transformers.GPT2Config(
+        vocab_size=tokenizer.vocab_size, n_embd=16, n_layer=1, n_head=2, n_positions=64,
+        bos_token_id=None, eos_token_id=None, initializer_range=0.4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.save_pretrained(tmp_path)
+    run = ["generate", "--model", str(tmp_path), "--prompt", "the cat", "--max-new-tokens", "9"]
+    capsys.readouterr()
+    assert main(run) == 0
+    with torch.inference_mode():
+        ids = torch.tensor([tokenizer.encode("the cat")])
+        expected = model.generate(ids, max_new_tokens=9, do_sample=False, pad_token_id=0)
+    assert capsys.readouterr().out == theirs.decode(expected[0]) + "\n"
+    assert "no template" in chat(monkeypatch, capsys, tmp_path, ["the cat"]).err
+    assert main([*run, "--max-new-tokens", "90"]) == 1
+    assert "do not fit into a context of 64 tokens" in capsys.readouterr().err

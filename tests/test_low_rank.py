@@ -1,0 +1,293 @@
+"""LoRA: the formula, every kind of layer, merging, files, training, and peft as the peer."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from golden import fill
+from torch import Tensor, nn
+
+from lmfast import ops
+from lmfast.models import DecoderLanguageModel, RecurrentLanguageModel
+from lmfast.models.textbook import TextbookDecoder
+from lmfast.nn import MultiHeadAttention
+from lmfast.testing import assert_within_error_rule
+from lmfast.training import CheckpointError, LoRA, PackedBatches, Trainer, load_model, lora
+from lmfast.training.checkpoint import save_model
+
+
+def decoder(**options: object) -> DecoderLanguageModel:
+    torch.manual_seed(0)
+    return DecoderLanguageModel(50, 32, 4, 2, 0, **options)  # type: ignore[arg-type]
+
+
+def textbook() -> TextbookDecoder:
+    torch.manual_seed(0)
+    return TextbookDecoder(50, 32, 4, 2, 0)
+
+
+def randomise(adapter: LoRA) -> LoRA:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
+    return adapter
+
+
+IDS = torch.arange(18).reshape(2, 9) % 49 + 1
+
+
+def test_golden() -> None:
+    x = torch.tensor([[1.0, -1.0, 0.5, 2.0]], dtype=torch.float64)
+    w, a, b = fill(50, (4, 3)), fill(51, (4, 2)), fill(52, (2, 3))
+    y = ops.lora_linear(x, w.t(), a, b, scale=4 / 2)
+    exact = torch.tensor([[-0.923596935, -0.032919922, 0.873239845]], dtype=torch.float64)
+    torch.testing.assert_close(y, exact, rtol=0, atol=1e-9)  # the golden values' last digit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_error_rule(dtype: torch.dtype, dropped: bool) -> None:
+    torch.manual_seed(3)
+    shapes = ((300, 96), (80, 96), (96, 8), (8, 80), (80,), (300, 96))
+    tensors = [(torch.randn(s) / s[-1] ** 0.25).to(dtype).requires_grad_() for s in shapes]
+    dy = torch.randn(300, 80).to(dtype)
+
+    def results(dtype: torch.dtype, plain: bool) -> list[Tensor]:
+        cast = [t.detach().to(dtype).requires_grad_() for t in tensors]
+        x, w, a, b, bias, low = cast
+        used = cast if dropped else cast[:-1]
+        low_input = low if dropped else x
+        if plain:
+            y = nn.functional.linear(x, w, bias) + 1.5 * ((low_input @ a) @ b)
+        else:
+            low_input = low if dropped else None
+            y = ops.lora_linear(x, w, a, b, bias=bias, scale=1.5, low=low_input)
+        return [y, *torch.autograd.grad(y, used, dy.to(dtype))]
+
+    exact = results(torch.float64, True)
+    for f, p, e in zip(results(dtype, False), results(dtype, True), exact, strict=True):
+        assert_within_error_rule(f, p, e)
+
+
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    [
+        (decoder, None),
+        (lambda: decoder(mlp="swiglu", num_kv_heads=2, qkv_bias=True, final_norm=True), None),
+        (textbook, ["W_Q", "W_V", "W_1"]),
+        (lambda: RecurrentLanguageModel(50, 16, 2, 0), ["Wh", "Uh"]),
+        (lambda: nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 8), nn.Linear(8, 50)), ["1"]),
+    ],
+    ids=["decoder", "llama style", "textbook", "recurrent", "linear"],
+)
+def test_every_kind_of_matrix(make, targets, tmp_path: Path) -> None:
+    model = make()
+    before, names = model(IDS), set(model.state_dict())
+    adapter = lora(model, 4, 8, targets)
+    # B is zero at first; the packed products may sum in another order.
+    torch.testing.assert_close(model(IDS), before, rtol=1e-6, atol=1e-6)
+    randomise(adapter)
+    changed = model(IDS)
+    assert (changed - before).abs().max() > 1e-3
+    changed.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapter.parameters())
+    own = {id(p) for p in adapter.parameters()}
+    assert not any(p.requires_grad for p in model.parameters() if id(p) not in own)
+    torch.testing.assert_close(copy.deepcopy(model)(IDS), changed, rtol=0, atol=0)
+
+    adapter.save(tmp_path)
+    adapter.merge()
+    # One product with W + s A B instead of two: fp32 roundings of sums of 32 terms.
+    torch.testing.assert_close(model(IDS), changed, rtol=1e-4, atol=1e-5)
+    adapter.unmerge()
+    torch.testing.assert_close(model(IDS), changed, rtol=0, atol=0)
+    assert adapter.remove() is model
+    torch.testing.assert_close(model(IDS), before, rtol=0, atol=0)
+    assert set(model.state_dict()) == names
+    assert all(p.requires_grad for p in model.parameters())
+
+    loaded = LoRA.load(tmp_path, model)
+    torch.testing.assert_close(model(IDS), changed, rtol=0, atol=0)
+    loaded.remove(merge=True)
+    torch.testing.assert_close(model(IDS), changed, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_projection_equals_updated_matrices() -> None:
+    attention = MultiHeadAttention(32, 4, num_kv_heads=2)
+    x = torch.randn(2, 7, 32)
+    adapter = randomise(lora(attention, 3, 6, ["W_Q", "W_V"]))
+    factors = dict(adapter.named_parameters())
+    updated = copy.deepcopy(attention)
+    LoRA.of(updated).remove()
+    with torch.no_grad():
+        updated.W_QKV[:, :32] += 2 * factors["W_Q.A"] @ factors["W_Q.B"]
+        updated.W_QKV[:, 48:] += 2 * factors["W_V.A"] @ factors["W_V.B"]
+    torch.testing.assert_close(attention(x), updated(x), rtol=1e-4, atol=1e-5)
+
+
+def test_model_files_keep_updates(tmp_path: Path) -> None:
+    model = decoder()
+    randomise(lora(model, 2, 4, ["W_O", "W_1"]))
+    save_model(tmp_path, model)
+    loaded = load_model(tmp_path)
+    torch.testing.assert_close(loaded(IDS), model(IDS), rtol=0, atol=0)
+    assert str(LoRA.of(loaded)) == str(LoRA.of(model))
+    again = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(again(IDS), model(IDS), rtol=0, atol=0)
+
+
+def test_trains_and_resumes(tmp_path: Path) -> None:
+    def run(steps: int, resume: bool) -> tuple[DecoderLanguageModel, Trainer]:
+        model = decoder()
+        lora(model, 4, 8)
+        batches = PackedBatches(torch.arange(1, 400) % 49 + 1, 4, context=8)
+        where = tmp_path / "whole" if not resume and steps == 6 else tmp_path / "parts"
+        trainer = Trainer(
+            model,
+            batches,
+            max_steps=steps,
+            save_every=3,
+            output_dir=where,
+            learning_rate=1e-2,
+            progress=False,
+        )
+        if resume:
+            trainer.resume()
+        trainer.fit()
+        return model, trainer
+
+    frozen = decoder().state_dict()
+    whole, trainer = run(6, False)
+    run(3, False)
+    parts, _ = run(6, True)
+    torch.testing.assert_close(parts(IDS), whole(IDS), rtol=0, atol=0)
+    assert trainer.report.losses[-1] < trainer.report.losses[0]
+    assert all(torch.equal(v, frozen[k]) for k, v in whole.state_dict().items() if k in frozen)
+
+
+def test_compiles_in_one_graph() -> None:
+    layer = MultiHeadAttention(32, 4)
+    randomise(lora(layer, 2, 4))
+    x = torch.randn(2, 5, 32)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("style", ["llama", "gpt2"])
+def test_files_of_peft_both_ways(style: str, tmp_path: Path) -> None:
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    from lmfast.integrations.peft_format import load_peft, save_peft
+
+    torch.manual_seed(0)
+    if style == "llama":
+        config = transformers.LlamaConfig(
+            vocab_size=50,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        targets = ["q_proj", "v_proj", "down_proj"]
+    else:
+        config = transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4)
+        targets = ["c_attn", "mlp.c_proj"]
+    base = transformers.AutoModelForCausalLM.from_config(config).eval()
+    settings = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=targets,
+        fan_in_fan_out=style == "gpt2",
+        alpha_pattern={"v_proj": 3} if style == "llama" else {},
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base), settings).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    expected = theirs(IDS, labels=IDS)
+    expected.loss.backward()
+    theirs.save_pretrained(tmp_path / "theirs")
+
+    ours = copy.deepcopy(base)
+    adapter = load_peft(tmp_path / "theirs", ours)
+    found = ours(IDS, labels=IDS)
+    # The same products, the update added in place: a few fp32 roundings.
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    found.loss.backward()
+    gradients = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    for name, parameter in adapter.named_parameters():
+        layer, _, factor = name.rpartition(".")
+        wanted = gradients[f"base_model.model.{layer}.lora_{factor}.default.weight"].t()
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(copy.deepcopy(ours)(IDS).logits, found.logits, rtol=0, atol=0)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(ours))(IDS).logits, found.logits)
+
+    save_peft(adapter, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    torch.testing.assert_close(back(IDS).logits, expected.logits, rtol=1e-5, atol=1e-5)
+    adapter.remove()
+    torch.testing.assert_close(ours(IDS).logits, base(IDS).logits, rtol=0, atol=0)
+    assert type(ours.get_submodule(next(iter(adapter_layers(ours, targets))))) in (
+        nn.Linear,
+        transformers.pytorch_utils.Conv1D,
+    )
+
+
+def adapter_layers(model: nn.Module, targets: list[str]) -> list[str]:
+    return [n for n, _ in model.named_modules() if any(n.endswith(t) for t in targets)]
+
+
+def test_default_targets_of_transformers_leave_the_head() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=4)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    names = set(lora(model, 2).updates())
+    kinds = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert names == {f"transformer.h.0.{kind}" for kind in kinds}
+
+
+def test_dropout_of_the_update_only() -> None:
+    layer = nn.Linear(64, 16)
+    adapter = randomise(lora(nn.Sequential(layer), 8, 8, dropout=0.25))
+    x = torch.randn(4000, 64)
+    layer.eval()
+    plain, kept = nn.functional.linear(x, layer.weight, layer.bias), layer(x)
+    layer.train()
+    noise = layer(x) - kept
+    # The mean over dropouts is the output without; its own spread gives the tolerance.
+    assert noise.std() > 0.01
+    assert (noise.mean(0).abs() < 5 * noise.std(0) / math.sqrt(len(x))).all()
+    assert (kept - plain).abs().max() > 0.01
+    assert adapter.dropout == 0.25
+
+
+def test_messages(tmp_path: Path) -> None:
+    model = decoder()
+    with pytest.raises(ValueError, match=r"'q_proj' names nothing in the model; it has .*W_Q"):
+        lora(model, 4, targets=["q_proj"])
+    with pytest.raises(ValueError, match=r"names layers.0.norm1, a RMSNorm"):
+        lora(model, 4, targets=["norm1"])
+    with pytest.raises(ValueError, match="rank must be a whole number of at least 1, got 0"):
+        lora(model, 0)
+    with pytest.raises(TypeError, match="targets must be a list of names"):
+        lora(model, 4, targets="W_Q")
+    with pytest.raises(ValueError, match="dropout must be 0 for a bare parameter"):
+        lora(textbook(), 4, targets=["W_Q"], dropout=0.1)
+    with pytest.raises(ValueError, match="no low-rank updates"):
+        LoRA.of(model)
+    adapter = lora(model, 4)
+    with pytest.raises(ValueError, match="has low-rank updates already"):
+        lora(model, 4)
+    adapter.save(tmp_path)
+    with pytest.raises(CheckpointError, match="does not fit this model"):
+        LoRA.load(tmp_path, RecurrentLanguageModel(50, 16, 1, 0))
+    with pytest.raises(CheckpointError, match="is no adapter directory"):
+        LoRA.load(tmp_path / "absent", model)
+    with pytest.raises(ValueError, match=r"b must be \(R, N\) = \(2, 3\), got \(2, 4\)"):
+        ops.lora_linear(torch.ones(1, 5), torch.ones(3, 5), torch.ones(5, 2), torch.ones(2, 4))

@@ -1,0 +1,95 @@
+"""The way to cuDNN's recurrent layers, on the CPU, where the same PyTorch operators run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lmfast._dispatch import Op, ops
+from lmfast.ops._recurrent_batch import cudnn_forward, reference
+from lmfast.ops._recurrent_cudnn import cudnn_layer
+from lmfast.ops._recurrent_reference import reference_layer
+
+NAMES = ("elman_rnn", "lstm", "gru")
+SAMPLES = [
+    (ops()[name], sample)
+    for name in NAMES
+    for sample in ops()[name].sample_inputs("cpu", torch.float64)
+]
+SAMPLES = [(op, s) for op, s in SAMPLES if op.check(*s.args, **s.kwargs)[-2] != "gru_textbook"]
+
+
+def with_gradients(function: Any, args: tuple[Any, ...]) -> list[torch.Tensor]:
+    """Outputs and gradients of everything that can have one."""
+    leaves = [t.detach().requires_grad_() for t in args[:7] if t is not None]
+    made = iter(leaves)
+    given = [None if t is None else next(made) for t in args[:7]]
+    outputs = torch.utils._pytree.tree_leaves(function(*given, *args[7:]))
+    outputs = [o for o in outputs if o.requires_grad]
+    seeds = [torch.arange(o.numel(), dtype=o.dtype).reshape(o.shape).cos() for o in outputs]
+    grads = torch.autograd.grad(outputs, leaves, seeds, allow_unused=True)
+    return [*outputs, *(torch.zeros(()) if g is None else g for g in grads)]
+
+
+@pytest.mark.parametrize(("op", "sample"), SAMPLES, ids=[f"{o.name}-{s.name}" for o, s in SAMPLES])
+def test_values_and_gradients(op: Op, sample: Any) -> None:
+    args = op.check(*sample.args, **sample.kwargs)
+    found, expected = with_gradients(cudnn_forward, args), with_gradients(reference, args)
+    for value, e in zip(found, expected, strict=True):
+        # fp64 sums in other orders, over a dozen steps.
+        torch.testing.assert_close(value, e, rtol=1e-10, atol=1e-11)
+    with torch.no_grad():
+        plain = torch.utils._pytree.tree_leaves(cudnn_forward(*args))
+    for value, e in zip(plain, found):
+        torch.testing.assert_close(value, e.detach(), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("cell", ["tanh", "relu", "lstm", "gru"])
+def test_rows_of_a_packed_sequence_from_their_ends(cell: str) -> None:
+    gates = {"lstm": 4, "gru": 3}.get(cell, 1)
+    sizes = torch.tensor([4, 4, 2, 1])
+    x = torch.randn(11, 3, dtype=torch.float64)
+    w_ih, w_hh = torch.randn(gates * 5, 3).double(), torch.randn(gates * 5, 5).double()
+    args = (x, None, None, w_ih, w_hh, None, torch.randn(gates * 5).double(), sizes, 4, cell)
+    for reverse in (False, True):
+        for value, e in zip(
+            cudnn_layer(*args, reverse), reference_layer(*args, reverse), strict=True
+        ):
+            torch.testing.assert_close(value, e, rtol=1e-11, atol=1e-12)
+
+
+def test_the_precision_is_the_ops_and_the_settings_stay() -> None:
+    seen = []
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic
+    x = torch.randn(2, 3, requires_grad=True)
+    weight = torch.randn(5, 5, requires_grad=True)
+    y, *_ = cudnn_layer(
+        x, None, None, torch.randn(5, 3), weight, None, None, None, 2, "tanh", False
+    )
+    assert y.grad_fn is not None
+    inner = y.grad_fn.outputs[0].grad_fn  # type: ignore[attr-defined]
+    inner.register_prehook(lambda g: seen.append(torch.backends.cudnn.allow_tf32))
+    y.sum().backward()
+    assert seen == [False]
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic) == before
+
+
+def test_gradients_of_gradients_are_the_references() -> None:
+    def layer(x: torch.Tensor, w_hh: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        w_ih = torch.linspace(-1, 1, 24, dtype=torch.float64).view(12, 2)
+        y, last, _ = cudnn_layer(x, h, None, w_ih, w_hh, None, None, None, 2, "gru", True)
+        return torch.cat((y, last))
+
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((4, 2), (12, 4))]
+    inputs.append(torch.randn(2, 4, dtype=torch.float64, requires_grad=True))
+    assert torch.autograd.gradgradcheck(layer, inputs)
+
+
+def test_says_why_not() -> None:
+    supports = ops()["gru"].implementations["cuda"].supports
+    args = ops()["gru"].check(torch.ones(1, 1, 1), None, (torch.ones(3, 1), torch.ones(3, 1)))
+    assert "cuDNN has no gru_textbook cell" in supports(*args[:-2], "gru_textbook", False)
+    if not torch.backends.cudnn.is_available():
+        assert "cuDNN is not available" in supports(*args)
