@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from lmfast import Generator
 from lmfast.generation.engine import CannotPack, EngineRunner, make_engine
 from lmfast.generation.engine.packing import quantise_groups, quantise_rows
 from lmfast.models import DecoderLanguageModel
@@ -328,3 +329,34 @@ def test_bad_input(ids, lengths, error: type[Exception], message: str) -> None:
     runner = make_engine(model_of({}))
     with pytest.raises(error, match=message):
         runner.step(ids, runner.new_state(1, 8), lengths)
+
+
+class StepByStep:
+    """A runner without `greedy`."""
+
+    def __init__(self, runner: EngineRunner) -> None:
+        self.vocab_size, self.pad_idx = runner.vocab_size, runner.pad_idx
+        self.device, self.max_positions = runner.device, runner.max_positions
+        self.new_state, self.step = runner.new_state, runner.step
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"eos_token_id": [17, 23, 61, 80]},
+        {"eos_token_id": [17, 23, 61, 80], "min_new_tokens": 30},
+        {"stop_sequences": [[5], [9], [44], [71]]},
+        {"suppress_tokens": [3, 4, 90]},
+    ],
+)
+def test_generator_takes_runs_of_tokens(options: dict) -> None:
+    runner = make_engine(model_of(OPTIONS["llama"]))
+    ids = ids_of(3, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    found, expected = (
+        Generator(r).generate(ids, attention_mask=mask, max_new_tokens=60, **options)
+        for r in (runner, StepByStep(runner))
+    )
+    assert torch.equal(found, expected)
