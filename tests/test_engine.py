@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
+from lmfast import Generator
 from lmfast.generation.engine import CannotPack, EngineRunner, make_engine
+from lmfast.generation.engine.packing import quantise_groups, quantise_rows
 from lmfast.models import DecoderLanguageModel
 
 pytestmark = pytest.mark.usefixtures("needs_cpu_kernels")
 
 V = 101
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The operators of models this small are faster alone, many times so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # What blocks can have, each option at least once; widths that are no multiple of a panel too.
 OPTIONS = {
     "plain": {},
@@ -94,6 +109,35 @@ def test_narrow_weights_cost_what_their_rounding_does(weights: str, cpu_isa: str
     assert (found - expected).square().mean().sqrt() < allowed
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_integer_products_are_exact(weights: str, cpu_isa: str) -> None:
+    """The engine equals the float64 model whose weights are what the integers stand for."""
+    model = model_of(OPTIONS["llama"], 64)
+    exact = DecoderLanguageModel(**model.options).double()
+    exact.load_state_dict(model.state_dict())
+
+    def rounded(matrix: torch.Tensor, transposed: bool, rows: bool) -> None:
+        w = (matrix.t() if transposed else matrix).float()
+        q = quantise_rows(w) if rows or weights == "int8" else quantise_groups(w)
+        whole = q.dequantised()[:, : w.shape[1]].double()
+        matrix.copy_(whole.t() if transposed else whole)
+
+    with torch.no_grad():
+        for layer in exact.layers:
+            for matrix in (layer.attn.W_QKV, layer.attn.W_O, layer.mlp.W_GU, layer.mlp.W_D):
+                rounded(matrix, True, False)
+        rounded(exact.output, True, True)
+        rounded(exact.embedding.weight, False, True)
+        expected = exact(ids_of(2, 9))
+    runner = make_engine(model, weights, cache_dtype=torch.float32)
+    found, _ = runner.step(ids_of(2, 9), runner.new_state(2), all_positions=True)
+    # A row of x is rounded to steps of 1/32639 of its largest number: in a product of 64 terms that
+    # is 3e-5 of their rms, through nine products one after the other 1e-4. The rounding of the
+    # weights themselves is 0.05.
+    assert (found - expected).square().mean().sqrt() < 2e-4
+    assert (found - expected).abs().max() < 1e-3
+
+
 def test_batch_ragged_and_pieces_are_the_same_numbers(cpu_isa: str) -> None:
     model = model_of(OPTIONS["llama"])
     runner = make_engine(model)
@@ -162,15 +206,11 @@ def test_results_do_not_depend_on_threads(weights: str) -> None:
     model = model_of({**OPTIONS["gemma"], "num_kv_heads": 2}, 256)
     runner = make_engine(model, weights)
     ids, found = ids_of(3, 20), []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
-            first, state = runner.step(ids, runner.new_state(3))
-            second, _ = runner.step(ids[:, :1], state)
-            found.append(torch.stack([first, second]))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        first, state = runner.step(ids, runner.new_state(3))
+        second, _ = runner.step(ids[:, :1], state)
+        found.append(torch.stack([first, second]))
     assert all(torch.equal(f, found[0]) for f in found)
 
 
@@ -289,3 +329,34 @@ def test_bad_input(ids, lengths, error: type[Exception], message: str) -> None:
     runner = make_engine(model_of({}))
     with pytest.raises(error, match=message):
         runner.step(ids, runner.new_state(1, 8), lengths)
+
+
+class StepByStep:
+    """A runner without `greedy`."""
+
+    def __init__(self, runner: EngineRunner) -> None:
+        self.vocab_size, self.pad_idx = runner.vocab_size, runner.pad_idx
+        self.device, self.max_positions = runner.device, runner.max_positions
+        self.new_state, self.step = runner.new_state, runner.step
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"eos_token_id": [17, 23, 61, 80]},
+        {"eos_token_id": [17, 23, 61, 80], "min_new_tokens": 30},
+        {"stop_sequences": [[5], [9], [44], [71]]},
+        {"suppress_tokens": [3, 4, 90]},
+    ],
+)
+def test_generator_takes_runs_of_tokens(options: dict) -> None:
+    runner = make_engine(model_of(OPTIONS["llama"]))
+    ids = ids_of(3, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    found, expected = (
+        Generator(r).generate(ids, attention_mask=mask, max_new_tokens=60, **options)
+        for r in (runner, StepByStep(runner))
+    )
+    assert torch.equal(found, expected)

@@ -285,7 +285,7 @@ class EngineStep {
   }
 
   int64_t participants() const {
-    constexpr int64_t kWorkOfThread = 1 << 17;  // bytes of weights: 4 to 8 us
+    constexpr int64_t kWorkOfThread = 1 << 19;  // bytes of weights: 15 to 30 us, a fork takes 4
     const int64_t work = model_.sizes().bytes * (1 + a_.tokens / 4);
     const int64_t wanted = std::max<int64_t>(1, work / kWorkOfThread);
     return std::min<int64_t>({torch::stable::get_num_threads(), wanted, 64});

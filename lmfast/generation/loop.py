@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lmfast.generation.choices import ChoiceRows
+from lmfast.generation.greedy_runs import GreedyRuns
 from lmfast.generation.options import GenerationOptions
 from lmfast.generation.prefill import prefill
 from lmfast.generation.prompts import Prompts, from_rows
@@ -156,15 +157,24 @@ def decode(job: Job) -> Iterator[Tensor]:
     logits, state = job.start()
     chosen: list[Tensor] = []
     last = options.max_new_tokens - 1
+    runs = greedy_runs(job, sampler) if context is None else None
+    known: list[Tensor] = []  # ids of the next steps that the state has, but the last of them
     for step in range(options.max_new_tokens):
-        allowed = None if job.choices is None else job.choices.allowed()
-        new = ends.padded(sampler(logits, step, allowed))
+        if known:
+            new = ends.padded(known.pop(0))
+        else:
+            allowed = None if job.choices is None else job.choices.allowed()
+            new = ends.padded(sampler(logits, step, allowed))
         sampler.count(new)
         job.note(logits, new, ends.finished)
         yield new
         if ends.update(new, step) or step == last:
             return
-        if not options.use_cache:
+        if known:
+            continue
+        if runs is not None and step + 1 >= options.min_new_tokens:
+            known = runs(new, state, last - step)
+        elif not options.use_cache:
             chosen.append(new)
             text = joined(job.prompts, chosen)
             state = runner.new_state(len(text.lengths), max(text.lengths))
@@ -173,6 +183,14 @@ def decode(job: Job) -> Iterator[Tensor]:
             logits, state = runner.step(new[:, None], state)
         else:
             logits, state = context.step(new, state)
+
+
+def greedy_runs(job: Job, sampler: Sampler) -> GreedyRuns | None:
+    """Runs of tokens, where the runner can choose them and nothing has to look at each."""
+    alone = sampler.plain and job.choices is None and not job.want_log_probs
+    if not alone or not job.options.use_cache or not hasattr(job.runner, "greedy"):
+        return None
+    return GreedyRuns(job.runner, job.eos_ids)
 
 
 def joined(prompts: Prompts, chosen: list[Tensor]) -> Prompts:

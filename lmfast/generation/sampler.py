@@ -52,7 +52,8 @@ class Sampler:
             repetition = options.repetition_penalty
             if options.penalize_prompt and (isinstance(repetition, Tensor) or repetition != 1.0):
                 self._prompt_mask = _seen(prompts, vocab_size)
-        self._plain = (
+        # Nothing changes the logits, but for ids that may not come yet.
+        self.plain = (
             not options.do_sample and self.counts is None and self._bias is None and not never
         )
 
@@ -64,7 +65,7 @@ class Sampler:
             step: how many tokens were generated before, for `min_new_tokens`.
             allowed: (B, V), 0 at ids that may come and -inf at the others; None = all.
         """
-        if self._plain and allowed is None and step >= self._min_new_tokens:
+        if self.plain and allowed is None and step >= self._min_new_tokens:
             return logits.argmax(-1)
         uniform = uniform_numbers(logits, self._generator) if self.do_sample else self._uniform
         args = (
