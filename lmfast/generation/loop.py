@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmfast import ops
 from lmfast.generation.choices import ChoiceRows
 from lmfast.generation.greedy_runs import GreedyRuns
 from lmfast.generation.options import GenerationOptions
@@ -17,7 +18,6 @@ from lmfast.generation.prompts import Prompts, from_rows
 from lmfast.generation.runner import Runner
 from lmfast.generation.sampler import Sampler
 from lmfast.generation.stopping import StopOfRow, StopOnDevice
-from lmfast.ops import cross_entropy
 
 # On a GPU, how many steps may run before the host asks whether all rows have ended.
 _STEPS_UNASKED = 8
@@ -85,7 +85,7 @@ class Job:
     def note(self, logits: Tensor, ids: Tensor, ended: Tensor | None) -> None:
         """Keep the log-probabilities of chosen ids."""
         if self.want_log_probs:
-            chosen = -cross_entropy(logits.float(), ids, reduction="none")
+            chosen = -ops.cross_entropy(logits.float(), ids, reduction="none")
             self.log_probs.append(chosen if ended is None else chosen.masked_fill(ended, 0.0))
 
 
