@@ -64,7 +64,7 @@ class Phases {
   }
 
  private:
-  static constexpr int kPatience = 16, kSpins = 4096;
+  static constexpr int kPatience = 16, kSpins = 256;
   static constexpr int64_t kChunkWork = 1 << 16;
 
   int64_t chunk_count(int64_t units, int64_t work) const {
