@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import lmfast
 
 transformers = pytest.importorskip("transformers", minversion="5.17")
 transformers.logging.set_verbosity_error()
 
-from transformers_models import ARCHITECTURES, make  # noqa: E402
+from transformers_models import ARCHITECTURES, HEAD, TABLE, make, row  # noqa: E402
 
-from lmfast.integrations.transformers import LazyLogits  # noqa: E402
+from lmfast.integrations.transformers import LazyLogits, LMFastCache, use_lmfast  # noqa: E402
 
 IDS = torch.randint(1, 96, (2, 9), generator=torch.Generator().manual_seed(0))
 LEFT = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
@@ -46,6 +48,7 @@ def test_architecture(kind: str) -> None:
     tokens = model.generate(IDS, attention_mask=LEFT, max_new_tokens=6, do_sample=False)
 
     report = lmfast.patch(model)
+    assert row(kind, report) in TABLE.read_text(), "python tests/transformers_models.py makes it"
     assert any(e.kind == "Linear" or e.kind == "Conv1D" for e in report.replaced)
     new_loss, new_logits, new_grads = gradients(model)
     assert_close(new_loss, loss)
@@ -66,3 +69,335 @@ def test_architecture(kind: str) -> None:
     lmfast.unpatch(model)
     assert [type(m) for m in model.modules()] == classes
     assert model.config._attn_implementation == before
+
+
+def test_the_table_lists_exactly_the_architectures_tested() -> None:
+    text = TABLE.read_text()
+    assert text.startswith(HEAD)
+    assert [line.split(" | ")[0][2:] for line in text.splitlines()[-len(ARCHITECTURES) :]] == list(
+        ARCHITECTURES
+    )
+    assert len(ARCHITECTURES) >= 25
+
+
+def patched(kind: str = "llama", **more: Any) -> Any:
+    model = make(kind, **more)
+    lmfast.patch(model)
+    return model
+
+
+CACHES = {
+    "none": lambda model: {"use_cache": False},
+    "dynamic": lambda model: {},
+    "static": lambda model: {"cache_implementation": "static", "disable_compile": True},
+    "lmfast": lambda model: {"past_key_values": LMFastCache(model.config)},
+    "lmfast, limited": lambda model: {"past_key_values": LMFastCache(model.config, 40)},
+}
+SEARCHES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "samples": {"do_sample": True, "num_return_sequences": 2},
+}
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+def test_generates_the_same_with_every_cache(kind: str, cache: str, search: str) -> None:
+    model = make(kind)
+    options = {"max_new_tokens": 7, "do_sample": False, **SEARCHES[search]}
+    torch.manual_seed(1)
+    expected = model.generate(IDS, attention_mask=LEFT, **options)
+    lmfast.patch(model)
+    torch.manual_seed(1)
+    got = model.generate(IDS, attention_mask=LEFT, **CACHES[cache](model), **options)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_neox"])
+def test_a_prompt_in_chunks(kind: str) -> None:
+    model = patched(kind)
+    for cache in (None, LMFastCache(model.config)):
+        with torch.no_grad():
+            positions = (LEFT.cumsum(1) - 1).clamp_min(0)
+            # Left padding shifts positions, which a model called directly is told.
+            whole = model(IDS, attention_mask=LEFT, position_ids=positions).logits
+            first = model(
+                IDS[:, :5],
+                attention_mask=LEFT[:, :5],
+                position_ids=positions[:, :5],
+                past_key_values=None if cache is None else LMFastCache(model.config),
+                use_cache=True,
+            )
+            rest = model(
+                IDS[:, 5:],
+                attention_mask=LEFT,
+                position_ids=positions[:, 5:],
+                past_key_values=first.past_key_values,
+            )
+        assert_close(rest.logits, whole[:, 5:])
+
+
+def test_cache_operations_match_transformers_own() -> None:
+    model = patched()
+    ours: Any = LMFastCache(model.config)
+    theirs: Any = transformers.DynamicCache(config=model.config)
+    assert ours.get_seq_length() == 0
+    assert ours.batch_size == -1
+
+    def feed(ids: Tensor) -> None:
+        with torch.no_grad():
+            a = model(ids, past_key_values=ours).logits
+            b = model(ids, past_key_values=theirs).logits
+        assert_close(a, b)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+
+    feed(IDS)
+    for operation in (
+        lambda c: c.crop(-3),
+        lambda c: c.batch_repeat_interleave(3),
+        lambda c: c.reorder_cache(torch.tensor([5, 0, 0, 3, 4, 1])),
+        lambda c: c.batch_select_indices(torch.tensor([0, 2, 3])),
+    ):
+        operation(ours)
+        operation(theirs)
+        rows = len(ours.kv.lengths)
+        feed(IDS[:1, :2].repeat(rows, 1) + torch.arange(rows)[:, None] % 3)
+    ours.batch_select_indices(torch.tensor([True, False, True]))
+    assert ours.batch_size == 2
+    ours.reset()
+    assert ours.get_seq_length() == 0
+    with pytest.raises(ValueError, match="tokens_to_remove must be negative"):
+        ours.crop(2)
+    config = copy.deepcopy(model.config)
+    config.layer_types = ["linear_attention"] * 2
+    with pytest.raises(ValueError, match="linear_attention"):
+        LMFastCache(config)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3_moe", "granite"])
+def test_training_for_some_steps(kind: str) -> None:
+    no_dropout = {"attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0}
+    losses = []
+    for patch in (False, True):
+        model = make(kind, **(no_dropout if kind == "gpt2" else {}))
+        if patch:
+            lmfast.patch(model)
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+        found = []
+        for _ in range(20):
+            loss = model(IDS, attention_mask=LEFT, labels=IDS.masked_fill(LEFT == 0, -100)).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        losses.append(found)
+    assert losses[0][-1] < 0.7 * losses[0][0]
+    # AdamW divides small gradients by themselves, so rounding grows over steps.
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    model = make("llama").to(dtype)
+    twin = copy.deepcopy(model)
+    lmfast.patch(model)
+    reference = copy.deepcopy(twin).double()
+    with torch.no_grad():
+        exact = reference(IDS).logits
+        off = (model(IDS).logits.double() - exact).abs().max()
+        theirs = (twin(IDS).logits.double() - exact).abs().max()
+    # Not further from transformers' fp64 than its own in the same dtype; its fp64 rounds to fp32 in
+    # the norms (2^-24 per value, some of them added up), which lmfast's does not.
+    assert off <= 1.5 * theirs + 2e-6 * exact.abs().max()
+
+
+def test_autocast() -> None:
+    model = make("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, logits, _ = gradients(model)
+        lmfast.patch(model)
+        new_loss, new_logits, _ = gradients(model)
+    # bf16 products: 2^-9 per factor, through two layers.
+    assert_close(new_loss, loss, 1e-2)
+    assert new_logits.dtype == logits.dtype
+    assert_close(new_logits.float(), logits.float(), 3e-2)
+
+
+def test_loss_options() -> None:
+    model = make("llama")
+    labels = IDS.clone()
+    labels[0, 3:6] = -100
+    cases: list[dict[str, Any]] = [
+        {"labels": labels},
+        {"labels": labels, "num_items_in_batch": 11},
+        {"labels": labels, "num_items_in_batch": torch.tensor(13)},
+        {"labels": labels, "shift_labels": labels.roll(1, 1)},
+        {"labels": labels, "logits_to_keep": 9},
+        {"labels": torch.full_like(labels, -100)},
+    ]
+    expected = [model(IDS, **case).loss for case in cases]
+    lmfast.patch(model)
+    for case, loss in zip(cases, expected, strict=True):
+        torch.testing.assert_close(model(IDS, **case).loss, loss, equal_nan=True)
+    with torch.no_grad():
+        assert type(model(IDS, labels=IDS).logits) is Tensor
+    model.loss_function = lambda logits, labels, vocab_size, **_: logits.sum()
+    out = model(IDS, labels=IDS)
+    assert type(out.logits) is Tensor
+    torch.testing.assert_close(out.loss, out.logits.sum())
+
+
+def test_lazy_logits_behave_as_logits() -> None:
+    model = patched()
+    out = model(IDS, labels=IDS)
+    lazy = out.logits
+    assert isinstance(lazy, LazyLogits)
+    assert lazy._computed is None
+    assert (lazy.shape, lazy.dtype, lazy.dim()) == ((2, 9, 96), torch.float32, 3)
+    assert lazy._computed is None
+    plain = model(IDS).logits
+    torch.testing.assert_close(lazy[:, -1], plain[:, -1])
+    assert torch.equal(lazy.argmax(-1), plain.argmax(-1))
+    assert torch.equal(torch.stack([lazy, lazy])[1], lazy.compute())
+    torch.testing.assert_close(lazy.detach().numpy(), plain.detach().numpy())
+    torch.testing.assert_close(pickle.loads(pickle.dumps(lazy.detach())), plain.detach())
+    assert "LazyLogits" not in repr(lazy)
+    (lazy.sum() + out.loss).backward()
+    grad = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    out = model(IDS)
+    (out.logits.sum() + model.loss_function(out.logits, IDS, 96)).backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, grad, rtol=1e-4, atol=1e-5)
+    assert out.to_tuple()[0] is out.logits
+
+
+def test_output_attentions_and_hidden_states() -> None:
+    model = make("llama", attn_implementation="eager")
+    with torch.no_grad():
+        before = model(IDS, output_attentions=True, output_hidden_states=True)
+        lmfast.patch(model)
+        after = model(IDS, output_attentions=True, output_hidden_states=True)
+    for a, b in zip(
+        before.attentions + before.hidden_states, after.attentions + after.hidden_states
+    ):
+        assert_close(b, a)
+
+
+def test_gradient_checkpointing() -> None:
+    model = patched()
+    model.train()
+    _, _, grads = gradients(model)
+    grads = [g.clone() for g in grads if g is not None]
+    model.gradient_checkpointing_enable()
+    _, _, again = gradients(model)
+    for a, b in zip(grads, again, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_compiles(kind: str) -> None:
+    model = make(kind)
+    loss, logits, _ = gradients(model)
+    lmfast.patch(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert_close(compiled(IDS).logits, logits)
+    if kind == "gpt2":  # its loss logs a warning, which transformers' own does not compile either
+        compiled = torch.compile(model, backend="aot_eager")
+    out = compiled(IDS, labels=IDS)
+    assert_close(out.loss, loss)
+    out.loss.backward()
+
+
+def test_copies_and_pickles() -> None:
+    model = patched("gemma2")
+    expected = model(IDS).logits
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(IDS).logits, expected)
+        assert type(twin).__name__ == "Gemma2ForCausalLM"
+        lmfast.unpatch(twin)
+        assert type(twin) is transformers.Gemma2ForCausalLM
+        assert twin.config._attn_implementation == "eager"
+
+
+def test_saves_and_loads(tmp_path: Any) -> None:
+    model = patched()
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is transformers.LlamaForCausalLM
+    with torch.no_grad():
+        assert_close(model(IDS).logits, loaded(IDS).logits)
+
+
+def test_a_version_not_known_to_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in ("5.16.2", "5.24.0", "6.0.0"):
+        model = make("llama")
+        monkeypatch.setattr(transformers, "__version__", version)
+        report = lmfast.patch(model)
+        assert not report.replaced
+        assert f"transformers {version} is not known to work" in str(report)
+        assert type(model) is transformers.LlamaForCausalLM
+
+
+def test_peft_before_and_after() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj", "lm_head"], lora_dropout=0.0)
+    plain = make("llama")
+    first = peft.get_peft_model(copy.deepcopy(plain), config)
+    for name, p in first.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, generator=torch.Generator().manual_seed(len(name)))
+    state = {k: v for k, v in first.state_dict().items() if "lora" in k}
+    loss = first(IDS, labels=IDS).loss
+    lmfast.patch(first)  # adapters, then patch
+    patched_first = copy.deepcopy(plain)
+    lmfast.patch(patched_first)
+    second = peft.get_peft_model(patched_first, config)
+    second.load_state_dict(state, strict=False)
+    for model in (first, second):
+        got = model(IDS, labels=IDS)
+        torch.testing.assert_close(got.loss, loss)
+        got.loss.backward()
+        assert all(p.grad is not None for n, p in model.named_parameters() if "lora" in n)
+    merged = second.merge_and_unload()
+    torch.testing.assert_close(merged(IDS, labels=IDS).loss, loss)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_trainer(tmp_path: Any, bf16: bool) -> None:
+    pytest.importorskip("accelerate")
+    rows = [{"input_ids": IDS[i % 2], "labels": IDS[i % 2]} for i in range(8)]
+    losses = []
+    for use in (False, True):
+        model = make("llama")
+        callback = use_lmfast()
+        trainer = transformers.Trainer(
+            model,
+            transformers.TrainingArguments(
+                str(tmp_path),
+                max_steps=4,
+                per_device_train_batch_size=2,
+                gradient_accumulation_steps=2,
+                learning_rate=1e-2,
+                logging_steps=1,
+                report_to=[],
+                save_strategy="no",
+                disable_tqdm=True,
+                use_cpu=True,
+                bf16=bf16,
+            ),
+            train_dataset=rows,
+            eval_dataset=rows,
+            callbacks=[callback] if use else [],
+        )
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        losses[-1].append(trainer.evaluate()["eval_loss"])
+        if use:
+            assert callback.report is not None
+            assert len(callback.report.replaced) > 20
+    assert len(losses[0]) == 5
+    # Logged with four digits; bf16 products as in test_autocast.
+    assert losses[1] == pytest.approx(losses[0], rel=3e-2 if bf16 else 1e-3)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
+
+import lmfast
+from lmfast.patching import PatchReport
+
+TABLE = Path(lmfast.__file__).parent / "integrations" / "ARCHITECTURES.md"
 
 _V, _E, _F, _L, _H = 96, 32, 48, 2, 4
 _COMMON: dict[str, Any] = {
@@ -130,3 +136,51 @@ def make(kind: str, **more: Any) -> transformers.PreTrainedModel:
             else:
                 p.copy_(torch.randn(p.shape) * min(0.3, p.shape[-1] ** -0.5))
     return model.eval()
+
+
+def _cell(report: PatchReport, *labels: str) -> str:
+    found = [label for label in labels if any(label == e.replaced_by for e in report.replaced)]
+    return ", ".join(label.rsplit(".", 1)[-1].split()[-1] for label in found) or "-"
+
+
+def row(kind: str, report: PatchReport) -> str:
+    """The table's line for an architecture."""
+    attention = next((n for n in report.notes if n.startswith("attention")), "")
+    cells = [
+        kind,
+        "yes" if 'attn_implementation="lmfast"' in attention else "-",
+        _cell(report, "lmfast.ops.rope"),
+        _cell(report, "lmfast.ops.rms_norm", "torch's fused layer_norm"),
+        _cell(
+            report,
+            "lmfast.ops.swiglu",
+            "lmfast.ops.geglu",
+            "torch's fused gelu_tanh",
+            "torch's fused gelu",
+        ),
+        "yes" if any(e.replaced_by == "lmfast.ops.linear" for e in report.replaced) else "-",
+        "yes" if any("cross_entropy" in e.replaced_by for e in report.replaced) else "-",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+HEAD = f"""# What `lmfast.patch` accelerates in each architecture of transformers
+
+Made by `python tests/transformers_models.py` from small random models, with transformers
+{transformers.__version__}; what is not listed is patched by the same rules. Everything replaced was
+run against the original first. torch's own LayerNorm and activations stay: they are one fused
+kernel each. Layers of experts stay transformers' own grouped products.
+
+| model type | attention | rotary | norms | feed-forward | linear | loss |
+|---|---|---|---|---|---|---|
+"""
+
+
+def write_table() -> None:
+    rows = [row(kind, lmfast.patch(make(kind))) for kind in ARCHITECTURES]
+    TABLE.write_text(HEAD + "\n".join(rows) + "\n")
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    write_table()

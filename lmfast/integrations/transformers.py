@@ -2,6 +2,7 @@
 
     lmfast.patch(model)                                       # everything
     register(); model.set_attn_implementation("lmfast")       # attention only
+    model.generate(ids, past_key_values=LMFastCache(model.config))
     Trainer(..., callbacks=[use_lmfast()])
 
 Importing this module makes `attn_implementation="lmfast"` known.
@@ -18,13 +19,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lmfast.integrations._attention import attention_forward, register
+from lmfast.integrations._cache import LMFastCache
 from lmfast.integrations._loss import LazyLogits
 from lmfast.integrations._rotary import plan_rotary, rotary_functions
+from lmfast.integrations._trainer import use_lmfast
 from lmfast.patching import swap
 from lmfast.patching.probe import Call, bare_copy, compare, own_randomness, two_copies
 from lmfast.patching.rules import Plan
 
-__all__ = ["LazyLogits", "attention_forward", "register"]
+__all__ = ["LMFastCache", "LazyLogits", "attention_forward", "register", "use_lmfast"]
 
 # First and first not: the versions whose tests have been run.
 _KNOWN = ((5, 17), (5, 24))
