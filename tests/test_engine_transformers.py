@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import lmfast
 from lmfast.generation.engine import CannotPack, make_engine
 
 transformers = pytest.importorskip("transformers")
@@ -144,3 +145,51 @@ def test_positions_end() -> None:
     runner = make_engine(model_of("gpt2"))
     with pytest.raises(ValueError, match=r"has 512 positions, a row would have 513 tokens"):
         runner.step(torch.ones(1, 513, dtype=torch.int64), runner.new_state(1))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_patched_models_are_packed_as_they_were(name: str) -> None:
+    model = model_of(name)
+    ids = torch.randint(3, V, (2, 7))
+    expected = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert lmfast.patch(model).replaced
+    generator = lmfast.Generator(model)
+    assert "the compiled engine" in generator.explain()
+    assert torch.equal(generator.generate(ids, max_new_tokens=12, eos_token_id=None), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "eos_token_id": [5, 9, 70, 80], "repetition_penalty": 1.3},
+        {"do_sample": False, "num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.5},
+        {"do_sample": False, "min_new_tokens": 6, "suppress_tokens": [7]},
+    ],
+    ids=["greedy", "ends", "beams", "least"],
+)
+def test_inside_their_generate(options: dict[str, Any]) -> None:
+    model = model_of("llama")
+    ids = torch.randint(3, V, (2, 7))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 12, "pad_token_id": 1, **options}
+    expected = model.generate(ids, **options)
+    found = model.generate(ids, custom_generate=lmfast.generate, **options)
+    assert torch.equal(found, expected)
+
+
+def test_draws_inside_their_generate_and_what_is_refused() -> None:
+    model = model_of("llama")
+    ids = torch.randint(3, V, (1, 7))
+    options = {"custom_generate": lmfast.generate, "max_new_tokens": 4, "eos_token_id": None}
+    drawn = model.generate(ids, do_sample=True, num_return_sequences=40, **options)
+    assert drawn.shape == (40, 11)
+    assert len(drawn[:, 7].unique()) > 3
+    one = model.generate(ids, do_sample=True, num_return_sequences=40, top_k=1, **options)
+    greedy = model.generate(ids, do_sample=False, max_new_tokens=4, eos_token_id=None)
+    assert torch.equal(one, greedy.expand(40, -1))
+    with pytest.raises(ValueError, match="has a NoRepeatNGramLogitsProcessor"):
+        model.generate(ids, no_repeat_ngram_size=2, **options)
+    with pytest.raises(ValueError, match="return_dict_in_generate must be False"):
+        model.generate(ids, return_dict_in_generate=True, **options)

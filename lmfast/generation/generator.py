@@ -277,16 +277,21 @@ class Generator:
         return job
 
 
-def generate(model: Any, ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+def generate(model: Any, ids: Tensor, max_new_tokens: int | None = None, **options: Any) -> Tensor:
     """Continue texts in one call: `Generator(model).generate(...)`.
 
     The engine packs the weights anew in every call; for more than one, make a `Generator`.
+
+    It is also what ``model.generate(ids, custom_generate=lmfast.generate)`` of transformers takes.
+    What is then asked for in another way than by their configuration, such as processors of logits
+    of one's own, raises.
 
     Args:
         model: as of `Generator`.
         ids: (B, T) int64 prompts.
         max_new_tokens: upper limit of tokens added to each row.
-        **options: `attention_mask`, `weights`, and what `GenerationOptions` lists.
+        **options: `attention_mask`, `weights`, and what `GenerationOptions` lists; from
+            transformers its `generation_config` and what goes with it.
 
     Returns:
         (B * R, T + n) int64: the prompts as given and the new ids.
@@ -304,7 +309,18 @@ def generate(model: Any, ids: Tensor, max_new_tokens: int, **options: Any) -> Te
         torch.Size([1, 7])
     """
     weights = options.pop("weights", "fp32")
-    return Generator(model, weights=weights).generate(ids, max_new_tokens=max_new_tokens, **options)
+    if "generation_config" in options:
+        from lmfast.integrations.transformers_generate import options_from_transformers
+
+        config = options.pop("generation_config")
+        ids, options = options_from_transformers(
+            ids, config, max_new_tokens=max_new_tokens, **options
+        )
+    elif max_new_tokens is not None:
+        options["max_new_tokens"] = max_new_tokens
+    else:
+        raise TypeError("max_new_tokens must be given")
+    return Generator(model, weights=weights).generate(ids, **options)
 
 
 def _shared(prompts: Prompts, prefix: Prefix) -> int:

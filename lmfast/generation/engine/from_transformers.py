@@ -22,6 +22,7 @@ from lmfast.generation.engine.plan import (
     Rope,
     check_parameters,
 )
+from lmfast.patching.swap import swap_of
 
 _ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu",
@@ -49,11 +50,17 @@ def activation_of(name: Any) -> Activation:
     return _ACTIVATIONS[name]
 
 
+def kind_of(module: Any) -> type:
+    """The class of a module, of one that `lmfast.patch` made faster its own."""
+    swapped = swap_of(module)
+    return type(module) if swapped is None else swapped[0]
+
+
 def linear_of(module: Any) -> Linear:
     """A projection: `nn.Linear`, or transformers' `Conv1D`, which is transposed."""
-    if type(module) is nn.Linear:
+    if kind_of(module) is nn.Linear:
         return Linear(module.weight, module.bias)
-    if type(module).__name__ == "Conv1D":
+    if kind_of(module).__name__ == "Conv1D":
         return Linear(module.weight.t(), module.bias)
     raise CannotPack(f"it has a {type(module).__name__} in the place of a plain linear layer")
 
@@ -68,7 +75,7 @@ def rows_of(linear: Linear, sizes: list[int]) -> list[Linear]:
 
 def layer_norm_of(module: Any) -> Norm:
     """A LayerNorm."""
-    if type(module) is not nn.LayerNorm:
+    if kind_of(module) is not nn.LayerNorm:
         raise CannotPack(f"it has a {type(module).__name__} in the place of LayerNorm")
     return Norm("layer", module.weight, module.eps, module.bias)
 
