@@ -27,10 +27,13 @@ DTYPE_IDS = [str(d).removeprefix("torch.") for d in DTYPES]
 # errors scatters: over six seeds and all samples of lstm and gru its ratio to PyTorch's has median
 # 0.5, 99 of 100 gradients are within 1.5, and the worst of 1,038 is 2.6. PyTorch's own errors, and
 # so elman_rnn's ratio, differ between processors.
+# additive_attention's score gradients are differences of nearly equal numbers, of which the smallest
+# sample has a dozen; PyTorch's own error there is 2.5 times smaller on Zen than on Xeon processors.
 # Attention recomputes probabilities from scores that its options have changed: of all options at
 # once the largest error is 2.4 times that of the formula, which keeps them. On AMX probabilities
 # and their gradients are rounded to bf16 between products: up to 1.8 times over a whole tensor.
 EXCEPTIONS = {
+    "additive_attention gradient": (3.0, 3.0),
     "attention gradient": (2.5, 2.0),
     "elman_rnn gradient": (2.0, 1.5),
     **{f"{op} gradient": (2.7, 1.5) for op in ("lstm", "gru")},
@@ -286,6 +289,10 @@ def test_inputs_and_incoming_gradients_stay(op: str) -> None:
             assert torch.equal(g, k), f"{op} wrote to an incoming gradient"
 
 
+# Ops in which a product is PyTorch's: on some processors that depends on the threads.
+WITH_PYTORCH_PRODUCTS = {"additive_attention"}
+
+
 @EVERY_OP
 def test_same_result_for_any_number_of_threads(op: str, needs_cpu_kernels: None) -> None:
     with_kernel(op)
@@ -298,7 +305,10 @@ def test_same_result_for_any_number_of_threads(op: str, needs_cpu_kernels: None)
                 found.append([*call(op, sample, "cpu"), *gradients(op, sample, "cpu")])
             for other in found[1:]:
                 for a, b in zip(found[0], other, strict=True):
-                    assert torch.equal(a, b), f"{op} {sample.name} depends on the threads"
+                    if op in WITH_PYTORCH_PRODUCTS:  # a few roundings of fp32
+                        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+                    else:
+                        assert torch.equal(a, b), f"{op} {sample.name} depends on the threads"
     finally:
         torch.set_num_threads(threads)
 
