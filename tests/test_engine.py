@@ -360,3 +360,15 @@ def test_generator_takes_runs_of_tokens(options: dict) -> None:
         for r in (runner, StepByStep(runner))
     )
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([7, 3, 5])])
+def test_many_rows_in_pieces(lengths: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = make_engine(model_of({}))
+    ids = ids_of(3, 7)
+    expected, _ = runner.step(ids, runner.new_state(3), lengths, all_positions=True)
+    monkeypatch.setattr("lmfast.generation.engine.runner.CHUNK", 6)
+    found, state = runner.step(ids, runner.new_state(3), lengths, all_positions=True)
+    # Products of fewer rows, and the attention, may be divided otherwise.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert state.lengths.tolist() == ([7, 7, 7] if lengths is None else lengths.tolist())

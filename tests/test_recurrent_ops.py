@@ -209,8 +209,9 @@ def test_few_sequences_over_all_threads(cell: str, batch: int, cpu_isa: str) -> 
         leaves = (x, *flat(state), *weights)
         found.append([*results, *torch.autograd.grad(sum(r.sum() for r in results), leaves)])
     for f, e in zip(*found, strict=True):
-        # Sums of up to 1,200 float products.
-        torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-5)
+        # Sums of up to 1,200 float products of size 1, in another order: about 35 roundings of 6e-8
+        # to a side, and a few times that for the largest of some thousands.
+        torch.testing.assert_close(f, e, rtol=1e-4, atol=2e-5)
 
 
 @EVERY_CELL

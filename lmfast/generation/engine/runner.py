@@ -164,7 +164,8 @@ class EngineRunner:
             if logits is None:
                 logits = found.new_zeros(shape)
             if all_positions:
-                logits[:, done : done + size][at] = found
+                piece = logits[:, done : done + size]
+                piece[at] = found.view(piece.shape) if isinstance(at, slice) else found
             elif any(ends):
                 logits[torch.tensor(ends)] = found
             done += size
