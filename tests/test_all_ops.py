@@ -27,8 +27,8 @@ DTYPE_IDS = [str(d).removeprefix("torch.") for d in DTYPES]
 # errors scatters: over six seeds and all samples of lstm and gru its ratio to PyTorch's has median
 # 0.5, 99 of 100 gradients are within 1.5, and the worst of 1,038 is 2.6. PyTorch's own errors, and
 # so elman_rnn's ratio, differ between processors.
-# additive_attention's score gradients are differences of nearly equal numbers, of which the smallest
-# sample has a dozen; PyTorch's own error there is 2.5 times smaller on Zen than on Xeon processors.
+# additive_attention's score gradients are differences of nearly equal numbers, of which the
+# smallest sample has a dozen; there PyTorch's own error is 2.5 times smaller on some processors.
 # Attention recomputes probabilities from scores that its options have changed: of all options at
 # once the largest error is 2.4 times that of the formula, which keeps them. On AMX probabilities
 # and their gradients are rounded to bf16 between products: up to 1.8 times over a whole tensor.
