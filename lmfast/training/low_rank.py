@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,12 +271,6 @@ def attach_settings(model: nn.Module, settings: list[dict[str, Any]]) -> LoRA:
             site = sites.named(model, _joined(entry["layer"], update.name))
             wanted[site] = (update.rank, update.scale)
     return attach(model, wanted, dropout)
-
-
-def without_updates(model: nn.Module) -> nn.Module:
-    """A copy of a model with what its updates learnt in its matrices, and no updates."""
-    copied = copy.deepcopy(model)
-    return LoRA(copied).remove(merge=True) if settings_of(copied) else copied
 
 
 def attach(model: nn.Module, wanted: dict[Site, tuple[int, float]], dropout: float) -> LoRA:
