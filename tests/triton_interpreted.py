@@ -351,7 +351,7 @@ def test_operators_pass_opcheck() -> None:
         (namespace.triton_geglu_backward, (x, x, x.clone(), True)),
         (namespace.triton_rope, (q, k, cos, sin, torch.tensor([1, 4]), 0, True, False)),
         (namespace.triton_rope_, (q, k, cos, sin, None, 2, False)),
-        (namespace.triton_additive_attention, (q[0], keys[:, 0], keys[:, 0], x[0, 0], None)),
+        (namespace.triton_additive_attention, (q[0], keys[:, 0], keys[:, 0], classes[0], None)),
         (namespace.triton_linear_recurrence, (keys[0], keys[0], keys[0, :, 0])),
         (namespace.triton_linear_recurrence_backward, (keys[0], keys[0], keys[0], None)),
         (namespace.triton_cross_entropy, (rows, ids % 8, None, *loss_settings, True)),
