@@ -1,4 +1,4 @@
-"""A linear layer with bias and ReLU: fp32 on the bf16 tiles of AMX, in full or medium precision."""
+"""A linear layer with bias and ReLU: few rows at the speed of memory, many on AMX's tiles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmfast import _extension
-from lmfast._dispatch import Op, implementation, register, register_op, select
+from lmfast._dispatch import (
+    Op,
+    implementation,
+    is_requested,
+    register,
+    register_op,
+    select,
+)
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import (
     check_same_device,
@@ -22,8 +29,12 @@ from lmfast.ops._library import (
 from lmfast.ops._linear_cross_entropy_arguments import bf16_products_allowed
 from lmfast.testing import Sample
 
-# Below, PyTorch's product is as fast.
-_FEWEST_ROWS, _LEAST_WIDTH = 256, 64
+# Many rows are those from which AMX wins over PyTorch's product, few those up to which reading the
+# weights takes most of the time; both measured. A tiny matrix is read faster than an operator is
+# called.
+_MANY_ROWS, _LEAST_WIDTH = 256, 64
+_FEW_ROWS = {torch.float32: 32, torch.float16: 32, torch.bfloat16: 8}
+_LEAST_WEIGHT = 1 << 14
 
 
 def linear(
@@ -58,8 +69,9 @@ def linear(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        cpu (C++; float32 from 256 rows on, on processors with AMX), torch. Gradients on
-        both; gradients of gradients through PyTorch.
+        cpu (C++; few rows, as when a model generates: up to 32, in bfloat16 up to 8; float32 from
+        256 rows on, on processors with AMX), torch. Gradients on both; gradients of gradients
+        through PyTorch.
 
     Source:
         Splitting floats into bf16 parts: Henry, Tang and Heinecke 2019, arXiv:1904.06376.
@@ -69,6 +81,8 @@ def linear(
         >>> lmfast.ops.linear(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -4.0]]), relu=True)
         tensor([[0.]])
     """
+    if backend is None and _is_plain(x, weight, bias) and not is_requested("linear"):
+        return linear_of_few_rows(x, weight, bias, bool(relu))
     args = _check(x, weight, bias, relu=relu)
     chosen = select(OP, args, backend)
     if chosen.backend == "torch":
@@ -76,6 +90,39 @@ def linear(
     if needs_grad(x, weight, bias):
         return apply(_Linear, *args, chosen.backend)
     return chosen.forward(*args)
+
+
+_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a call is right and one for the kernel of few rows, found out in two microseconds.
+
+    While a model generates, the checks below would take as long as a small product.
+    """
+    return (
+        type(x) in _TENSORS
+        and type(weight) in _TENSORS
+        and x.dtype == weight.dtype
+        and weight.dim() == 2
+        and x.dim() > 0
+        and x.shape[-1] == weight.shape[1]
+        and few_rows(x, weight)
+        and x.device.type == weight.device.type == "cpu"
+        and (
+            bias is None
+            or (
+                type(bias) in _TENSORS
+                and bias.shape == weight.shape[:1]
+                and bias.dtype == x.dtype
+                and bias.device.type == "cpu"
+            )
+        )
+        and _extension.cpu.loaded
+        and not torch.is_autocast_enabled("cpu")
+        and not needs_grad(x, weight, bias)
+        and x.layout == weight.layout == torch.strided
+    )
 
 
 def _check(
@@ -120,6 +167,10 @@ def _samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("relu", (normal(5, 67, 64), wide(64, 96).t(), normal(96)), {"relu": True})
     yield Sample("deep", (normal(300, 2100), wide(64, 2100)))
     yield Sample("rows apart", (normal(290, 2, 72)[:, 1], wide(66, 72), normal(66)))
+    yield Sample("one row", (normal(515), wide(83, 515), normal(83)), {"relu": True})
+    yield Sample("one row of columns", (normal(1, 131), wide(131, 2100).t()[:2083], normal(2083)))
+    yield Sample("8 rows of columns", (normal(8, 301), wide(301, 150).t(), normal(150)))
+    yield Sample("32 rows", (normal(32, 2, 270)[:, 0], wide(77, 300)[:, :270]))
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, parts: int) -> Tensor:
@@ -129,6 +180,16 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, parts: int
 _product = define(
     "linear_amx(Tensor x, Tensor weight, Tensor? bias, bool relu, int parts) -> Tensor",
     _fake,
+)
+
+
+def _few_fake(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+_few_rows = define(
+    "linear_few_rows(Tensor x, Tensor weight, Tensor? bias, bool relu) -> Tensor",
+    _few_fake,
 )
 
 
@@ -188,9 +249,34 @@ def fp32_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.mm(a, b.t()) if bias is None else torch.addmm(bias, a, b.t())
 
 
+def few_rows(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` has a kernel of its own for the rows of x, which are few."""
+    size = weight.numel()
+    return _LEAST_WEIGHT <= size and x.numel() <= _FEW_ROWS.get(x.dtype, 0) * weight.shape[1]
+
+
+def worth_asking(x: Tensor, weight: Tensor) -> bool:
+    """Whether the number of rows is one that `linear` has a kernel for."""
+    many = x.dtype == torch.float32 and x.numel() >= _MANY_ROWS * weight.shape[1]
+    return many or few_rows(x, weight)
+
+
+def linear_of_few_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """`linear` for CPU tensors of which `few_rows` holds: no checks, no autograd, no choice."""
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = _few_rows(rows, _matrix(weight), bias, relu)
+    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
+
+
 def _cpu_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, rounded: bool
 ) -> Tensor:
+    if few_rows(x, weight):
+        return linear_of_few_rows(x, weight, bias, relu)
     rows = _matrix(x.reshape(-1, x.shape[-1]))
     bias = None if bias is None else bias.contiguous()
     y = _product(rows, _matrix(weight), bias, relu, _parts(rounded))
@@ -208,9 +294,14 @@ def _cpu_backward(
     rows, flat = _matrix(dy.reshape(-1, dy.shape[-1])), _matrix(x.reshape(-1, x.shape[-1]))
     parts = _parts(rounded)
     dx = dweight = dbias = None
-    if wanted[0]:
+    few = few_rows(x, weight)
+    if wanted[0] and few:
+        dx = linear_of_few_rows(dy, weight.t()).view(x.shape)
+    elif wanted[0]:
         dx = _product(rows, _matrix(weight).t(), None, False, parts).view(x.shape)
-    if wanted[1]:
+    if wanted[1] and few:
+        dweight = rows.t() @ flat if weight.stride(-1) == 1 else (flat.t() @ rows).t()
+    elif wanted[1]:
         # In the layout of the weight, so that nobody has to transpose it.
         if weight.stride(-1) == 1:
             dweight = _product(rows.t(), flat.t(), None, False, parts)
@@ -230,7 +321,7 @@ _cpu_isa._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_faster(rows: int, weight: Sequence[int]) -> bool:
-    return rows >= _FEWEST_ROWS and min(weight) >= _LEAST_WIDTH
+    return rows >= _MANY_ROWS and min(weight) >= _LEAST_WIDTH
 
 
 def _unsupported_by_cpu(
@@ -238,14 +329,18 @@ def _unsupported_by_cpu(
 ) -> str | None:
     if torch.is_autocast_enabled("cpu"):
         return "PyTorch's product is as fast under autocast"
+    if few_rows(x, weight):
+        return unsupported_by_cpu_kernels(x, weight, bias)
     if x.dtype != torch.float32:
-        return f"PyTorch's product is as fast for {x.dtype}"
+        few = f", and more than {_FEW_ROWS[x.dtype]} rows" if x.dtype in _FEW_ROWS else ""
+        return f"PyTorch's product is as fast for {x.dtype}{few}"
     if _extension.cpu.loaded and _cpu_isa() != "amx":
-        return f"needs AMX, the level is {_cpu_isa()}"
+        return f"needs AMX for more than {_FEW_ROWS[x.dtype]} rows, the level is {_cpu_isa()}"
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     if not _is_faster(rows, weight.shape):
         return (
-            f"PyTorch's product is as fast below {_FEWEST_ROWS} rows and widths of {_LEAST_WIDTH}"
+            f"PyTorch's product is as fast for {rows} rows and widths of {tuple(weight.shape)}: "
+            f"{_MANY_ROWS} rows and widths of {_LEAST_WIDTH} are the least"
         )
     return unsupported_by_cpu_kernels(x, weight, bias)
 
