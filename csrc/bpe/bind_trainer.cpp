@@ -55,8 +55,7 @@ size_t next_cut(Pattern pattern, const uint8_t* text, size_t from, size_t n) {
 
 class Counter {
  public:
-  explicit Counter(int pattern)
-      : pattern_(static_cast<Pattern>(pattern)), counter_(pattern_, kernels()) {}
+  explicit Counter(int pattern) : pattern_(pattern_of(pattern)), counter_(pattern_, kernels()) {}
 
   // Splits and counts the texts of a list. Each thread has a counter of its own for as long as this
   // object lives; words know where they were first seen, so that the sum of the counters does not
@@ -81,7 +80,8 @@ class Counter {
       total += view.size;
     }
     const std::vector<Share> shares = share_out(views, total, threads);
-    threads = std::min(threads, static_cast<int>(std::min<size_t>(shares.size(), 1024)));
+    threads =
+        std::max(1, std::min(threads, static_cast<int>(std::min<size_t>(shares.size(), 1024))));
     while (parts_.size() + 1 < static_cast<size_t>(threads)) {
       parts_.push_back(std::make_unique<WordCounter>(pattern_, kernels()));
     }
@@ -233,6 +233,9 @@ py::tuple learn(Counter& counter, const py::object& byte_ids, const std::string&
   std::vector<uint32_t> ids;
   if (!characters) ids = py::cast<std::vector<uint32_t>>(byte_ids);
   if (!characters && ids.size() != 256) throw py::value_error("byte_ids must have 256 entries");
+  if (tie_break < 0 || tie_break > static_cast<int>(TieBreak::kLexicographic)) {
+    throw py::value_error("there is no tie break number " + std::to_string(tie_break));
+  }
   {
     py::gil_scoped_release release;
     corpus =
