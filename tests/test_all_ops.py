@@ -30,7 +30,7 @@ DTYPE_IDS = [str(d).removeprefix("torch.") for d in DTYPES]
 # additive_attention's score gradients are differences of nearly equal numbers, of which the
 # smallest sample has a dozen; there PyTorch's own error is 2.5 times smaller on some processors.
 # Attention recomputes probabilities from scores that its options have changed: of all options at
-# once the largest error is 2.4 times that of the formula, which keeps them. On AMX probabilities
+# once the largest error is 2.4 times that of the formula, which keeps them. On tiles probabilities
 # and their gradients are rounded to bf16 between products: up to 1.8 times over a whole tensor.
 EXCEPTIONS = {
     "additive_attention gradient": (3.0, 3.0),

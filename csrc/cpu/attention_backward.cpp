@@ -2,6 +2,7 @@
 #include <tuple>
 
 #include "attention_binding.h"
+#include "attention_division.h"
 #include "kernels/attention.h"
 #include "scratch.h"
 
@@ -48,14 +49,14 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
   a.dk = attention_tensor(dk, "dk");
   a.dv = attention_tensor(dv, "dv");
   f.ranges = key_ranges(f);
-  const bool amx = f.dtype == DType::kBF16 && current_isa() == Isa::kAmx;
-  a.dq_width = round_up(f.head_dim, amx ? 32 : 16);
+  const bool tiles = on_tiles(f);
+  a.dq_width = round_up(f.head_dim, tiles ? 32 : 16);
   Tensor partial;
   if (f.ranges > 1) {
     partial = new_empty(q, {f.batch * f.ranges, f.heads, f.length, a.dq_width}, ScalarType::Float);
     a.dq_partial = static_cast<float*>(partial.mutable_data_ptr());
   }
-  const auto kernel = attention_bwd_kernel();
+  const auto kernel = tiles ? attention_bwd_amx_kernel() : attention_bwd_kernel();
   for_each_unit(f.batch * f.kv_heads * f.ranges, attention_bwd_scratch_bytes(f),
                 [&](void* scratch, int64_t unit) {
                   AttentionBwdArgs mine = a;

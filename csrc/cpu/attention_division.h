@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "bf16_products.h"
 #include "kernels/attention.h"
 
 namespace lmfast {
@@ -11,12 +12,19 @@ namespace lmfast {
 constexpr int64_t kAttentionUnits = 64;  // that let threads even out
 constexpr int64_t kFewAttentionUnits = 16;
 
+// Whether blocks are multiplied as tiles of bf16 (attention_fwd_amx.cpp).
+inline bool on_tiles(const AttentionArgs& a) {
+  const Isa isa = current_isa();
+  return a.dtype == DType::kBF16 &&
+         (a.stored.type == Stored::kBF16 || a.stored.type == Stored::kI8) &&
+         (isa == Isa::kAmx || (isa == Isa::kAvx512 && has_bf16_products()));
+}
+
 // Whether rows are taken one by one (attention_decode.cpp) or as lanes of blocks. At 2048 keys of
 // 64 the first is faster up to 12 rows in fp32, and up to 5 where AMX multiplies the blocks.
 inline bool is_decoding(const AttentionArgs& a) {
   if (a.sum != nullptr) return false;  // a backward recomputes the scores as blocks have them
-  const bool amx = a.dtype == DType::kBF16 && current_isa() == Isa::kAmx &&
-                   (a.stored.type == Stored::kBF16 || a.stored.type == Stored::kI8);
+  const bool amx = on_tiles(a) && current_isa() == Isa::kAmx;
   return attention_rows(a) <= (amx ? 5 : kAttentionDecodeRows);
 }
 

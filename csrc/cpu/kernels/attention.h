@@ -123,11 +123,14 @@ static inline int64_t attention_bwd_scratch_bytes(const AttentionArgs& a) {
 
 // Ranges: units, (B, Hkv, ranges); the forward's (B, Hkv, ranges, splits), and decoding's (B, Hkv,
 // splits). Combining and reducing: query rows, (B, H, T). Masks: their rows, (B, T).
+// The _amx kernels take bf16 queries, keys and values of bf16 or int8, where there are tiles.
 LMFAST_DECLARE_KERNEL(attention_fwd, AttentionArgs)
+LMFAST_DECLARE_KERNEL(attention_fwd_amx, AttentionArgs)
 LMFAST_DECLARE_KERNEL(attention_decode, AttentionArgs)
 LMFAST_DECLARE_KERNEL(attention_mask_runs, AttentionMaskArgs)
 LMFAST_DECLARE_KERNEL(attention_combine, AttentionArgs)
 LMFAST_DECLARE_KERNEL(attention_bwd, AttentionBwdArgs)
+LMFAST_DECLARE_KERNEL(attention_bwd_amx, AttentionBwdArgs)
 LMFAST_DECLARE_KERNEL(attention_reduce, AttentionReduceArgs)
 
 }  // namespace lmfast

@@ -12,13 +12,10 @@
 // result does not depend on the threads. When there are few heads the keys are cut into ranges,
 // whose partial dQ attention_reduce adds in order; the number of ranges depends on the shape only.
 //
-// Two versions, as in attention_fwd.cpp: fp32 here, bf16 on AMX in attention_bwd_amx.h.
+// Two versions, as in attention_fwd.cpp: fp32 here, bf16 on tiles in attention_bwd_amx.cpp.
 #include "../simd_transpose.h"
 #include "attention_grad.h"
 #include "attention_rows.h"
-#if defined(__AMX_BF16__)
-#include "attention_bwd_amx.h"
-#endif
 
 namespace lmfast::LMFAST_ISA {
 namespace {
@@ -191,11 +188,7 @@ void attention_bwd(const AttentionBwdArgs& a, int64_t begin, int64_t end) {
         bwd_unit<f16>(a, u);
         break;
       case DType::kBF16:
-#if defined(LMFAST_AMX)
-        bwd_unit_amx(a, u);
-#else
         bwd_unit<bf16>(a, u);
-#endif
         break;
       case DType::kF64:  // the reference's
         break;

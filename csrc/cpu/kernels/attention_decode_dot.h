@@ -121,8 +121,18 @@ LMFAST_INLINE VecF sums_across(VecF (&x)[kVec]) {
 }
 #endif
 
-// Asks for what comes later: the processor's own prefetching stops at every page.
-LMFAST_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+// Asks for what comes later: the processor's own prefetching stops at every page. Into the second
+// level: asked for in the first, every line occupies one of its few miss registers until it comes
+// from memory. Zen 4, fp32, two cores, share of a plain read: 16 heads of 64 x 8192 keys 0.71 ->
+// 1.10, 32 / 8 heads of 128 0.54 -> 0.89, 16 heads of 512 keys 0.73 -> 1.09. Emerald Rapids, the
+// first level: 1.04.
+LMFAST_INLINE void prefetch(const void* p) {
+#if defined(__AMX_TILE__)
+  __builtin_prefetch(p);
+#else
+  __builtin_prefetch(p, 0, 2);
+#endif
+}
 
 // Some rows of one head in one row of storage, and what to ask for meanwhile: row `at` of them is
 // as far ahead as it is worth.
@@ -137,11 +147,17 @@ struct Keys {
   }
 };
 
-// Rows of numbers that `bytes` ahead are. 4096 B: see attention_decode.cpp.
+// Rows that are as far ahead as it is worth: 8 KB (2 KB and 16 KB cost 3 to 8 %), 4 KB into the
+// first level; at most those that follow.
 template <class S>
 LMFAST_INLINE int rows_ahead(int64_t width) {
+#if defined(__AMX_TILE__)
+  constexpr int64_t kBytes = 4096;
+#else
+  constexpr int64_t kBytes = 8192;
+#endif
   const int64_t bytes = (width > 0 ? width : 1) * static_cast<int64_t>(sizeof(S));
-  return static_cast<int>(clamp(round_up(4096 / bytes, 16), 16, kLanes));
+  return static_cast<int>(clamp(round_up(kBytes / bytes, 16), 16, kLanes));
 }
 
 // Scores of kRows query rows (`padded` apart) against all keys: s[r][j].

@@ -9,15 +9,12 @@
 // transposed on the way in and the output on the way out.
 //
 // Two versions: this one in fp32 on gemm_f32.h, for every type and level (bf16 and fp16 are
-// converted per unit of work), and attention_fwd_amx.h for bf16 on AMX.
+// converted per unit of work), and attention_fwd_amx.cpp for bf16 on tiles.
 //
 // Formulas: Dao et al. 2022, https://arxiv.org/abs/2205.14135 (tiling, online softmax).
 #include "../simd_transpose.h"
 #include "attention_rows.h"
 #include "attention_softmax.h"
-#if defined(__AMX_BF16__)
-#include "attention_fwd_amx.h"
-#endif
 
 namespace lmfast::LMFAST_ISA {
 namespace {
@@ -122,12 +119,6 @@ void attention_fwd(const AttentionArgs& a, int64_t begin, int64_t end) {
         fwd_unit<f16>(a, u);
         break;
       case DType::kBF16:
-#if defined(LMFAST_AMX)
-        if (a.stored.type == Stored::kBF16 || a.stored.type == Stored::kI8) {
-          fwd_unit_amx(a, u);
-          break;
-        }
-#endif
         fwd_unit<bf16>(a, u);
         break;
       case DType::kF64:  // the reference's

@@ -1,13 +1,15 @@
-// The products of attention on AMX tiles, and rows of bf16 as tiles can read them. At the amx level
-// only.
+// The products of attention on tiles, and rows of bf16 as tiles can read them.
 //
-// Products go by squares of 2 x 2 tiles: four products (4.6 ns each) for four loads. Loading and
-// storing the sums costs as much as 5 products a square, so sums stay in tiles for as many steps as
-// there are: 64 ns a square for 2 steps, 175 ns for 8.
+// On AMX products go by squares of 2 x 2 tiles: four products (4.6 ns each) for four loads. Loading
+// and storing the sums costs as much as 5 products a square, so sums stay in tiles for as many
+// steps as there are: 64 ns a square for 2 steps, 175 ns for 8. Without AMX (tiles_avx512.h) a tile
+// of sums stays in registers for all steps.
 #pragma once
 
 #include "../amx.h"
 #include "attention_stored.h"
+
+#if defined(LMFAST_AMX)
 
 namespace lmfast::LMFAST_ISA {
 namespace {
@@ -72,6 +74,8 @@ LMFAST_INLINE Bf16Rows stored_values_as_bf16(const AttentionArgs& a, const Unit&
   copy_stored(a, stored_values(a), u.b, u.kv_head, {key, key + n}, copy, width);
   return {copy, width};
 }
+
+#if defined(__AMX_TILE__)
 
 // 32 rows by 32 lanes of S: rows `a` (of K, say) times two columns of tiles B (Q^T), `depth` tiles
 // deep. Up to a depth of 64 the tiles B stay loaded (12 % faster than loading them for every row).
@@ -162,6 +166,35 @@ LMFAST_INLINE void add_square(const char* a, int64_t a_row, int64_t a_step, cons
   tile_store<3>(c + 16 * c_stride + 16, bytes);
 }
 
+#else
+
+LMFAST_INLINE void score_rows(const TileRows& a, int64_t row, int groups, const char* b, int depth,
+                              int pair, float* s) {
+  for (int g = 0; g < groups; ++g) {
+    const bf16* rows = a.at(row + 32 * g);
+    for (int half = 0; half < 2; ++half, rows += 16 * a.stride, s += 16 * kLanes) {
+      const SoftOperand left{reinterpret_cast<const char*>(rows), 2 * a.stride, 64};
+      for (int v = 2 * pair; v < 2 * pair + 2; ++v) {
+        soft_dots<false>(s + 16 * v, kLanes, left, {b + v * depth * kTileBytes, 64, kTileBytes},
+                         depth);
+      }
+    }
+  }
+}
+
+LMFAST_INLINE void add_square(const char* a, int64_t a_row, int64_t a_step, const char* b,
+                              int64_t b_column, int64_t b_step, int steps, float* c,
+                              int64_t c_stride) {
+  for (int i = 0; i < 2; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      soft_dots<true>(c + 16 * (i * c_stride + j), c_stride, {a + i * a_row, 64, a_step},
+                      {b + j * b_column, 64, b_step}, steps);
+    }
+  }
+}
+
+#endif
+
 // Square (d, v) of C (D x lanes) += A (V^T, say) B (P^T): A in tiles (steps, D / 16), B in tiles
 // (steps, 4).
 LMFAST_INLINE void output_square(const char* a, int d_tiles, const char* b, int steps, int d, int v,
@@ -185,3 +218,5 @@ LMFAST_INLINE VecF rough_exponent(VecF score, VecF unit, VecF shift) {
 
 }  // namespace
 }  // namespace lmfast::LMFAST_ISA
+
+#endif
