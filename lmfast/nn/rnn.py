@@ -53,9 +53,10 @@ class _FusedLayers(nn.RNNBase):
     _torch_layer: type[nn.RNNBase]
 
     def forward(self, input: Any, hx: Any = None) -> Any:
-        stepped = self._one_step(input, hx)
-        if stepped is not None:
-            return stepped
+        if not torch.is_grad_enabled():
+            stepped = self._one_step(input, hx)
+            if stepped is not None:
+                return stepped
         self._update_flat_weights()
         prepared = self._prepare(input, hx)
         if prepared is None:
@@ -78,35 +79,40 @@ class _FusedLayers(nn.RNNBase):
     def _one_step(self, x: Any, hx: Any) -> Any:
         """The result for one time step without gradients, None for everything else.
 
-        A stream's call is 10 us, so nothing is looked at twice here: parameters come from the
-        dictionary they are stored in, and whatever is unusual is left to the way of sequences.
+        A stream's call is 10 us, a third of which would be looking at tensors here: the operator
+        looks at them anyway, and what it refuses is left to the way of sequences. Parameters come
+        from the dictionary they are stored in.
         """
         op, cell = _CELLS[self.mode]
-        if not may_step(op.name) or not is_plain(x) or x.dim() != 3:
+        if type(x) is not Tensor or x.dim() != 3 or not may_step(op.name):
             return None
-        first, second, width = x.shape
-        steps, batch = (second, first) if self.batch_first else (first, second)
-        if steps != 1 or not 0 < batch <= MAX_ROWS or width != self.input_size:
+        steps, batch, _ = x.shape
+        if self.batch_first:
+            steps, batch = batch, steps
+        if steps != 1 or not 0 < batch <= MAX_ROWS:
             return None
         if self.bidirectional or self.proj_size or (self.dropout and self.training):
             return None
-        h0 = c0 = None
-        if hx is not None:
-            shape = (self.num_layers, batch, self.hidden_size)
-            h0 = hx
-            if cell == "lstm":
-                if type(hx) is not tuple or len(hx) != 2:
-                    return None
-                h0, c0 = hx
-                if not is_plain(c0) or c0.shape != shape:
-                    return None
-            if not is_plain(h0) or h0.shape != shape:
+        h0, c0 = hx, None
+        if cell == "lstm" and hx is not None:
+            if type(hx) is not tuple or len(hx) != 2:
                 return None
+            h0, c0 = hx
         find = self._parameters.get
-        weights = [find(name) for name in self._flat_weights_names]
-        if not is_plain(weights[0]):
+        weights: list[Any] = [find(name) for name in self._flat_weights_names]
+        if torch.compiler.is_compiling():
+            shape = (self.num_layers, batch, self.hidden_size)
+            given = [s for s in (h0, c0) if s is not None]
+            if not all(is_plain(s) and s.shape == shape for s in given):
+                return None
+            if not (is_plain(x) and is_plain(weights[0]) and x.shape[2] == self.input_size):
+                return None
+            y, h, c = step_op(x, h0, c0, weights, self.num_layers, CELLS.index(cell), False)
+            return y, ((h, c) if cell == "lstm" else h)
+        try:
+            y, h, c = step_op(x, h0, c0, weights, self.num_layers, CELLS.index(cell), False)
+        except (RuntimeError, TypeError, ValueError):
             return None
-        y, h, c = step_op(x, h0, c0, weights, self.num_layers, CELLS.index(cell), False)
         return y, ((h, c) if cell == "lstm" else h)
 
     def _prepare(
