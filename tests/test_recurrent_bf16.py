@@ -1,4 +1,4 @@
-"""The recurrent loops in bf16, on AMX or AVX512-BF16: bf16 calls, and fp32 ones at matmul precision "medium"."""
+"""The recurrent loops in bf16 (AMX, AVX512-BF16): bf16 calls, fp32 ones at precision "medium"."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lmfast._dispatch import Op, select
 from lmfast.ops._recurrent import cpu_layer
+from lmfast.ops._recurrent_both import cpu_both_ways
 from lmfast.ops._recurrent_reference import CELLS
 from lmfast.ops._recurrent_step import MAX_ROWS, is_plain, may_step, step_op
 from lmfast.ops.elman_rnn import OP as ELMAN
@@ -79,12 +80,12 @@ class _FusedLayers(nn.RNNBase):
     def _one_step(self, x: Any, hx: Any) -> Any:
         """The result for one time step without gradients, None for everything else.
 
-        A stream's call is 10 us, a third of which would be looking at tensors here: the operator
-        looks at them anyway, and what it refuses is left to the way of sequences. Parameters come
-        from the dictionary they are stored in.
+        A stream's call is 10 us, a third of which would be looking at all tensors here: the
+        operator looks at them anyway, and what it refuses is left to the way of sequences.
+        Parameters come from the dictionary they are stored in.
         """
         op, cell = _CELLS[self.mode]
-        if type(x) is not Tensor or x.dim() != 3 or not may_step(op.name):
+        if not may_step(op.name) or not is_plain(x) or x.dim() != 3:
             return None
         steps, batch, _ = x.shape
         if self.batch_first:
@@ -105,7 +106,7 @@ class _FusedLayers(nn.RNNBase):
             given = [s for s in (h0, c0) if s is not None]
             if not all(is_plain(s) and s.shape == shape for s in given):
                 return None
-            if not (is_plain(x) and is_plain(weights[0]) and x.shape[2] == self.input_size):
+            if not is_plain(weights[0]) or x.shape[2] != self.input_size:
                 return None
             y, h, c = step_op(x, h0, c0, weights, self.num_layers, CELLS.index(cell), False)
             return y, ((h, c) if cell == "lstm" else h)
@@ -172,18 +173,17 @@ class _FusedLayers(nn.RNNBase):
         for layer in range(self.num_layers):
             if layer and self.dropout and self.training:
                 x = F.dropout(x, self.dropout)
-            outputs = []
-            for direction in range(directions):
-                index = layer * directions + direction
+            ways = []
+            for index in range(layer * directions, (layer + 1) * directions):
                 given = [] if states is None else [s[index] for s in states]
-                h0, c0 = (*given, None, None)[:2]
-                w_ih, w_hh, b_ih, b_hh = self._weights_of(index)
-                y, *final = cpu_layer(
-                    x, h0, c0, w_ih, w_hh, b_ih, b_hh, sizes, batch, cell, direction == 1
-                )
-                outputs.append(y)
-                finals.append(tuple(final[: 2 if cell == "lstm" else 1]))
-            x = outputs[0] if directions == 1 else torch.cat(outputs, 1)
+                ways.append((*(*given, None, None)[:2], *self._weights_of(index)))
+            if directions == 2:
+                found = cpu_both_ways(x, *ways, sizes, batch, cell)
+                x = torch.cat((found[0][0], found[1][0]), 1)
+            else:
+                found = (cpu_layer(x, *ways[0], sizes, batch, cell, False),)
+                x = found[0][0]
+            finals += [way[1 : 3 if cell == "lstm" else 2] for way in found]
         return x, [torch.stack(s) for s in zip(*finals, strict=True)]
 
 
