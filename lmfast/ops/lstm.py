@@ -56,8 +56,8 @@ def lstm(
         through PyTorch.
         With AMX, large products over all steps are those of `lmfast.ops.linear`: in fp32's
         accuracy, infinite inputs give NaN.
-        With AMX, at least 16 rows and a hidden size that is a multiple of 32, products run in bf16
-        for bf16 inputs, and for float32 ones under autocast or at
+        With AMX or AVX512-BF16, at least 16 rows and a hidden size that is a multiple of 32,
+        products run in bf16 for bf16 inputs, and for float32 ones under autocast or at
         ``torch.set_float32_matmul_precision("medium")``.
 
     Source:
