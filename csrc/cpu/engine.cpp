@@ -10,6 +10,7 @@
 
 #include "attention_binding.h"
 #include "attention_division.h"
+#include "bf16_products.h"
 #include "engine_model.h"
 #include "scratch.h"
 
@@ -71,6 +72,8 @@ class EngineStep {
     a_.layers = model_.layers();
     a_.weights = model_.weights();
     a_.vnni = has_avx512_vnni();
+    const Isa isa = current_isa();
+    a_.bf16 = isa == Isa::kAmx || (isa == Isa::kAvx512 && has_bf16_products());
   }
 
   void set_tokens(const Tensor& ids, const Tensor& positions, const Tensor& wanted, Tensor& out) {
@@ -201,9 +204,8 @@ class EngineStep {
     const int64_t operand = memory.add(many ? engine_operand_bytes(most, s.operand) : 0);
     const int64_t partial = memory.add(partial_floats_ * 4);
     a_.attention_scratch = round_up(attention_scratch_, 64);
-    a_.scratch_bytes = round_up(a_.attention_scratch + round_up(most + 8, 8) * 64 * 4 +
-                                    engine_operand_bytes(std::min(most, kEngineFewRows), s.operand),
-                                4096);
+    a_.scratch_bytes = round_up(
+        a_.attention_scratch + engine_sums(most) * 4 + engine_private_bytes(most, s.operand), 4096);
     const int64_t threads = participants();
     const int64_t scratch = memory.add(threads * a_.scratch_bytes);
     const int64_t segments = (m.vocab + kEngineSegment - 1) / kEngineSegment;

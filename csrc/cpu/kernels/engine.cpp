@@ -55,7 +55,7 @@ class Steps {
     mine += a.attention_scratch;
     carried_ = reinterpret_cast<float*>(mine);
     const int64_t most = a.tokens > a.outputs ? a.tokens : a.outputs;
-    mine += round_up(most + 8, 8) * kSumsStride * 4;
+    mine += engine_sums(most) * 4;
     operand_ = mine;
   }
 
@@ -115,13 +115,21 @@ class Steps {
     return false;
   }
 
+  RowsAs rows_as(const EngineMatrix& w, int64_t rows) const {
+    if (w.type == static_cast<int64_t>(EngineWeights::kF32)) return RowsAs::kFloats;
+    if (a_.bf16 && rows >= kEngineRoundedRows) return RowsAs::kPairs;
+    if (!is_integer(w)) return RowsAs::kFloats;
+    return a_.vnni ? RowsAs::kBytes : RowsAs::kWords;
+  }
+
   // Runs done(row, rows, panel, panels, sums) for all panels of the product, phase and barrier. A
   // unit is `unit` panels; finish(first, past) comes after those units, by the same thread.
   template <class Done, class Finish>
   void product(const EngineMatrix& w, const Source& from, int64_t rows, int64_t unit,
                const Done& done, const Finish& finish) {
     Operand x{};
-    const bool in_place = usable_in_place(from, w), shared = !in_place && rows > kEngineFewRows;
+    const RowsAs as = rows_as(w, rows);
+    const bool in_place = usable_in_place(from, as), shared = !in_place && rows > kEngineFewRows;
     bool ready = in_place;
     if (in_place) {
       x.rows = const_cast<float*>(from.rows);
@@ -131,7 +139,7 @@ class Steps {
     }
     if (shared) {
       phases_.run(rows, rows * w.depth * 16, 1, [&](int64_t first, int64_t past) {
-        prepare(from, a_.weights, w, a_.vnni, x, first, past);
+        prepare(from, a_.weights, w, as, x, first, past);
       });
       ready = true;
     }
@@ -139,9 +147,9 @@ class Steps {
     const int64_t work = w.panels * panel_bytes * (1 + rows / 4);
     const int64_t align = unit < kMostPanels ? kMostPanels / unit : 1;
     phases_.run(w.panels / unit, work, align, [&](int64_t first, int64_t past) {
-      if (!ready) prepare(from, a_.weights, w, a_.vnni, x, 0, rows);
+      if (!ready) prepare(from, a_.weights, w, as, x, 0, rows);
       ready = true;
-      multiply(w, a_.weights, x, rows, first * unit, past * unit, a_.vnni, carried_, done);
+      multiply(w, a_.weights, x, as, rows, first * unit, past * unit, operand_, carried_, done);
       finish(first, past);
     });
   }

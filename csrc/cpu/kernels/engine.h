@@ -130,7 +130,9 @@ struct EngineArgs {
   int64_t* best;                 // (tokens, V / kEngineSegment): the likeliest of each segment
   const EngineStorage* storage;  // of every layer
   const EngineTables* tables;
-  bool vnni;  // the processor has AVX512-VNNI, whatever the level was compiled for
+  // Instructions that the processor has, whatever the level was compiled for.
+  bool vnni;  // AVX512-VNNI
+  bool bf16;  // products of bf16: AMX at its level, else AVX512-BF16
 
   // Rows of floats, each `*_stride` apart; zeros behind their ends, which products read.
   int64_t x_stride, qkv_stride, joined_stride, hidden_stride, operand_stride;
@@ -142,11 +144,18 @@ struct EngineArgs {
   EngineProgress* progress;
 };
 
+constexpr int64_t kEngineFewRows = 8;       // that every thread prepares for itself
+constexpr int64_t kEngineRoundedRows = 32;  // from which on products may be of bf16
 // Bytes of an operand: rows as floats, as int16, as two int8, sums and steps.
 static inline int64_t engine_operand_bytes(int64_t rows, int64_t stride) {
   return rows * (stride * 8 + round_up(stride, 128) / 8 * 4 + 64) + 256;
 }
-constexpr int64_t kEngineFewRows = 8;     // that every thread prepares for itself
+// Floats of sums of a thread: 64 for each row, and for what fills up the last tile.
+static inline int64_t engine_sums(int64_t rows) { return (rows + 32) * 64; }
+// Bytes of a thread's own operand, or of the panels it widens when there are many rows.
+static inline int64_t engine_private_bytes(int64_t rows, int64_t stride) {
+  return rows > kEngineFewRows ? 128 * stride : engine_operand_bytes(rows, stride);
+}
 constexpr int64_t kEngineSegment = 4096;  // logits that one thread looks through
 
 // Ranges: participants.

@@ -7,7 +7,7 @@
 // instructions for each 64 of them the product stays behind the memory's speed.
 #pragma once
 
-#include "engine_product.h"
+#include "engine_product_bf16.h"
 
 namespace lmfast::LMFAST_ISA {
 namespace {
@@ -317,10 +317,18 @@ LMFAST_INLINE void multiply_integers(const EngineMatrix& w, const char* memory, 
 
 // done(row, rows, panel, panels, sums[row][kSumsStride]) for rows of x times panels [first, past).
 template <class Done>
-LMFAST_INLINE void multiply(const EngineMatrix& w, const char* memory, const Operand& x,
-                            int64_t rows, int64_t first, int64_t past, bool vnni, float* carried,
-                            const Done& done) {
+LMFAST_INLINE void multiply(const EngineMatrix& w, const char* memory, const Operand& x, RowsAs as,
+                            int64_t rows, int64_t first, int64_t past, char* staging,
+                            float* carried, const Done& done) {
+#if defined(__AVX512F__)
+  if (as == RowsAs::kPairs) {
+    return multiply_rounded(w, memory, x, rows, first, past, staging, carried, done);
+  }
+#else
+  static_cast<void>(staging);
+#endif
   const char* weights = memory + w.weights;
+  const bool vnni = as == RowsAs::kBytes;
   switch (static_cast<EngineWeights>(w.type)) {
     case EngineWeights::kF32:
       return multiply_floats<PanelF32>(weights, w.depth, x, rows, first, past, carried, done);
