@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lmfast.generation.beam_job import search
 from lmfast.generation.choices import ChoiceRows, ChoiceTree
+from lmfast.generation.engine.quantised import QuantisedWeights
 from lmfast.generation.loop import Job, decode
-from lmfast.generation.options import GenerationOptions, check_ids, end_ids, padding_id
+from lmfast.generation.options import Ends, GenerationOptions, check_ids, end_ids, padding_id
 from lmfast.generation.prefill import Prefix, feed, prefill
 from lmfast.generation.prompts import Prompts, check_prompts, fit
 from lmfast.generation.runner import Weights, make_runner
@@ -49,7 +50,10 @@ class Generator:
         model: an `lmfast.models.LanguageModel`, a causal language model of transformers, or
             anything with `vocab_size`, `step` and `new_state` as those of ours.
         weights: "fp32", or "bf16", "int8", "int4", in which the engine stores them: what limits
-            the speed is reading them.
+            the speed is reading them. Or what `lmfast.quantise` made or `QuantisedWeights.load`
+            read; the model itself may go then.
+        group: with "int8" and "int4", inputs that share a scale: 32, 64 or 128; None: all of int8,
+            32 of int4.
 
     Raises:
         TypeError: the model is none of these.
@@ -65,10 +69,12 @@ class Generator:
         torch.Size([1, 7])
     """
 
-    def __init__(self, model: Any, *, weights: Weights = "fp32") -> None:
-        self._model = model
-        self.runner, self._reason = make_runner(model, weights)
-        self.weights = weights
+    def __init__(
+        self, model: Any, *, weights: Weights | QuantisedWeights = "fp32", group: int | None = None
+    ) -> None:
+        self.runner, self._reason = make_runner(model, weights, group)
+        self._ends = Ends(model)
+        self.weights = weights if isinstance(weights, str) else weights.kind
 
     def explain(self) -> str:
         """Print and return what runs the model, and if it is not the engine, why."""
@@ -78,6 +84,10 @@ class Generator:
             text = f"the model's own modules: {self._reason}"
         print(f"Generator runs {text}")
         return text
+
+    def memory(self) -> int:
+        """Bytes of the weights, as the engine packed them or the model's modules have them."""
+        return self.runner.memory()
 
     @torch.inference_mode()
     def prefill(
@@ -247,7 +257,7 @@ class Generator:
     ) -> Job:
         runner = self.runner
         prompts = check_prompts(ids, attention_mask, runner.vocab_size)
-        eos_ids = end_ids(self._model, options.eos_token_id)
+        eos_ids = end_ids(self._ends.config(), options.eos_token_id)
         check_ids("eos_token_id", eos_ids, runner.vocab_size)
         window = runner.max_positions
         if options.context_window is not None:
@@ -266,7 +276,7 @@ class Generator:
             prompts=prompts.repeated(copies),
             copies=copies,
             eos_ids=eos_ids,
-            pad_id=padding_id(self._model, runner, options, eos_ids),
+            pad_id=padding_id(self._ends.config(), runner, options, eos_ids),
             window=window,
             want_log_probs=want_log_probs,
         )

@@ -13,12 +13,17 @@ from lmfast.generation.engine.from_lmfast import decoder_plan
 from lmfast.generation.engine.from_transformers import plan_maker
 from lmfast.generation.engine.packing import WEIGHTS
 from lmfast.generation.engine.plan import CannotPack, Plan
+from lmfast.generation.engine.quantised import QuantisedWeights
+from lmfast.generation.engine.rounding import check_group
 from lmfast.generation.engine.runner import EngineRunner
-from lmfast.models.decoder import DecoderLanguageModel
 
 
 def make_engine(
-    model: Any, weights: str = "fp32", *, cache_dtype: torch.dtype | None = None
+    model: Any,
+    weights: str | QuantisedWeights = "fp32",
+    *,
+    group: int | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> EngineRunner:
     """Pack a model for the CPU.
 
@@ -26,8 +31,11 @@ def make_engine(
         model: a `lmfast.models.DecoderLanguageModel`, or transformers' GPT-2, GPT-NeoX, Llama,
             Mistral, Qwen 2 or 3, Gemma 2 or 3, Phi-3 or OLMo 2 with a language model's head; in
             float32 or bfloat16 on the CPU.
-        weights: "fp32", "bf16" (products in float32), "int8" (a scale per output channel) or "int4"
-            (a scale per 32 inputs; the output layer and embeddings are int8).
+        weights: "fp32", "bf16", "int8", "int4" (the output layer and embeddings are int8), or what
+            `lmfast.quantise` made. Of less than 32 rows at a time, bf16 and integers are multiplied
+            in float32's accuracy; of more, which a prompt has, rows are rounded to bf16 where the
+            processor has products of such.
+        group: inputs that share a scale, 32, 64 or 128; None: all of int8, 32 of int4.
         cache_dtype: of keys and values; float32 for "fp32", else bfloat16 by default.
 
     Returns:
@@ -45,16 +53,38 @@ def make_engine(
         >>> logits.shape, state.lengths.tolist()
         (torch.Size([1, 50]), [2])
     """
-    if weights not in WEIGHTS:
+    if isinstance(weights, QuantisedWeights):
+        if group is not None:
+            raise ValueError(
+                f"group is that of the quantised weights, {weights.group}: leave it out"
+            )
+        kind: str = weights.kind
+        group = weights.group
+    elif weights in WEIGHTS:
+        kind, group = weights, check_group(weights, group)
+    else:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     if not _extension.cpu.loaded:
         raise CannotPack(str(_extension.cpu.reason))
-    if type(model) is DecoderLanguageModel:
-        return EngineRunner(_planner(decoder_plan, model), weights, cache_dtype)
-    make_plan = plan_maker(model)
-    if make_plan is not None:
-        return EngineRunner(_planner(make_plan, model), weights, cache_dtype)
-    raise CannotPack(f"a {type(model).__name__} is not a model the engine knows")
+    plan = _planner(_maker(model), model)
+    if isinstance(weights, QuantisedWeights):
+        return EngineRunner(lambda: weights.into(plan()), kind, group, cache_dtype)
+    return EngineRunner(plan, kind, group, cache_dtype)
+
+
+def plan_of(model: Any) -> Plan:
+    """The plan of a model; CannotPack if the engine does not know it."""
+    return _maker(model)(model)
+
+
+def _maker(model: Any) -> Callable[[Any], Plan]:
+    # Models stand on this package's cache.
+    from lmfast.models.decoder import DecoderLanguageModel
+
+    make_plan = decoder_plan if type(model) is DecoderLanguageModel else plan_maker(model)
+    if make_plan is None:
+        raise CannotPack(f"a {type(model).__name__} is not a model the engine knows")
+    return make_plan
 
 
 def _planner(make_plan: Callable[[Any], Plan], model: Any) -> Callable[[], Plan]:
