@@ -66,10 +66,8 @@ def make_engine(
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     if not _extension.cpu.loaded:
         raise CannotPack(str(_extension.cpu.reason))
-    plan = _planner(_maker(model), model)
-    if isinstance(weights, QuantisedWeights):
-        return EngineRunner(lambda: weights.into(plan()), kind, group, cache_dtype)
-    return EngineRunner(plan, kind, group, cache_dtype)
+    quantised = weights if isinstance(weights, QuantisedWeights) else None
+    return EngineRunner(_planner(_maker(model), model, quantised), kind, group, cache_dtype)
 
 
 def plan_of(model: Any) -> Plan:
@@ -87,14 +85,22 @@ def _maker(model: Any) -> Callable[[Any], Plan]:
     return make_plan
 
 
-def _planner(make_plan: Callable[[Any], Plan], model: Any) -> Callable[[], Plan]:
+def _planner(
+    make_plan: Callable[[Any], Plan], model: Any, quantised: QuantisedWeights | None
+) -> Callable[[], Plan]:
     """Plans of the model as long as it lives: a runner alone does not keep it in memory."""
     reference = weakref.ref(model)
+    matrices = None if quantised is None else weakref.ref(quantised)
 
     def plan() -> Plan:
         alive = reference()
         if alive is None:
             raise ValueError("the model this engine was packed from is gone: make a new engine")
-        return make_plan(alive)
+        if matrices is None:
+            return make_plan(alive)
+        there = matrices()
+        if there is None:
+            raise ValueError("the quantised weights of this engine are gone: make a new engine")
+        return there.into(make_plan(alive))
 
     return plan
