@@ -1,9 +1,9 @@
 """What narrow weights cost: perplexity on held-out text, and memory, of a model trained here.
 
-    python benchmarks/quantisation_cost.py [--steps 500]
+    python benchmarks/quantisation_cost.py [--steps 700]
 
 A decoder in the style of Llama (192 wide, 3 layers, vocabulary 4,000) learns four fifths of
-WikiText-2's validation and test text, 2 to 4 minutes on two cores. The engine then reads the rest
+WikiText-2's validation and test text, 3 to 4 minutes on two cores. The engine then reads the rest
 with its weights in each form, rounded to nearest or calibrated with 8,000 tokens of what was
 learnt. `weights_MB` is what the engine packed.
 
@@ -116,7 +116,7 @@ def measure(model: DecoderLanguageModel, learnt: torch.Tensor, held_out: torch.T
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=700)
     default = os.environ.get("LMFAST_TEST_DATA", str(ROOT.parent / "shared" / "data"))
     parser.add_argument("--data", type=Path, default=Path(default), help="directory of corpora")
     parser.add_argument("--results", type=Path, help="file to write")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lmfast.generation.engine import CannotPack
-from lmfast.generation.engine.make import plan_of
+from lmfast.generation.engine.cells import recurrent_plan
+from lmfast.generation.engine.make import is_recurrent, plan_of
 
 # Numbers of each parameter that are compared: changes through `.data` have no version.
 _SAMPLE = 64
@@ -51,7 +52,7 @@ def _state(model: Any) -> tuple[Any, ...] | None:
     if not isinstance(model, nn.Module):
         return None
     try:
-        plan = plan_of(model)
+        plan: Any = recurrent_plan(model) if is_recurrent(model) else plan_of(model)
     except CannotPack:
         return None
     tensors = [*model.parameters(), *model.buffers()]

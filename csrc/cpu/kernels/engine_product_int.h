@@ -28,6 +28,7 @@ struct IntegerTile {
   int64_t scales_stride;   // of panels
   const Operand* x;
   int64_t row;
+  int64_t ahead;  // what is fetched (engine_product.h)
 };
 
 // Four or eight bytes of x, in every lane.
@@ -106,7 +107,7 @@ __attribute__((target("avx512vnni"), noinline)) void integer_tile_vnni(const Int
 #pragma GCC unroll 4
       for (int p = 0; p < kPanels; ++p) {
         const char* at = t.w + p * t.panel_bytes + k / C::kStep * 64;
-        if constexpr (kRows == 1) __builtin_prefetch(at + 16 * 64);
+        __builtin_prefetch(at + t.ahead);
         C::load(at, codes[p]);
       }
 #pragma GCC unroll 4
@@ -159,7 +160,7 @@ inline __attribute__((noinline)) void integer_tile(const IntegerTile& t, float* 
 #pragma GCC unroll 4
       for (int p = 0; p < kPanels; ++p) {
         const char* at = t.w + p * t.panel_bytes + k / C::kStep * 64;
-        if constexpr (kRows == 1) __builtin_prefetch(at + 16 * 64);
+        __builtin_prefetch(at + t.ahead);
         __m512i codes[C::kParts];
         C::load(at, codes);
 #pragma GCC unroll 2
@@ -206,7 +207,7 @@ inline __attribute__((noinline)) void integer_tile(const IntegerTile& t, float* 
     }
     for (; k < end; k += kStep) {
       const char* at = t.w + k / kStep * 64;
-      if constexpr (kRows == 1) __builtin_prefetch(at + 16 * 64);
+      __builtin_prefetch(at + t.ahead);
 #pragma GCC unroll 2
       for (int i = 0; i < kParts; ++i) {
 #pragma GCC unroll 4
@@ -289,8 +290,9 @@ LMFAST_INLINE void multiply_integers(const EngineMatrix& w, const char* memory, 
       const int count = static_cast<int>(rows - r < kIntRowsAtOnce ? rows - r : kIntRowsAtOnce);
       float* sums = carried;
       memset(sums, 0, sizeof(float) * static_cast<size_t>(count * kSumsStride));
+      const int64_t ahead = r == kIntRowsAtOnce ? panels * bytes : kAhead;
       IntegerTile t{memory + w.weights + p * bytes, bytes, w.depth, chunk, nullptr,
-                    chunks * kEnginePanel,          &x,    r};
+                    chunks * kEnginePanel,          &x,    r,       ahead};
       if (grouped) {
         t.scales = reinterpret_cast<const uint16_t*>(memory + w.scales) + p * t.scales_stride;
       }

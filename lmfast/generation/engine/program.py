@@ -33,7 +33,8 @@ class Packed:
     layer_of_group: tuple[int, ...]
 
 
-def _double(x: float) -> int:
+def double_word(x: float) -> int:
+    """The bits of a double."""
     return struct.unpack("<q", struct.pack("<d", x))[0]
 
 
@@ -42,7 +43,7 @@ def _norm(packer: Packer, norm: Norm | None) -> list[int]:
         return [0, _NONE, _NONE, 0]
     bias = _NONE if norm.bias is None else packer.floats(norm.bias)
     kind = {"rms": 1, "layer": 2}[norm.kind]
-    return [kind, packer.floats(norm.weight), bias, _double(norm.eps)]
+    return [kind, packer.floats(norm.weight), bias, double_word(norm.eps)]
 
 
 def _shape(linear: Linear) -> tuple[int, int]:
@@ -51,13 +52,14 @@ def _shape(linear: Linear) -> tuple[int, int]:
     return rows, depth
 
 
-def _matrix(packer: Packer, linear: Linear, storage: Storage) -> Matrix:
+def matrix(packer: Packer, linear: Linear, storage: Storage) -> Matrix:
+    """One matrix."""
     rows, depth = _shape(linear)
     storage = storage_of(linear.weight, storage)
     return packer.matrix(rows, depth, lambda: linear.weight, linear.bias, storage)
 
 
-def _stacked(
+def stacked(
     packer: Packer, parts: list[Linear], lengths: list[int], storage: Storage, interleave: bool
 ) -> Matrix:
     """Several matrices of one depth as one.
@@ -103,11 +105,11 @@ def _stacked(
 
 def _layer(packer: Packer, plan: Plan, layer: Layer, group: int, storage: Storage) -> list[int]:
     d, hidden = plan.head_dim, plan.hidden
-    qkv = _stacked(packer, [layer.q, layer.k, layer.v], [d, d, d], storage, False)
+    qkv = stacked(packer, [layer.q, layer.k, layer.v], [d, d, d], storage, False)
     if layer.gate is None:
-        up = _stacked(packer, [layer.up], [hidden], storage, False)
+        up = stacked(packer, [layer.up], [hidden], storage, False)
     else:
-        up = _stacked(packer, [layer.gate, layer.up], [hidden, hidden], storage, True)
+        up = stacked(packer, [layer.gate, layer.up], [hidden, hidden], storage, True)
     norms = (
         layer.attention_norm,
         layer.q_norm,
@@ -117,9 +119,9 @@ def _layer(packer: Packer, plan: Plan, layer: Layer, group: int, storage: Storag
         layer.mlp_post_norm,
     )
     words = [word for norm in norms for word in _norm(packer, norm)]
-    o, down = _matrix(packer, layer.o, storage), _matrix(packer, layer.down, storage)
-    for matrix in (qkv, o, up, down):
-        words.extend(astuple(matrix))
+    o, down = matrix(packer, layer.o, storage), matrix(packer, layer.down, storage)
+    for packed in (qkv, o, up, down):
+        words.extend(astuple(packed))
     rope = _NONE if layer.rope is None else layer.rope
     interleaved = layer.rope is not None and plan.ropes[layer.rope].interleaved
     return [
@@ -133,14 +135,13 @@ def _layer(packer: Packer, plan: Plan, layer: Layer, group: int, storage: Storag
         _ACTIVATIONS.index(layer.activation),
         int(layer.gate is not None),
         int(layer.parallel),
-        _double(layer.scale),
-        _double(layer.softcap or 0.0),
+        double_word(layer.scale),
+        double_word(layer.softcap or 0.0),
     ]
 
 
-def _embedding(packer: Packer, plan: Plan, kind: str) -> list[int]:
+def embedding_words(packer: Packer, rows: Tensor | Quantised | None, kind: str) -> list[int]:
     """Offsets of embeddings and their scales, and how they are stored."""
-    rows = plan.embedding
     if rows is None:
         return [_NONE, _NONE, 0]
     if isinstance(rows, Tensor) and kind == "fp32":
@@ -177,13 +178,13 @@ def pack(plan: Plan, weights: str, group: int | None = None) -> Packed:
     packer = Packer()
     storage = Storage(weights, group)
     rest = Storage("int8") if weights == "int4" else storage
-    embedding = _embedding(packer, plan, rest.kind)
+    embedding = embedding_words(packer, plan.embedding, rest.kind)
     positions = _NONE if plan.positions is None else packer.floats(plan.positions)
     layers = [
         _layer(packer, plan, layer, windows.index(layer.window), storage) for layer in plan.layers
     ]
     final = _norm(packer, plan.final_norm)
-    head = _matrix(packer, plan.head, rest)
+    head = matrix(packer, plan.head, rest)
     words = [
         _MAGIC,
         len(plan.layers),
@@ -200,8 +201,8 @@ def pack(plan: Plan, weights: str, group: int | None = None) -> Packed:
         0 if plan.positions is None else len(plan.positions),
         *final,
         *astuple(head),
-        _double(plan.embedding_factor),
-        _double(plan.logit_softcap or 0.0),
+        double_word(plan.embedding_factor),
+        double_word(plan.logit_softcap or 0.0),
         *(word for layer in layers for word in layer),
     ]
     program = torch.tensor(words, dtype=torch.int64)
