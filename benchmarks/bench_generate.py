@@ -4,8 +4,9 @@
 
 Random weights. Greedy, 32 prompt and 48 new tokens; `lmfast` is fp32, the other columns say what
 they are, transformers and CTranslate2 in fp32 unless they do. Floor while decoding: reading the
-packed weights once per token. `read` is a plain read of the fp32 ones, as often as there are new
-tokens, in the same minute: beside 1 row, its ratio is the share of the bandwidth reached.
+packed weights once per token, but for embeddings beside the output layer. `read` is a plain read of
+as many bytes in fp32, as often as there are new tokens, in the same minute: beside 1 row, its ratio
+is the share of the bandwidth reached.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 
 import lmfast
 from lmfast.generation.engine import make_engine
+from lmfast.generation.module_runner import ModuleRunner
 
 transformers = pytest.importorskip("transformers")
 
@@ -131,8 +133,10 @@ def bench_generate(compare: Compare, named: tuple[str, Any], batch: int, tmp_pat
     if name == "gpt2":
         runs.update(ctranslate2(model, ids, tmp_path))
     if batch == 1:
-        bytes_ = generators["fp32"].memory()
-        words = torch.ones(bytes_ // 8, dtype=torch.int64)
+        table = model.get_input_embeddings().weight
+        looked_up = table is not model.get_output_embeddings().weight
+        read = generators["fp32"].memory() - (table.nbytes if looked_up else 0)
+        words = torch.ones(read // 8, dtype=torch.int64)
         runs["read"] = lambda: [words.sum() for _ in range(NEW)]
     row = compare(f"generate {name} B{batch}, {NEW} new tokens", ours, runs, rounds=ROUNDS)
     row["tokens_per_s"] = {
@@ -160,6 +164,43 @@ def bench_first_token_of_512(compare: Compare, named: tuple[str, Any]) -> None:
         for key, value in row.items()
         if key.endswith("_ms")
     }
+
+
+@pytest.mark.parametrize("cell", ["elman", "lstm", "gru"])
+def bench_recurrent_model(compare: Compare, cell: str) -> None:
+    """The reference recurrent model, 8.3 M parameters for "elman", beside its own modules."""
+    torch.manual_seed(0)
+    model = lmfast.models.RecurrentLanguageModel(32011, 128, 2, 0, cell=cell).eval()
+    ids = prompts(1)
+    generators = {kind: lmfast.Generator(model, weights=kind) for kind in ("fp32", *NARROW)}
+    generators["modules"] = lmfast.Generator(model)
+    generators["modules"].runner = ModuleRunner(model)
+    runs: dict[str, Callable[[], Any]] = {
+        name: lambda g=g: g.generate(ids, max_new_tokens=NEW, eos_token_id=None)
+        for name, g in generators.items()
+    }
+    ours = runs.pop("fp32")
+    row = compare(f"recurrent {cell} B1, {NEW} new tokens", ours, runs, rounds=15)
+    row["tokens_per_s"] = {
+        key.removesuffix("_ms"): round(NEW / value * 1e3)
+        for key, value in row.items()
+        if key.endswith("_ms")
+    }
+
+
+@pytest.mark.parametrize("top", [{"top_k": 50}, {"top_k": 0, "top_p": 0.9}], ids=str)
+def bench_drawing(compare: Compare, top: dict[str, Any]) -> None:
+    """What drawing adds to a token of GPT-2 in int8: `greedy` goes step by step, too."""
+    generator = lmfast.Generator(make("gpt2"), weights="int8")
+    ids = prompts(1)
+    options: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": None}
+    greedy = {**options, "suppress_tokens": [0]}  # not by the run
+    compare(
+        f"gpt2 int8 B1, {NEW} drawn tokens {next(reversed(top))}",
+        lambda: generator.generate(ids, do_sample=True, **top, **options),
+        {"greedy": lambda: generator.generate(ids, **greedy)},
+        rounds=11,
+    )
 
 
 @pytest.mark.parametrize("context", [1024, 4096])

@@ -276,6 +276,8 @@ def test_what_cannot_be_packed_says_why() -> None:
     dynamic = model_of({"rope_scaling": scaling})
     with pytest.raises(CannotPack, match=r"scaled by the length of the text"):
         make_engine(dynamic)
+    generator = Generator(dynamic)
+    assert "the model's own modules: its rotation is scaled by the length" in generator.explain()
     with pytest.raises(CannotPack, match=r"Linear is not a decoder the engine knows"):
         make_engine(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"weights must be one of fp32, bf16, int8, int4"):

@@ -51,8 +51,9 @@ def _state(model: Any) -> tuple[Any, ...] | None:
     """Everything a packed model depends on; None for models that are not packed."""
     if not isinstance(model, nn.Module):
         return None
+    make_plan: Callable[[Any], Any] = recurrent_plan if is_recurrent(model) else plan_of
     try:
-        plan: Any = recurrent_plan(model) if is_recurrent(model) else plan_of(model)
+        plan = make_plan(model)
     except CannotPack:
         return None
     tensors = [*model.parameters(), *model.buffers()]

@@ -46,7 +46,7 @@ class CellRunner:
         group: numbers of a row of integers that share a scale; None: all.
     """
 
-    max_positions = None
+    max_positions: int | None = None
 
     def __init__(
         self, make_plan: Callable[[], CellPlan], weights: str, group: int | None = None

@@ -81,7 +81,8 @@ def recurrent_plan(model: RecurrentLanguageModel) -> CellPlan:
             for unit in rnn.units()
         ]
     elif type(rnn) is MinStack:
-        layers = [CellLayer(_gates(m.linear.weight, m.linear.bias)) for m in rnn.layers]
+        minimal: list[Any] = [m.linear for m in rnn.layers]
+        layers = [CellLayer(_gates(m.weight, m.bias)) for m in minimal]
     elif type(rnn) is GatedStack:
         if model.training and rnn.layers.dropout:
             raise CannotPack("the model is in training mode and has dropout; call eval()")
