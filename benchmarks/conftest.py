@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture
-def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
     """Measures ``ours`` against ``peers`` and keeps a row for the table at the end.
 
     Args of the function:
@@ -51,6 +51,8 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
         moved: bytes read and written by the work at least; gives GB/s and, beside a measured
             copy of as many bytes, the share of that ceiling.
         rounds: how many times each is run.
+
+    It returns the row, to which more may be added; an empty one where nothing is timed.
     """
 
     def run(
@@ -59,7 +61,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
         peers: dict[str, Callable[[], Any]],
         moved: int | None = None,
         rounds: int = 21,
-    ) -> None:
+    ) -> dict[str, Any]:
         peers = dict(peers)
         if moved is not None:
             source = torch.empty(max(1, moved // 2), dtype=torch.uint8)
@@ -78,7 +80,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
         benchmark.group = name
         benchmark.pedantic(ours, setup=run_peers, rounds=rounds)
         if benchmark.stats is None:  # --benchmark-disable: everything ran once, nothing is timed
-            return
+            return {}
         median = benchmark.stats.stats.median
         row: dict[str, Any] = {"name": name, "lmfast_ms": median * 1e3}
         for peer, values in times.items():
@@ -87,6 +89,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
             row["GB_per_s"] = moved / median / 1e9
         benchmark.extra_info.update(row)
         ROWS.append(row)
+        return row
 
     return run
 
