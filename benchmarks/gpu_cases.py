@@ -257,6 +257,20 @@ def cache_cases() -> Iterator[Case]:
         tables = lmfast.ops.rope_tables(8192, 128, device="cuda")
         return q, k, k.clone(), keys, keys.clone(), slots, *tables
 
+    def step_operands(batch: int, keys: int) -> tuple[Any, ...]:
+        new = operand(batch, 32, 1, 128), operand(batch, 8, 1, 128), operand(batch, 8, 1, 128)
+        stored = operand(batch, 8, keys, 128), operand(batch, 8, keys, 128)
+        lengths = torch.full((batch,), keys, device="cuda")
+        return *new, *stored, lengths, *lmfast.ops.rope_tables(keys, 128, device="cuda")
+
+    for batch, keys in ((1, 512), (1, 8192), (32, 8192)):
+        yield Case(
+            f"decode_attention {batch}x32/8x{keys}x128",
+            lambda b=batch, s=keys: step_operands(b, s),
+            our_variants("decode_attention", lmfast.ops.decode_attention),
+            moved=2 * batch * 8 * keys * 128 * 2,
+            call_time=batch == 1,
+        )
     for batch in (1, 256):
         yield Case(
             f"rope_append {batch}x32/8x1x128",

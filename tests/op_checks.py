@@ -13,7 +13,7 @@ from lmfast._dispatch import Op, ops
 from lmfast.testing import Sample, assert_within_error_rule, relative_error
 
 # Ops whose results are weighted sums over as many terms as there are keys.
-SUMS = ("attention", "cached_attention")
+SUMS = ("attention", "cached_attention", "decode_attention")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

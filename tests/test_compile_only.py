@@ -33,6 +33,9 @@ HOT = {
     "_additive_grad_kernel",
     "_linear_recurrence_fwd_kernel",
     "_linear_recurrence_bwd_kernel",
+    "_linear_kernel",
+    "_quantised_vector_kernel",
+    "_quantised_matrix_kernel",
 }
 # A saved predicate or address, outside the loops; arrays that spill take hundreds of bytes.
 STACK_LIMIT = 16

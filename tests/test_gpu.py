@@ -142,9 +142,10 @@ def test_attention_decodes_on_a_long_cache(keys: int) -> None:
     check_values(op, Sample("", (q, *cache.unbind()), {"lengths": lengths}), "triton")
 
 
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("keys", [640, 40000])
 @pytest.mark.parametrize("group", [1, 4])
-def test_cached_attention_on_a_long_paged_cache(keys: int, group: int) -> None:
+def test_cached_attention_on_a_long_paged_cache(keys: int, group: int, backend: str) -> None:
     op = _dispatch.ops()["cached_attention"]
     q = normal(3, 2 * group, 1, 128)
     stored = torch.randint(-127, 128, (2, 4, 2, keys, 128), device="cuda").to(torch.int8)
@@ -152,10 +153,46 @@ def test_cached_attention_on_a_long_paged_cache(keys: int, group: int) -> None:
     table = torch.randint(4, (3, -(-keys // 64)), device="cuda").int()
     lengths = torch.tensor([keys, 70, 0], device="cuda")
     options = {"key_scales": scales[0], "value_scales": scales[1], "table": table}
-    check_values(op, Sample("", (q, *stored.unbind(), lengths), options), "triton")
+    check_values(op, Sample("", (q, *stored.unbind(), lengths), options), backend)
     plain = normal(2, 3, 2, keys, 128)
     plain[:, 1, :, 70:] = torch.nan
-    check_values(op, Sample("", (q, *plain.unbind(), lengths)), "triton")
+    check_values(op, Sample("", (q, *plain.unbind(), lengths)), backend)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_decode_attention_in_a_graph_that_is_replayed(backend: str) -> None:
+    """One captured step serves every length: new tokens and lengths are copied in."""
+    new = [normal(2, heads, 40, 64) for heads in (4, 2, 2)]
+    tables = lmfast.ops.rope_tables(64, 64, device="cuda")
+
+    def storage() -> tuple[torch.Tensor, ...]:
+        return torch.zeros(2, 2, 2, 64, 64, device="cuda", dtype=new[0].dtype).unbind()
+
+    static, lengths = [t[:, :, :1].clone() for t in new], torch.tensor([1, 9], device="cuda")
+    keys, values = storage()
+
+    def step() -> torch.Tensor:
+        return lmfast.ops.decode_attention(
+            *(*static, keys, values, lengths, *tables), backend=backend
+        )
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    expected_storage = storage()
+    for t in range(40):
+        for s, n in zip(static, new, strict=True):
+            s.copy_(n[:, :, t : t + 1])
+        graph.replay()
+        expected = lmfast.ops.decode_attention(
+            *(*(n[:, :, t : t + 1] for n in new), *expected_storage, lengths, *tables),
+            backend=backend,
+        )
+        assert torch.equal(out, expected)
+        lengths += 1
+    assert torch.equal(keys, expected_storage[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -280,6 +317,7 @@ def test_operators_pass_opcheck(op: Op, backend: str) -> None:
         "geglu": ("geglu", "geglu_backward"),
         "attention": ("attention", "attention_backward"),
         "cached_attention": ("cached_attention",),
+        "decode_attention": ("decode_attention",) if backend == "cuda" else (),
         "rope_append": ("rope_append",),
         "additive_attention": ("additive_attention", "additive_attention_backward"),
         "linear_recurrence": ("linear_recurrence", "linear_recurrence_backward"),
@@ -298,6 +336,8 @@ def test_operators_pass_opcheck(op: Op, backend: str) -> None:
     slots = torch.tensor([0, 1, 2, 5, 7, 9], device="cuda")
     arguments = {
         "cached_attention": (q, keys, keys, starts, *(None,) * 8),
+        "decode_attention": (q[:, :, :1], *q[:, :1, :1].expand(2, 2, 1, 1, 64).unbind(), keys)
+        + (keys.clone(), None, None, starts, None, cos, sin, True, *(None,) * 5),
         "rope_append": (q, q[:, :1], q[:, :1], keys, keys.clone(), None, None, slots, None)
         + (cos, sin, starts, 0, True),
         "cross_entropy": (x.view(6, 64), ids, None, *loss, True),

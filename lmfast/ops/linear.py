@@ -58,8 +58,9 @@ def linear(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        cpu (C++; float32 from 256 rows on, on processors with AMX), torch. Gradients on
-        both; gradients of gradients through PyTorch.
+        cpu (C++; float32 from 256 rows on, on processors with AMX), torch, and triton when asked
+        for: on a GPU cuBLAS's product is taken. Gradients on all; gradients of gradients through
+        PyTorch.
 
     Source:
         Splitting floats into bf16 parts: Henry, Tang and Heinecke 2019, arXiv:1904.06376.
@@ -126,6 +127,12 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, parts: int
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
+# For kernels other than the CPU's, which has one for its own form of the product.
+define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, bool relu, Tensor? a, Tensor? b, float scale) "
+    "-> Tensor",
+    lambda x, weight, *rest: x.new_empty((x.shape[0], weight.shape[0])),
+)
 _product = define(
     "linear_amx(Tensor x, Tensor weight, Tensor? bias, bool relu, int parts) -> Tensor",
     _fake,
@@ -229,6 +236,28 @@ def _cpu_isa() -> str | None:
 _cpu_isa._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def library_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rounded: bool,
+    wanted: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """The gradients by PyTorch's products."""
+    rows, flat = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    dx = (rows @ weight).view(x.shape) if wanted[0] else None
+    dweight = rows.t() @ flat if wanted[1] else None
+    dbias = rows.sum(0) if bias is not None and wanted[2] else None
+    return [dx, dweight, dbias]
+
+
+def _prefer(x: Tensor, *rest: Any) -> tuple[str, str] | None:
+    if x.is_cuda:
+        return "torch", "cuBLAS's product is faster"
+    return None
+
+
 def _is_faster(rows: int, weight: Sequence[int]) -> bool:
     return rows >= _FEWEST_ROWS and min(weight) >= _LEAST_WIDTH
 
@@ -258,6 +287,7 @@ OP = register_op(
         check=_check,
         sample_inputs=_samples,
         differentiable=("x", "weight", "bias"),
+        prefer=_prefer,
     )
 )
 

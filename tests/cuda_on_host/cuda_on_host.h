@@ -42,9 +42,11 @@ class Barrier {
   pthread_barrier_t barrier_;
 };
 
+constexpr int kMostValues = 64;  // that a warp exchanges at once
+
 struct Warp {
   Barrier barrier{32};
-  float value[32];
+  float value[32][kMostValues];
 };
 
 struct Block {
@@ -67,12 +69,29 @@ inline void __syncthreads() { cuda_on_host::block->barrier.wait(); }
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
   cuda_on_host::Warp& warp = *cuda_on_host::block->warps[cuda_on_host::thread / 32];
   const unsigned lane = cuda_on_host::thread % 32;
-  warp.value[lane] = value;
+  warp.value[lane][0] = value;
   warp.barrier.wait();
-  const float other = warp.value[lane ^ static_cast<unsigned>(mask)];
+  const float other = warp.value[lane ^ static_cast<unsigned>(mask)][0];
   warp.barrier.wait();
   return other;
 }
+
+#define LMFAST_CUDA_ON_HOST
+namespace lmfast::gpu {
+
+// One exchange for all values: the barriers are what takes the time here.
+template <int K>
+void from_lane_across(const float (&mine)[K], int mask, float (&other)[K]) {
+  static_assert(K <= cuda_on_host::kMostValues);
+  cuda_on_host::Warp& warp = *cuda_on_host::block->warps[cuda_on_host::thread / 32];
+  const unsigned lane = cuda_on_host::thread % 32;
+  for (int k = 0; k < K; ++k) warp.value[lane][k] = mine[k];
+  warp.barrier.wait();
+  for (int k = 0; k < K; ++k) other[k] = warp.value[lane ^ static_cast<unsigned>(mask)][k];
+  warp.barrier.wait();
+}
+
+}  // namespace lmfast::gpu
 
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 

@@ -17,6 +17,7 @@ using f16 = __half;
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(f16 x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(int8_t x) { return static_cast<float>(x); }
 
 template <typename T>
 __device__ __forceinline__ T from_float(float x);
@@ -62,6 +63,27 @@ __device__ __forceinline__ int64_t row_offset(const RowLayout& layout, int opera
     row /= layout.size[d];
   }
   return layout.ndim > 0 ? offset + row * layout.stride[operand][0] : offset;
+}
+
+#ifndef LMFAST_CUDA_ON_HOST
+// What the thread whose lane differs by `mask` holds of each value. All of the warp must call it.
+template <int K>
+__device__ __forceinline__ void from_lane_across(const float (&mine)[K], int mask,
+                                                 float (&other)[K]) {
+#pragma unroll
+  for (int k = 0; k < K; ++k) other[k] = __shfl_xor_sync(0xffffffffu, mine[k], mask);
+}
+#endif
+
+// Sums over groups of `lanes` neighbouring threads, in every one of them; a power of two, up to 32.
+template <int K>
+__device__ __forceinline__ void sum_over_lanes(float (&value)[K], int lanes) {
+  for (int step = lanes / 2; step > 0; step /= 2) {
+    float other[K];
+    from_lane_across(value, step, other);
+#pragma unroll
+    for (int k = 0; k < K; ++k) value[k] += other[k];
+  }
 }
 
 // The sum over the threads of a row, in every one of them: threadIdx.x counts them. Up to a warp,
