@@ -1,10 +1,9 @@
 // lmfast::cached_attention and decode_attention on the GPU: checks, launches, registration.
-#include "kernels/cached_attention.cuh"
-
 #include <algorithm>
 #include <cmath>
 #include <optional>
 
+#include "kernels/cached_attention.cuh"
 #include "launch.h"
 
 namespace lmfast::gpu {
@@ -187,8 +186,8 @@ void run(Call& call, const Tensor& q, const Tensor& keys) {
 Tensor cached_attention(const Tensor& q, const Tensor& keys, const Tensor& values,
                         const Tensor& lengths, const Optional& table, const Optional& key_scales,
                         const Optional& value_scales, std::optional<int64_t> window,
-                        std::optional<double> softcap, const Optional& sinks,
-                        const Optional& alibi, std::optional<double> scale) {
+                        std::optional<double> softcap, const Optional& sinks, const Optional& alibi,
+                        std::optional<double> scale) {
   Tensor out = empty_like(q);
   Call call = describe(q, keys, values, lengths, table, key_scales, value_scales, window, softcap,
                        sinks, alibi, scale, out);
@@ -211,8 +210,8 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, Tenso
                         std::optional<Tensor> value_scales, const Tensor& lengths,
                         const Optional& table, const Optional& cos, const Optional& sin,
                         bool interleaved, std::optional<int64_t> window,
-                        std::optional<double> softcap, const Optional& sinks,
-                        const Optional& alibi, std::optional<double> scale) {
+                        std::optional<double> softcap, const Optional& sinks, const Optional& alibi,
+                        std::optional<double> scale) {
   Tensor out = empty_like(q);
   Call call = describe(q, keys, values, lengths, table, key_scales, value_scales, window, softcap,
                        sinks, alibi, scale, out);

@@ -161,7 +161,7 @@ class _Layer(torch.autograd.Function):
             )
             grads = differentiate(layer, inputs, (dy, dh_n, dc_n))
             return *grads, *_NO_GRADS
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(y.device.type, enabled=False):
             dgates, carry = backward_op(
                 _contiguous(dy),
                 _contiguous(dh_n),

@@ -189,7 +189,12 @@ def fp32_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     For operators whose backward is made of whole products: `linear` without its checks and its
     choice of backend.
     """
-    if a.dtype == torch.float32 and _cpu_isa() == "amx" and _is_faster(a.shape[0], b.shape):
+    if (
+        a.is_cpu
+        and a.dtype == torch.float32
+        and _cpu_isa() == "amx"
+        and _is_faster(a.shape[0], b.shape)
+    ):
         bias = None if bias is None else bias.contiguous()
         return _product(_matrix(a), _matrix(b), bias, False, _parts(bf16_products_allowed()))
     return torch.mm(a, b.t()) if bias is None else torch.addmm(bias, a, b.t())

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from lmfast._measured import device_kind
 
 Config = dict[str, Any]
 
@@ -63,11 +65,6 @@ def size_class(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def device_kind(device: torch.device) -> str:
-    """The name of a GPU, as a file name."""
-    return re.sub(r"\W+", "-", torch.cuda.get_device_name(device)).strip("-")
-
-
 def seconds(run: Callable[[], object]) -> float:
     """Median time of a call on the GPU."""
     run()  # compiles
@@ -111,4 +108,5 @@ def write(kind: str, known: dict[str, int]) -> None:
         part.write_text(json.dumps({**read(kind), **known}, indent=0, sort_keys=True))
         part.replace(path)
     except OSError:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()

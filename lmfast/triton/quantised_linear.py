@@ -20,7 +20,7 @@ from torch import Tensor
 from lmfast.triton._launch import INTERPRETED, on_device
 from lmfast.triton._tuning import pick, size_class
 
-# The first is the default.
+# The first is the default; of the matrix kernel's, it is what fp32 takes.
 VECTOR_CONFIGS = (
     {"BLOCK_N": 8, "BLOCK_K": 512, "num_warps": 4, "num_stages": 3},
     {"BLOCK_N": 4, "BLOCK_K": 1024, "num_warps": 4, "num_stages": 3},
@@ -164,6 +164,8 @@ def quantised_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | No
 
     name = "quantised_vector" if vector else "quantised_matrix"
     configs = VECTOR_CONFIGS if vector else MATRIX_CONFIGS
+    if not vector and x.dtype == torch.float32:
+        configs = configs[:1]
     key = (x.dtype, size_class(rows), width, columns, group)
     with on_device(x):
         launch(pick(name, key, configs, x.device, launch))

@@ -36,7 +36,8 @@ def _score_key(score):
 @triton.jit
 def _distance_key(weight, total, entropy):
     """Greatest where the surprise of a token is nearest to the entropy."""
-    distance = tl.abs(-tl.log(weight / total) - entropy)
+    share = tl.where(weight > 0, weight / total, 1.0)
+    distance = tl.abs(-tl.log(share) - entropy)
     bits = distance.to(tl.int64, bitcast=True)
     return tl.where(weight > 0, 0x7FFFFFFFFFFFFFFF - bits, 0)
 
@@ -63,7 +64,7 @@ def _threshold(
     prefix = tl.zeros([], tl.int64)
     above = tl.zeros([], tl.float64)
     for step in range(passes):
-        shift = ((passes - 1 - step) * _DIGIT).to(tl.int64)
+        shift = tl.full([], 0, tl.int64) + (passes - 1 - step) * _DIGIT
         sums = tl.zeros([_BINS, BLOCK], tl.float64)
         for begin in range(0, count, BLOCK):
             i = begin + tl.arange(0, BLOCK)
@@ -167,8 +168,7 @@ def _sample_kernel(
 
     # top-k by score; what it leaves goes to the front, in the order of ids.
     cut = (top_k > 0) & (top_k < size)
-    whole = (top_k <= 0) | (top_k >= size)
-    threshold, above = tl.zeros([], tl.int64), tl.zeros([], tl.float64)
+    threshold, above = tl.full([], -1, tl.int64), tl.zeros([], tl.float64)
     if cut:
         threshold, above = _threshold(
             scores, kept_weights, size, top_k, 1.0, 0.0, BITS=32, MASS=False, BLOCK=BLOCK
@@ -182,7 +182,7 @@ def _sample_kernel(
         key = _score_key(score)
         tie = there & (key == threshold)
         before = equal + tl.cumsum(tl.where(tie, 1.0, 0.0).to(tl.float64), axis=0)
-        keep = there & (whole | (key > threshold) | (tie & (before <= room)))
+        keep = there & ((key > threshold) | (tie & (before <= room)))
         equal += tl.sum(tl.where(tie, 1.0, 0.0).to(tl.float64), axis=0)
         # What has no weight is not needed any more, and no filter counts it.
         weight = tl.exp((score - top).to(tl.float64) / temperature)

@@ -148,8 +148,8 @@ void check(const Case& c) {
     p.parts = parts.data();
     p.sums = sums.data();
   }
-  launch(cached_attention_kernel<T, S, N, P, M>,
-         {unsigned(batch * c.kv_heads), unsigned(c.splits)}, {kCacheThreads}, p);
+  launch(cached_attention_kernel<T, S, N, P, M>, {unsigned(batch * c.kv_heads), unsigned(c.splits)},
+         {kCacheThreads}, p);
   if (c.splits > 1) launch(cached_attention_join_kernel<T>, {unsigned(rows)}, {32}, p);
 
   // What was stored, then attention over what is stored.
@@ -196,8 +196,8 @@ void check(const Case& c) {
           const size_t at = st.at(b, h / group, j);
           double s = 0.0;
           for (int d = 0; d < dim; ++d) {
-            const double query = to_float(from_float<T>(
-                float(rotated_exactly(&q[row], d, p.append, position))));
+            const double query =
+                to_float(from_float<T>(float(rotated_exactly(&q[row], d, p.append, position))));
             s += query * to_float(st.keys[at * st.stride + d]);
           }
           s *= p.scale * scale_of(st.key_scales, at);
@@ -267,7 +267,7 @@ void check_all(bool quick) {
   check<float, int8_t, 8, 1, 1>({2, 2, 1, 16, 130, {129}, 2, 0, true, false, false, true});
   check<bf16, bf16, 8, 1, 1>({1, 1, 1, 128, 60, {60, 7}, 1, 5, false, false, false, false});
   check<f16, f16, 1, 8, 4>({4, 1, 1, 33, 40, {40, 3}, 1, 0, false, true, false, true});
-  check<bf16, int8_t, 1, 8, 4>({2, 2, 3, 7, 80, {66, 2}, 2, 0, true, true, false, false});
+  check<bf16, int8_t, 1, 8, 4>({2, 2, 3, 7, 80, {66, 2}, 2, 7, true, true, false, false});
 }
 
 }  // namespace

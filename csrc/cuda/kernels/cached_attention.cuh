@@ -33,8 +33,8 @@ template <int M, int E>
 struct CacheState {
   float q[M][E];
   float acc[M][E];
-  float top[M];    // in base 2; -inf: no key yet
-  float total[M];  // sum of 2^(score - top)
+  float top[M];     // in base 2; -inf: no key yet
+  float total[M];   // sum of 2^(score - top)
   int position[M];  // of the row's token; below every key for a row that is not there
   float slope[M];
 };
@@ -228,10 +228,9 @@ __global__ void __launch_bounds__(kCacheThreads, 2)
       const int d = (e / N * p.lanes + lane) * N + e % N;
       state.acc[m][e] = 0.0f;
       // Rounded to T, as the operator that rotates by itself leaves it.
-      state.q[m][e] =
-          there && d < p.head_dim
-              ? to_float(from_float<T>(rotated(q, d, p.append, state.position[m])))
-              : 0.0f;
+      state.q[m][e] = there && d < p.head_dim
+                          ? to_float(from_float<T>(rotated(q, d, p.append, state.position[m])))
+                          : 0.0f;
     }
   }
 
@@ -269,14 +268,13 @@ __global__ void __launch_bounds__(kCacheThreads, 2)
       }
       key_scale[u] = value_scale[u] = 1.0f;
       if (sizeof(S) == 1 && !hidden[u]) {
-        key_scale[u] = p.key_scales[r * p.key_scale_stride[0] + kv_head * p.key_scale_stride[1] +
-                                    column];
+        key_scale[u] =
+            p.key_scales[r * p.key_scale_stride[0] + kv_head * p.key_scale_stride[1] + column];
         value_scale[u] = p.value_scales[r * p.value_scale_stride[0] +
                                         kv_head * p.value_scale_stride[1] + column];
       }
     }
-    attend<S, N, P, M, kCacheKeysAtOnce>(p, state, k, v, key, hidden, lost, key_scale,
-                                         value_scale);
+    attend<S, N, P, M, kCacheKeysAtOnce>(p, state, k, v, key, hidden, lost, key_scale, value_scale);
   }
 
   if (appending && part == p.splits - 1) {
