@@ -1,6 +1,7 @@
 """The operators on one NVIDIA GPU: bytes or operations per second beside their peers.
 
     python -m benchmarks.gpu [--out benchmarks/results/gpu.json] [--filter rope] [--seconds 540]
+                             [--choose]
 
 Every number is the median time of one call inside a CUDA graph that walks through copies of the
 operands, three times the L2 cache together, so that no operand is found there. The variants of a
@@ -9,6 +10,9 @@ bytes written, or of a large bf16 product, both measured in the same process. By
 are the fewest the operator can do with. ``call`` is the time the host needs per eager call, without
 a graph: what counts in decoding. Peers: eager PyTorch, torch.compile, SDPA's backends, cuDNN's
 recurrent layers, and Liger and flash-attn where they are installed.
+
+``--choose`` keeps what was measured in ``lmfast/ops/gpu_choices.json``: from then on the automatic
+choice on this kind of GPU takes, for calls of the measured classes, the backend that was fastest.
 """
 
 from __future__ import annotations
@@ -24,8 +28,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_cases import CASES, GPU_BACKENDS, Case, run_once
-from lmfast._dispatch import ops
+from benchmarks.gpu_case import GPU_BACKENDS, Case, run_once
+from benchmarks.gpu_cases import CASES
+from lmfast import _measured
+from lmfast._dispatch import BACKENDS, ops
 
 ROUNDS = 15
 
@@ -137,6 +143,30 @@ def measure(case: Case, copy: float, matmul: float, l2: int) -> dict[str, Any]:
     return row
 
 
+def class_of(case: Case, backend: str) -> tuple[str, str] | None:
+    """(op, class of its arguments) that a case's variant by one of our backends asks about."""
+    _measured.asked = []
+    try:
+        run_once(case, lambda *operands: case.variants[backend](*operands), case.make())
+        return _measured.asked[0] if _measured.asked else None
+    finally:
+        _measured.asked = None
+
+
+def keep_choice(table: _measured.Table, device: str, case: Case, row: dict[str, Any]) -> None:
+    """Enters a measured row: the times of our backends, for the class of the case's calls."""
+    times = {
+        name: round(found["us"], 2)
+        for name, found in row["variants"].items()
+        if name in BACKENDS and "us" in found
+    }
+    if len(times) < 2:
+        return  # nothing to choose
+    asked = class_of(case, next(iter(times)))
+    if asked is not None:
+        table.setdefault(device, {})[asked[1]] = times
+
+
 def plot(report: dict[str, Any], path: Path) -> None:
     """One line per case: every variant's share of the ceiling, ours filled."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -200,6 +230,9 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=540, help="start no case after this time (default 540)"
     )
+    parser.add_argument(
+        "--choose", action="store_true", help="let the automatic choice follow the measurements"
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no GPU that torch can use")
@@ -218,6 +251,7 @@ def main() -> None:
         f"{properties.name}, torch {torch.__version__}, copy {copy / 1e9:.0f} GB/s, "
         f"bf16 product {matmul / 1e12:.0f} TFLOP/s"
     )
+    table, kind = _measured.table(), _measured.device_kind(torch.device("cuda", 0))
     started = time.perf_counter()
     for cases in CASES:
         for case in cases():
@@ -229,6 +263,9 @@ def main() -> None:
             row = measure(case, copy, matmul, properties.L2_cache_size)
             show(row)
             report["rows"].append(row)
+            if options.choose:
+                keep_choice(table, kind, case, row)
+                _measured.PATH.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(report, indent=1) + "\n")
             torch._dynamo.reset()

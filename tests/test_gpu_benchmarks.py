@@ -12,8 +12,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from benchmarks import gpu, gpu_cases
-from benchmarks.gpu_cases import CASES, Case, run_once
+from benchmarks import gpu, gpu_case
+from benchmarks.gpu_case import Case, run_once
+from benchmarks.gpu_cases import CASES
 
 # They exist on a GPU only, have no function for shapes alone, or start the compiler.
 LEFT_OUT = ("compile", "F.linear_cross_entropy", "cudnn", "flash", "efficient")
@@ -36,7 +37,7 @@ def test_every_case_runs(
     cases: Callable[[], Iterator[Case]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Arguments, shapes and gradients fit, by the reference and eager PyTorch."""
-    monkeypatch.setattr(gpu_cases, "GPU_BACKENDS", ("torch",))
+    monkeypatch.setattr(gpu_case, "GPU_BACKENDS", ("torch",))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # no look at values
     with FakeTensorMode(allow_non_fake_inputs=True), OnCpu():
         names = []

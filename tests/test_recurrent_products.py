@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 import lmfast
+from lmfast.ops import _linear_cpu as products
 from lmfast.testing import assert_within_error_rule
 
-linear = sys.modules["lmfast.ops.linear"]  # lmfast.ops.linear is the function
 EVERY_LAYER = pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU", "TextbookGRU"])
 
 
@@ -49,8 +47,8 @@ def test_all_large_products_go_to_the_kernel_where_there_is_one(
             shapes.append((*a.shape, b.shape[0]))
             return torch.mm(a, b.t()) if bias is None else torch.addmm(bias, a, b.t())
 
-        monkeypatch.setattr(linear, "_cpu_isa", lambda: "amx")
-        monkeypatch.setattr(linear, "_product", product)
+        monkeypatch.setattr(products, "_cpu_isa", lambda: "amx")
+        monkeypatch.setattr(products, "_product", product)
         found = results(layer, x)
     finally:
         if lowered:
@@ -112,7 +110,7 @@ def test_plain_products(
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            found.append([linear._plain_product(a, b, given, chunk) for given in (bias, None)])
+            found.append([products._plain_product(a, b, given, chunk) for given in (bias, None)])
     finally:
         torch.set_num_threads(threads)
     exact = [a.double() @ b.t().double() + bias, a.double() @ b.t().double()]
@@ -126,12 +124,12 @@ def test_plain_products(
             walk = (depth * n) ** 0.5 + depth / n**0.5
             torch.testing.assert_close(f.double(), e, rtol=0, atol=6e-8 * (2 + 5 * walk))
     # A row does not depend on the others.
-    assert torch.equal(linear._plain_product(a[:1].contiguous(), b, None, chunk), found[0][1][:1])
+    assert torch.equal(products._plain_product(a[:1].contiguous(), b, None, chunk), found[0][1][:1])
 
 
 def test_opcheck_of_plain_products(needs_cpu_kernels: None) -> None:
     torch.library.opcheck(
-        linear._plain_product, (torch.randn(3, 4), torch.randn(5, 4), torch.randn(5), 128)
+        products._plain_product, (torch.randn(3, 4), torch.randn(5, 4), torch.randn(5), 128)
     )
     with pytest.raises(RuntimeError, match="a and b must have rows of one length"):
-        linear._plain_product(torch.randn(3, 4), torch.randn(5, 3), None, 128)
+        products._plain_product(torch.randn(3, 4), torch.randn(5, 3), None, 128)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import define, needs_grad, unsupported_by_cpu_kernels
+from lmfast.ops._linear_cpu import fp32_product
 from lmfast.ops._recurrent_bf16 import bf16_layer, runs_in_bf16
 from lmfast.ops._recurrent_products import GATE_GRADIENTS, KEPT_GATES, gradients_of_products
 from lmfast.ops._recurrent_reference import CELLS, reference_layer
 from lmfast.ops._recurrent_step import MAX_ROWS, step_op
-from lmfast.ops.linear import fp32_product
 
 
 def forward_fake(
@@ -161,7 +161,7 @@ class _Layer(torch.autograd.Function):
             )
             grads = differentiate(layer, inputs, (dy, dh_n, dc_n))
             return *grads, *_NO_GRADS
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(y.device.type, enabled=False):
             dgates, carry = backward_op(
                 _contiguous(dy),
                 _contiguous(dh_n),

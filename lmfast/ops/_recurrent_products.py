@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfast.ops.linear import fp32_product
+from lmfast.ops._linear_cpu import fp32_product
 
 # Vectors of H per row: what the forward keeps besides y, and the gradients of the gates.
 KEPT_GATES = {"tanh": 0, "relu": 0, "lstm": 4, "gru": 4, "gru_textbook": 3}

@@ -56,7 +56,8 @@ def gru(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        cpu (C++, not float64), cuda (cuDNN), torch. Gradients on all; gradients of gradients
+        cpu (C++, not float64), cuda (C++: one kernel for all steps, weights on the chip, where
+        they fit), torch (on a GPU cuDNN's layers). Gradients on all; gradients of gradients
         through PyTorch.
         With AMX, large products over all steps are those of `lmfast.ops.linear`: in fp32's
         accuracy, infinite inputs give NaN.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,22 +19,10 @@ from lmfast._dispatch import (
     select,
 )
 from lmfast.ops._autograd import apply, differentiate, recording_backward
-from lmfast.ops._library import (
-    check_same_device,
-    check_tensor,
-    define,
-    needs_grad,
-    unsupported_by_cpu_kernels,
-)
+from lmfast.ops._library import check_same_device, check_tensor, define, needs_grad
+from lmfast.ops._linear_cpu import backward, few_rows, forward, linear_of_few_rows, unsupported
 from lmfast.ops._linear_cross_entropy_arguments import bf16_products_allowed
 from lmfast.testing import Sample
-
-# Many rows are those from which AMX wins over PyTorch's product, few those up to which reading the
-# weights takes most of the time; both measured. A tiny matrix is read faster than an operator is
-# called.
-_MANY_ROWS, _LEAST_WIDTH = 256, 64
-_FEW_ROWS = {torch.float32: 32, torch.float16: 32, torch.bfloat16: 8}
-_LEAST_WEIGHT = 1 << 14
 
 
 def linear(
@@ -70,8 +58,8 @@ def linear(
 
     Backends:
         cpu (C++; few rows, as when a model generates: up to 32, in bfloat16 up to 8; float32 from
-        256 rows on, on processors with AMX), torch. Gradients on both; gradients of gradients
-        through PyTorch.
+        256 rows on, on processors with AMX), torch, and triton when asked for: on a GPU cuBLAS's
+        product is taken. Gradients on all; gradients of gradients through PyTorch.
 
     Source:
         Splitting floats into bf16 parts: Henry, Tang and Heinecke 2019, arXiv:1904.06376.
@@ -173,34 +161,12 @@ def _samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("32 rows", (normal(32, 2, 270)[:, 0], wide(77, 300)[:, :270]))
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, parts: int) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]))
-
-
-_product = define(
-    "linear_amx(Tensor x, Tensor weight, Tensor? bias, bool relu, int parts) -> Tensor",
-    _fake,
+# For kernels other than the CPU's, which has one for its own form of the product.
+define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, bool relu, Tensor? a, Tensor? b, float scale) "
+    "-> Tensor",
+    lambda x, weight, *rest: x.new_empty((x.shape[0], weight.shape[0])),
 )
-
-_plain_product = define(
-    "product_f32(Tensor a, Tensor b, Tensor? bias, int chunk) -> Tensor",
-    lambda a, b, bias, chunk: a.new_empty((a.shape[0], b.shape[0])),
-)
-
-
-def _few_fake(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]))
-
-
-_few_rows = define(
-    "linear_few_rows(Tensor x, Tensor weight, Tensor? bias, bool relu) -> Tensor",
-    _few_fake,
-)
-
-
-def _matrix(t: Tensor) -> Tensor:
-    """``t`` if its rows or its columns are contiguous, else a copy."""
-    return t if t.stride(-1) == 1 or t.stride(0) == 1 else t.contiguous()
 
 
 class _Linear(torch.autograd.Function):
@@ -238,72 +204,7 @@ class _Linear(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def _parts(rounded: bool) -> int:
-    return 1 if rounded else 3
-
-
-# Longest chain of additions: at a depth of 512 one chain has 1.5 times the error of PyTorch's sum.
-_CHUNK = 128
-
-
-def fp32_product(a: Tensor, b: Tensor, bias: Tensor | None = None, chunk: int = _CHUNK) -> Tensor:
-    """a b^T + bias for fp32 matrices on the CPU, the same for any number of threads; no autograd.
-
-    For operators whose backward is made of whole products: on AMX `linear` without its checks and
-    its choice of backend. Sums over the depth are made in chunks of at most ``chunk``. Other
-    dtypes, fp32 where rounding to bf16 is allowed and no AMX does it, and fp32 on processors
-    without AVX2 are PyTorch's products.
-    """
-    if a.dtype == torch.float32:
-        isa = _cpu_isa()
-        bias = None if bias is None else bias.contiguous()
-        if isa == "amx" and chunk == _CHUNK and _is_faster(a.shape[0], b.shape):
-            return _product(_matrix(a), _matrix(b), bias, False, _parts(bf16_products_allowed()))
-        if isa in ("avx2", "avx512", "amx") and not bf16_products_allowed():
-            return _plain_product(_matrix(a), _matrix(b), bias, chunk)
-    if chunk == _CHUNK:
-        return torch.mm(a, b.t()) if bias is None else torch.addmm(bias, a, b.t())
-    c = torch.mm(a[:, :chunk], b[:, :chunk].t())
-    for k in range(chunk, a.shape[1], chunk):
-        c.addmm_(a[:, k : k + chunk], b[:, k : k + chunk].t())
-    return c if bias is None else c.add_(bias)
-
-
-def few_rows(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` has a kernel of its own for the rows of x, which are few."""
-    size = weight.numel()
-    return _LEAST_WEIGHT <= size and x.numel() <= _FEW_ROWS.get(x.dtype, 0) * weight.shape[1]
-
-
-def worth_asking(x: Tensor, weight: Tensor) -> bool:
-    """Whether the number of rows is one that `linear` has a kernel for."""
-    many = x.dtype == torch.float32 and x.numel() >= _MANY_ROWS * weight.shape[1]
-    return many or few_rows(x, weight)
-
-
-def linear_of_few_rows(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False
-) -> Tensor:
-    """`linear` for CPU tensors of which `few_rows` holds: no checks, no autograd, no choice."""
-    rows = x.reshape(-1, x.shape[-1])
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    y = _few_rows(rows, _matrix(weight), bias, relu)
-    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
-
-
-def _cpu_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, rounded: bool
-) -> Tensor:
-    if few_rows(x, weight):
-        return linear_of_few_rows(x, weight, bias, relu)
-    rows = _matrix(x.reshape(-1, x.shape[-1]))
-    bias = None if bias is None else bias.contiguous()
-    y = _product(rows, _matrix(weight), bias, relu, _parts(rounded))
-    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
-
-
-def _cpu_backward(
+def library_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -311,58 +212,18 @@ def _cpu_backward(
     rounded: bool,
     wanted: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    rows, flat = _matrix(dy.reshape(-1, dy.shape[-1])), _matrix(x.reshape(-1, x.shape[-1]))
-    parts = _parts(rounded)
-    dx = dweight = dbias = None
-    few = few_rows(x, weight)
-    if wanted[0] and few:
-        dx = linear_of_few_rows(dy, weight.t()).view(x.shape)
-    elif wanted[0]:
-        dx = _product(rows, _matrix(weight).t(), None, False, parts).view(x.shape)
-    if wanted[1] and few:
-        dweight = rows.t() @ flat if weight.stride(-1) == 1 else (flat.t() @ rows).t()
-    elif wanted[1]:
-        # In the layout of the weight, so that nobody has to transpose it.
-        if weight.stride(-1) == 1:
-            dweight = _product(rows.t(), flat.t(), None, False, parts)
-        else:
-            dweight = _product(flat.t(), rows.t(), None, False, parts).t()
-    if bias is not None and wanted[2]:
-        dbias = rows.sum(0)
+    """The gradients by PyTorch's products."""
+    rows, flat = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    dx = (rows @ weight).view(x.shape) if wanted[0] else None
+    dweight = rows.t() @ flat if wanted[1] else None
+    dbias = rows.sum(0) if bias is not None and wanted[2] else None
     return [dx, dweight, dbias]
 
 
-def _cpu_isa() -> str | None:
-    return _extension.cpu_isa()
-
-
-# What torch.compiler.assume_constant_result sets: a compiled graph keeps the answer.
-_cpu_isa._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _is_faster(rows: int, weight: Sequence[int]) -> bool:
-    return rows >= _MANY_ROWS and min(weight) >= _LEAST_WIDTH
-
-
-def _unsupported_by_cpu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, rounded: bool
-) -> str | None:
-    if torch.is_autocast_enabled("cpu"):
-        return "PyTorch's product is as fast under autocast"
-    if few_rows(x, weight):
-        return unsupported_by_cpu_kernels(x, weight, bias)
-    if x.dtype != torch.float32:
-        few = f", and more than {_FEW_ROWS[x.dtype]} rows" if x.dtype in _FEW_ROWS else ""
-        return f"PyTorch's product is as fast for {x.dtype}{few}"
-    if _extension.cpu.loaded and _cpu_isa() != "amx":
-        return f"needs AMX for more than {_FEW_ROWS[x.dtype]} rows, the level is {_cpu_isa()}"
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    if not _is_faster(rows, weight.shape):
-        return (
-            f"PyTorch's product is as fast for {rows} rows and widths of {tuple(weight.shape)}: "
-            f"{_MANY_ROWS} rows and widths of {_LEAST_WIDTH} are the least"
-        )
-    return unsupported_by_cpu_kernels(x, weight, bias)
+def _prefer(x: Tensor, *rest: Any) -> tuple[str, str] | None:
+    if x.is_cuda:
+        return "torch", "cuBLAS's product is faster"
+    return None
 
 
 OP = register_op(
@@ -373,7 +234,8 @@ OP = register_op(
         check=_check,
         sample_inputs=_samples,
         differentiable=("x", "weight", "bias"),
+        prefer=_prefer,
     )
 )
 
-register("linear", "cpu", ("cpu",), _cpu_forward, _cpu_backward, _unsupported_by_cpu)
+register("linear", "cpu", ("cpu",), forward, backward, unsupported)

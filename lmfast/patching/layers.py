@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmfast import ops
-from lmfast.ops.linear import worth_asking
+from lmfast.ops._linear_cpu import worth_asking
 from lmfast.patching.probe import Call, random_input
 from lmfast.patching.rules import Plan, is_leaf, own_weights, takes
 from lmfast.patching.swap import recipe
