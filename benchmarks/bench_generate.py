@@ -226,7 +226,7 @@ def bench_context(compare: Compare, context: int) -> None:
             now = ids[:, :1]
             for _ in range(new):
                 now = model(now, past_key_values=cache).logits[:, -1:].argmax(-1)
-            cache.crop(context)
+            cache.crop(-new)
 
     ours = runs.pop("fp32")
     runs["transformers"] = transformers_steps

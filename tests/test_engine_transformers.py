@@ -11,6 +11,8 @@ import torch
 
 import lmfast
 from lmfast.generation.engine import CannotPack, make_engine
+from lmfast.generation.engine.make import plan_of
+from lmfast.generation.engine.plan_forward import PlanForward
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("needs_cpu_kernels")
@@ -111,6 +113,17 @@ def test_same_logits_and_tokens(name: str) -> None:
     errors = [(logits - exact).abs() for logits in (ours, theirs)]
     assert errors[0].square().mean().sqrt() <= 1.5 * errors[1].square().mean().sqrt() + ulp
     assert errors[0].max() <= 2.5 * errors[1].max() + ulp
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_calibration_sees_is_the_model(name: str) -> None:
+    model = model_of(name)
+    texts = torch.randint(3, V, (2, 33))
+    with torch.no_grad():
+        expected = model(texts).logits.flatten(0, 1)
+        found = PlanForward(plan_of(model), list(texts)).logits()
+    # 3 layers of float32 on both sides, as in PyTorch's own products.
+    assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "phi3"])
