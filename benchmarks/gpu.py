@@ -251,7 +251,7 @@ def main() -> None:
         f"{properties.name}, torch {torch.__version__}, copy {copy / 1e9:.0f} GB/s, "
         f"bf16 product {matmul / 1e12:.0f} TFLOP/s"
     )
-    table, kind = _measured.table(), _measured.device_kind(torch.device("cuda", 0))
+    table, kind = _measured.TABLE, _measured.device_kind(torch.device("cuda", 0))
     started = time.perf_counter()
     for cases in CASES:
         for case in cases():
