@@ -9,7 +9,8 @@ case are measured in turns. Share: of the rate of a large device-to-device copy,
 bytes written, or of a large bf16 product, both measured in the same process. Bytes and operations
 are the fewest the operator can do with. ``call`` is the time the host needs per eager call, without
 a graph: what counts in decoding. Peers: eager PyTorch, torch.compile, SDPA's backends, cuDNN's
-recurrent layers, and Liger and flash-attn where they are installed.
+recurrent layers, and Liger and flash-attn where they are installed. Whole generation, by a CUDA
+graph per token and by the loop, comes last.
 
 ``--choose`` keeps what was measured in ``lmfast/ops/gpu_choices.json``: from then on the automatic
 choice on this kind of GPU takes, for calls of the measured classes, the backend that was fastest.
@@ -30,6 +31,7 @@ import torch
 
 from benchmarks.gpu_case import GPU_BACKENDS, Case, run_once
 from benchmarks.gpu_cases import CASES
+from benchmarks.gpu_generation import MODELS, generation_rows
 from lmfast import _measured
 from lmfast._dispatch import BACKENDS, ops
 
@@ -217,6 +219,8 @@ def show(row: dict[str, Any]) -> None:
         if "tflop_per_s" in found:
             share = 100 * found["share_of_matmul"]
             text = f"{name} {found['us']:.1f} us {found['tflop_per_s']:.0f} TFLOP/s {share:.0f}%"
+        if "tokens_per_s" in found:
+            text += f" {found['tokens_per_s']:.0f} tokens/s"
         if "memory_bytes" in found:
             text += f" {found['memory_bytes'] / 2**30:.2f} GiB"
         cells.append(text + (f" call {found['call_us']:.1f} us" if "call_us" in found else ""))
@@ -251,7 +255,7 @@ def main() -> None:
         f"{properties.name}, torch {torch.__version__}, copy {copy / 1e9:.0f} GB/s, "
         f"bf16 product {matmul / 1e12:.0f} TFLOP/s"
     )
-    table, kind = _measured.table(), _measured.device_kind(torch.device("cuda", 0))
+    table, kind = _measured.TABLE, _measured.device_kind(torch.device("cuda", 0))
     started = time.perf_counter()
     for cases in CASES:
         for case in cases():
@@ -270,6 +274,13 @@ def main() -> None:
             options.out.write_text(json.dumps(report, indent=1) + "\n")
             torch._dynamo.reset()
             torch.cuda.empty_cache()
+    models = [m for m in MODELS if options.filter in f"generate {m[0]}"]
+    if time.perf_counter() - started < options.seconds:
+        for row in generation_rows(copy, models=models):
+            show(row)
+            report["rows"].append(row)
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(report, indent=1) + "\n")
     if report.get("left_out"):
         print(f"{report['left_out']} cases left out after {options.seconds:.0f} s")
     plot(report, options.out.with_suffix(".png"))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import re
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,11 @@ from torch import Tensor
 
 PATH = Path(__file__).parent / "ops" / "gpu_choices.json"
 Table = dict[str, dict[str, dict[str, float]]]
+# What was measured, by kind of GPU.
+TABLE: Table = json.loads(PATH.read_text()) if PATH.exists() else {}
 
 # While it is a list, every choice adds (op, class) to it: how the benchmark learns the classes.
 asked: list[tuple[str, str]] | None = None
-
-
-@lru_cache
-def table() -> Table:
-    """What was measured, by kind of GPU."""
-    return json.loads(PATH.read_text()) if PATH.exists() else {}
 
 
 def device_kind(device: torch.device) -> str:
@@ -57,10 +52,11 @@ def note(op: str, args: tuple[Any, ...]) -> None:
 def choice(op: str, args: tuple[Any, ...]) -> tuple[str, str] | None:
     """(backend, why) where the call's class was measured on its GPU."""
     device = args[0].device
-    if device.type != "cuda" or not table():
+    # A compiled graph has sizes without numbers: there the op's own order holds.
+    if device.type != "cuda" or not TABLE or torch.compiler.is_compiling():
         return None
     kind = device_kind(device)
-    known = table().get(kind)
+    known = TABLE.get(kind)
     if known is None:
         return None
     return fastest(known.get(class_of(op, args)), kind)

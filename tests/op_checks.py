@@ -29,11 +29,15 @@ def cases(
     for op in ops_with(backend):
         supports = op.implementations[backend].supports
         for dtype in dtypes:
-            for sample in op.sample_inputs(device, dtype):
-                if supports(*op.check(*sample.args, **sample.kwargs)) is not None:
-                    continue
-                name = str(dtype).removeprefix("torch.")
-                yield f"{op.name}-{name}-{sample.name}".replace(" ", "_"), op, sample
+            kind = str(dtype).removeprefix("torch.")
+            found = [
+                sample
+                for sample in op.sample_inputs(device, dtype)
+                if supports(*op.check(*sample.args, **sample.kwargs)) is None
+            ]
+            assert found, f"{op.name} has no {kind} sample that {backend} takes"
+            for sample in found:
+                yield f"{op.name}-{kind}-{sample.name}".replace(" ", "_"), op, sample
 
 
 def call(op: Op, sample: Sample, backend: str) -> tuple[Tensor, ...]:

@@ -36,6 +36,7 @@ HOT = {
     "_linear_kernel",
     "_quantised_vector_kernel",
     "_quantised_matrix_kernel",
+    "_sample_kernel",
 }
 # A saved predicate or address, outside the loops; arrays that spill take hundreds of bytes.
 STACK_LIMIT = 16

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lmfast import ops
-from lmfast.ops.decode_attention import slots_of
+from lmfast.ops.decode_attention import OP, launch, slots_of
 
 
 def inputs(batch: int = 2, heads: int = 4, kv_heads: int = 2, steps: int = 1, dim: int = 16) -> Any:
@@ -78,6 +79,16 @@ def test_a_token_at_a_time_is_the_whole_at_once() -> None:
         # Sums of at most 70 terms of size one in fp32.
         torch.testing.assert_close(out, expected[:, :, t : t + 1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(keys, rotated_k)
+
+
+def test_the_operator_of_the_kernel_takes_what_the_checks_return() -> None:
+    """Its schema, with tensors that have no values: the kernel itself needs a GPU."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for sample in OP.sample_inputs("cpu", dtype):
+            args = OP.check(*sample.args, **sample.kwargs)
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                out = launch(*args)
+            assert (out.shape, out.dtype) == (args[0].shape, dtype)
 
 
 def test_tokens_without_a_place_get_no_slot() -> None:

@@ -173,42 +173,6 @@ def test_cached_attention_on_a_long_paged_cache(keys: int, group: int, backend: 
     check_values(op, Sample("", (q, *plain.unbind(), lengths)), backend)
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_decode_attention_in_a_graph_that_is_replayed(backend: str) -> None:
-    """One captured step serves every length: new tokens and lengths are copied in."""
-    new = [normal(2, heads, 40, 64) for heads in (4, 2, 2)]
-    tables = lmfast.ops.rope_tables(64, 64, device="cuda")
-
-    def storage() -> tuple[torch.Tensor, ...]:
-        return torch.zeros(2, 2, 2, 64, 64, device="cuda", dtype=new[0].dtype).unbind()
-
-    static, lengths = [t[:, :, :1].clone() for t in new], torch.tensor([1, 9], device="cuda")
-    keys, values = storage()
-
-    def step() -> torch.Tensor:
-        return lmfast.ops.decode_attention(
-            *(*static, keys, values, lengths, *tables), backend=backend
-        )
-
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
-    expected_storage = storage()
-    for t in range(40):
-        for s, n in zip(static, new, strict=True):
-            s.copy_(n[:, :, t : t + 1])
-        graph.replay()
-        expected = lmfast.ops.decode_attention(
-            *(*(n[:, :, t : t + 1] for n in new), *expected_storage, lengths, *tables),
-            backend=backend,
-        )
-        assert torch.equal(out, expected)
-        lengths += 1
-    assert torch.equal(keys, expected_storage[0])
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_linear_cross_entropy_in_chunks(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -394,32 +358,3 @@ def test_automatic_choice_is_a_kernel() -> None:
     x = normal(4, 64)
     assert lmfast.explain("rms_norm", x) in ("cuda", "triton")
     assert lmfast.explain("rms_norm", x.double()) == "torch"
-
-
-@pytest.mark.parametrize("backend", ["cuda", "torch"])  # the persistent kernels, cuDNN
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", RECURRENT)
-def test_recurrent_layers(name: str, dtype: torch.dtype, backend: str) -> None:
-    """As close to float64 as a loop in the same dtype, forward and backward."""
-    op = _dispatch.ops()[name]
-    for sample in op.sample_inputs("cuda", dtype):
-        args = op.check(*sample.args, **sample.kwargs)
-        if args[-2] == "gru_textbook" or op.implementations[backend].supports(*args):
-            continue
-        found = []
-        for function, s in (
-            (op.implementations[backend].forward, sample),
-            (op.peer, sample),
-            (op.reference, sample.to_fp64()),
-        ):
-            args = list(op.check(*s.args, **s.kwargs))
-            leaves = [t.detach().requires_grad_() for t in args[:7] if t is not None]
-            made = iter(leaves)
-            args[:7] = [None if t is None else next(made) for t in args[:7]]
-            outputs = torch.utils._pytree.tree_leaves(function(*args))
-            outputs = [o for o in outputs if o.requires_grad]
-            grads = torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
-            found.append([*outputs, *grads])
-        for value, plain, exact in zip(*found, strict=True):
-            unit = torch.finfo(dtype).eps
-            assert relative_error(value, exact) <= 1.5 * relative_error(plain, exact) + unit

@@ -358,6 +358,12 @@ def test_operators_pass_opcheck() -> None:
         (namespace.triton_additive_attention, (q[0], keys[:, 0], keys[:, 0], classes[0], None)),
         (namespace.triton_linear_recurrence, (keys[0], keys[0], keys[0, :, 0])),
         (namespace.triton_linear_recurrence_backward, (keys[0], keys[0], keys[0], None)),
+        (namespace.triton_linear, (rows, classes, classes[:, 0], True, None, None, 0.5)),
+        (namespace.triton_quantised_linear, (rows, classes.to(torch.int8), classes[:, 0], None)),
+        (
+            namespace.triton_sample,
+            (rows, torch.rand(4).double(), torch.ones(1, 8).double(), *(None,) * 4, True),
+        ),
         (namespace.triton_cross_entropy, (rows, ids % 8, None, *loss_settings, True)),
         (namespace.triton_cross_entropy_, (rows.clone(), ids % 8, None, *loss_settings)),
         (

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lmfast.generation import static_step
 from lmfast.generation.beam_job import search
 from lmfast.generation.choices import ChoiceRows, ChoiceTree
 from lmfast.generation.engine.quantised import QuantisedWeights
@@ -61,7 +62,9 @@ class Generator:
         TypeError: the model is none of these.
         ValueError: weights that the engine cannot provide for this model.
 
-    Backends: the compiled engine, or those of the model's modules.
+    Backends: the compiled engine, or those of the model's modules; on a GPU, for a
+    `DecoderLanguageModel`, its modules in a CUDA graph per token, unless an option needs the host
+    after every token.
 
     Example:
         >>> import torch
@@ -84,6 +87,8 @@ class Generator:
             text = f"the compiled engine, with {self.weights} weights"
         else:
             text = f"the model's own modules: {self._reason}"
+            if self.runner.device.type == "cuda" and static_step.takes(self.runner):
+                text += "; a CUDA graph per token where the options allow it"
         print(f"Generator runs {text}")
         return text
 

@@ -88,19 +88,23 @@ class StaticCache:
         return self._layers[index]
 
 
-def unsupported(job: Any, *, on_cpu: bool = False) -> str | None:
-    """Why a job cannot be decoded by a static step, or None."""
+def takes(runner: Any) -> bool:
+    """Whether a runner's model has a step on static buffers."""
     from lmfast.models.decoder import DecoderLanguageModel  # it stands on the cache
 
-    model = job.runner._model if isinstance(job.runner, ModuleRunner) else None
+    return isinstance(runner, ModuleRunner) and isinstance(runner._model, DecoderLanguageModel)
+
+
+def unsupported(job: Any, *, on_cpu: bool = False) -> str | None:
+    """Why a job cannot be decoded by a static step, or None."""
     o = job.options
-    if not isinstance(model, DecoderLanguageModel):
+    if not takes(job.runner):
         return "only decoders of lmfast.models have a step on static buffers"
     if job.prompts.ids.device.type != "cuda" and not on_cpu:
         return "CUDA graphs need a GPU"
     if os.environ.get("LMFAST_CUDA_GRAPHS") == "0":
         return "switched off by LMFAST_CUDA_GRAPHS=0"
-    if any(layer.attn.rope._depends_on_length for layer in model.layers):
+    if any(layer.attn.rope._depends_on_length for layer in job.runner._model.layers):
         return "the rotation depends on the length of the text"
     for name, given in (
         ("stop strings", bool(o.strings())),

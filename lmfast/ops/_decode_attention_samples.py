@@ -56,7 +56,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
             table=table(0, 2, 4, 0, 1, 9),  # row 1 has no third block
             interleaved=interleaved,
         )
-    every = {
+    every: dict[str, Any] = {
         "window": 40,
         "softcap": 4.0,
         "sinks": normal(4),

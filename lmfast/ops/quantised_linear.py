@@ -35,6 +35,12 @@ def quantise_weight(weight: Tensor, bits: int = 8, *, group: int = 32) -> tuple[
         TypeError: ``weight`` is not a floating-point tensor.
         ValueError: ``bits`` or ``group`` do not fit.
 
+    Backends:
+        torch.
+
+    Source:
+        Round to nearest with a scale per row: Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339.
+
     Example:
         >>> import lmfast, torch
         >>> codes, scales = lmfast.ops.quantise_weight(torch.tensor([[1.27, -0.64]]))

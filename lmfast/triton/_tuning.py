@@ -14,6 +14,7 @@ import os
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def pick(
     if index is None:
         if torch.cuda.is_current_stream_capturing():
             return configs[0]
-        times = [seconds(lambda c=c: run(c)) for c in configs]
+        times = [seconds(partial(run, c)) for c in configs]
         index = known[entry] = times.index(min(times))
         write(kind, known)
     return configs[index]

@@ -163,7 +163,7 @@ def quantised_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | No
             )
 
     name = "quantised_vector" if vector else "quantised_matrix"
-    configs = VECTOR_CONFIGS if vector else MATRIX_CONFIGS
+    configs: tuple[dict[str, int], ...] = VECTOR_CONFIGS if vector else MATRIX_CONFIGS
     if not vector and x.dtype == torch.float32:
         configs = configs[:1]
     key = (x.dtype, size_class(rows), width, columns, group)
