@@ -1,7 +1,7 @@
-// The parts of linear cross-entropy with fp32 products (linear_cross_entropy.cpp) that handle
-// tokens one by one: a few per cent of its time.
+// The parts of linear cross-entropy in blocks of tokens (linear_cross_entropy.cpp and
+// linear_cross_entropy_bf16.cpp) that handle tokens one by one: a few per cent of its time.
 #include "../simd.h"
-#include "linear_cross_entropy_f32.h"
+#include "linear_cross_entropy_block.h"
 #include "linear_cross_entropy_token.h"
 
 namespace lmfast::LMFAST_ISA {
@@ -107,7 +107,7 @@ void finish_groups(const LceBlockArgs& a, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < kLceGroup; i += VecF::kWidth) {
         VecF total = VecF::zero();
         for (int64_t slice = 0; slice < a.slices; ++slice) {
-          const float* part = a.dhidden_t + (slice * p.width + e) * a.lanes + n0 + i;
+          const float* part = a.dhidden_t + (slice * a.dhidden_rows + e) * a.lanes + n0 + i;
           total = total + VecF::load(part);
         }
         total.store(tile + i);
