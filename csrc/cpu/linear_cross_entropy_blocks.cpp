@@ -74,6 +74,7 @@ void lce_run_blocks(LceCall& call, bool bf16) {
   Tensor probs, dhidden_t, hidden_scaled, dweight, uniform;
   if (p.dhidden != nullptr) {
     a.dhidden_rows = bf16 ? a.padded_width : p.width;
+    a.dhidden_panels = bf16;
     dhidden_t = floats(a.slices * a.dhidden_rows * lanes);
     a.dhidden_t = data(dhidden_t);
   }

@@ -1,4 +1,4 @@
-"""A linear layer with bias and ReLU: fp32 on the bf16 tiles of AMX, in full or medium precision."""
+"""A linear layer with bias and ReLU: fp32 on bf16 tiles, in full or medium precision."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def linear(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        cpu (C++; float32 from 256 rows on, on processors with AMX), torch. Gradients on
-        both; gradients of gradients through PyTorch.
+        cpu (C++; float32 from 256 rows on, on processors with AMX or, in medium precision,
+        AVX512-BF16), torch. Gradients on both; gradients of gradients through PyTorch.
 
     Source:
         Splitting floats into bf16 parts: Henry, Tang and Heinecke 2019, arXiv:1904.06376.
@@ -182,9 +182,10 @@ def fp32_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     For operators whose backward is made of whole products: `linear` without its checks and its
     choice of backend.
     """
-    if a.dtype == torch.float32 and _cpu_isa() == "amx" and _is_faster(a.shape[0], b.shape):
+    rounded = bf16_products_allowed()
+    if a.dtype == torch.float32 and _has_tiles(rounded) and _is_faster(a.shape[0], b.shape):
         bias = None if bias is None else bias.contiguous()
-        return _product(_matrix(a), _matrix(b), bias, False, _parts(bf16_products_allowed()))
+        return _product(_matrix(a), _matrix(b), bias, False, _parts(rounded))
     return torch.mm(a, b.t()) if bias is None else torch.addmm(bias, a, b.t())
 
 
@@ -221,12 +222,13 @@ def _cpu_backward(
     return [dx, dweight, dbias]
 
 
-def _cpu_isa() -> str | None:
-    return _extension.cpu_isa()
+def _has_tiles(rounded: bool) -> bool:
+    """Whether there are tiles for factors rounded once, or for fp32 as sums of bf16 numbers."""
+    return _extension.has_bf16_tiles() if rounded else _extension.cpu_isa() == "amx"
 
 
 # What torch.compiler.assume_constant_result sets: a compiled graph keeps the answer.
-_cpu_isa._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_has_tiles._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_faster(rows: int, weight: Sequence[int]) -> bool:
@@ -240,8 +242,9 @@ def _unsupported_by_cpu(
         return "PyTorch's product is as fast under autocast"
     if x.dtype != torch.float32:
         return f"PyTorch's product is as fast for {x.dtype}"
-    if _extension.cpu.loaded and _cpu_isa() != "amx":
-        return f"needs AMX, the level is {_cpu_isa()}"
+    if _extension.cpu.loaded and not _has_tiles(rounded):
+        wanted = "AMX or AVX512-BF16" if rounded else "AMX"
+        return f"needs {wanted}, the level is {_extension.cpu_isa()}"
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     if not _is_faster(rows, weight.shape):
         return (

@@ -106,6 +106,8 @@ void pack_panel(const LinearAmxArgs& a, const LinearOperand& m, int64_t row, int
   }
 }
 
+#if defined(__AMX_TILE__)
+
 template <int kParts, int i>
 LMFAST_INLINE void dot_pair(const char* a, const char* b) {
   using P = Pairs<kParts>;
@@ -157,6 +159,25 @@ LMFAST_INLINE void multiply_panels(const char* a, const char* b, int64_t steps, 
   tile_store<2>(c + 16 * 32, 128);
   tile_store<3>(c + 16 * 32 + 16, 128);
 }
+
+#else
+
+// The same on tiles_avx512.h, for one part alone (the binding asks for no more): sums stay in
+// registers from the first step to the last.
+template <int kParts>
+LMFAST_INLINE void multiply_panels(const char* a, const char* b, int64_t steps, bool add,
+                                   float* c) {
+  constexpr int64_t kStep = kParts * kPanelStep;
+  for (int i = 0; i < 4; ++i) {
+    const SoftOperand rows = {a + i / 2 * kTileBytes, 64, kStep};
+    const SoftOperand columns = {b + i % 2 * kTileBytes, 64, kStep};
+    float* to = c + i / 2 * 16 * 32 + i % 2 * 16;
+    add ? soft_dots<true>(to, 32, rows, columns, steps)
+        : soft_dots<false>(to, 32, rows, columns, steps);
+  }
+}
+
+#endif
 
 // Adds what chunks before gave, then the bias, applies the activation and writes to out.
 LMFAST_INLINE void finish(const LinearAmxArgs& a, int64_t row, int64_t column, const float* c) {

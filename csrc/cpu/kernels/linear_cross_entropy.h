@@ -47,6 +47,7 @@ struct LceBlockArgs {
   float* sums;       // [slices][lanes]: of probs; from lce_block_max: largest logits
   float* dhidden_t;  // [slices][dhidden_rows][lanes]: sums of weight rows, weighted by probs, or
   int64_t dhidden_rows;  // null; E or more
+  bool dhidden_panels;   // it is [slices][lanes / 16][dhidden_rows][16]
   // What lce_block_finish leaves for the weight gradient (dweight or dbias is wanted):
   float* hidden_scaled;    // [lanes][padded_width]: hidden * coefficient
   int64_t padded_width;    // E in whole groups
@@ -67,15 +68,15 @@ struct LceBlockArgs {
 
 // Classes at a time where products are in bf16, and the block of them and of lanes whose logits are
 // exponentiated at once.
-constexpr int64_t kLceBf16Chunk = 128;
+constexpr int64_t kLceBf16Chunk = 256;
 constexpr int64_t kLceBf16Block = 32;
 
 // A thread's memory for a chunk, in bytes: weight rounded to bf16, as rows and as pairs of rows,
 // and the chunk's probs as pairs of classes.
 struct LceBf16Layout {
-  int64_t rows, columns;           // of weight as it lies in memory, padded
-  int64_t row_bytes, pair_bytes;   // not powers of two: rows would meet in one cache set
-  int64_t pairs, probs, bytes;     // where they begin; rows are first
+  int64_t rows, columns;          // of weight as it lies in memory, padded
+  int64_t row_bytes, pair_bytes;  // not powers of two: rows would meet in one cache set
+  int64_t pairs, probs, bytes;    // where they begin; rows are first
 };
 inline LceBf16Layout lce_bf16_layout(const LceBlockArgs& a) {
   const bool transposed = a.p.weight_column_stride != 1;
@@ -107,19 +108,19 @@ struct LceHiddenSumArgs {
   float* out;  // whole groups
 };
 
-LMFAST_DECLARE_KERNEL(lce_block_pack, LceBlockArgs)      // range: groups of lanes
-LMFAST_DECLARE_KERNEL(lce_block_max, LceBlockArgs)       // range: slices
-LMFAST_DECLARE_KERNEL(lce_block_center, LceBlockArgs)    // range: groups of lanes
-LMFAST_DECLARE_KERNEL(lce_block_forward, LceBlockArgs)   // range: slices
-LMFAST_DECLARE_KERNEL(lce_block_finish, LceBlockArgs)    // range: groups of lanes
-LMFAST_DECLARE_KERNEL(lce_block_dweight, LceBlockArgs)   // range: slices
+LMFAST_DECLARE_KERNEL(lce_block_pack, LceBlockArgs)     // range: groups of lanes
+LMFAST_DECLARE_KERNEL(lce_block_max, LceBlockArgs)      // range: slices
+LMFAST_DECLARE_KERNEL(lce_block_center, LceBlockArgs)   // range: groups of lanes
+LMFAST_DECLARE_KERNEL(lce_block_forward, LceBlockArgs)  // range: slices
+LMFAST_DECLARE_KERNEL(lce_block_finish, LceBlockArgs)   // range: groups of lanes
+LMFAST_DECLARE_KERNEL(lce_block_dweight, LceBlockArgs)  // range: slices
 // bf16 products (linear_cross_entropy_bf16.cpp), in the places of those above; lce_block_pack,
 // lce_block_center and lce_block_finish serve both.
-LMFAST_DECLARE_KERNEL(lce_bf16_pack, LceBlockArgs)     // range: groups of columns of hidden
-LMFAST_DECLARE_KERNEL(lce_bf16_max, LceBlockArgs)      // range: slices
-LMFAST_DECLARE_KERNEL(lce_bf16_forward, LceBlockArgs)  // range: slices
-LMFAST_DECLARE_KERNEL(lce_bf16_scale, LceBlockArgs)    // range: groups of columns of hidden
-LMFAST_DECLARE_KERNEL(lce_bf16_dweight, LceBlockArgs)  // range: slices
+LMFAST_DECLARE_KERNEL(lce_bf16_pack, LceBlockArgs)       // range: groups of columns of hidden
+LMFAST_DECLARE_KERNEL(lce_bf16_max, LceBlockArgs)        // range: slices
+LMFAST_DECLARE_KERNEL(lce_bf16_forward, LceBlockArgs)    // range: slices
+LMFAST_DECLARE_KERNEL(lce_bf16_scale, LceBlockArgs)      // range: groups of columns of hidden
+LMFAST_DECLARE_KERNEL(lce_bf16_dweight, LceBlockArgs)    // range: slices
 LMFAST_DECLARE_KERNEL(lce_hidden_sum, LceHiddenSumArgs)  // range: groups of columns
 LMFAST_DECLARE_KERNEL(lce_convert, LceConvertArgs)       // range: classes
 

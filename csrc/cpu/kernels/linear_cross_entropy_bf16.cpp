@@ -37,9 +37,8 @@ LMFAST_INLINE void slice_range(const LceBlockArgs& a, int64_t slice, int64_t* be
 
 // Rows k and k + 1 of 16 floats as 16 pairs.
 LMFAST_INLINE __m512i interleaved_pairs(__m512 even, __m512 odd) {
-  const __m512i order =
-      _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                       21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return _mm512_permutexvar_epi16(order, to_pairs(even, odd));
 }
 
@@ -133,8 +132,8 @@ struct Exponentials {
         continue;
       }
       if constexpr (kCap) {
-        const __mmask16 there =
-            _mm512_cmp_ps_mask(_mm512_add_ps(logit, add), _mm512_set1_ps(kGone * 0.5f), _CMP_NLE_US);
+        const __mmask16 there = _mm512_cmp_ps_mask(_mm512_add_ps(logit, add),
+                                                   _mm512_set1_ps(kGone * 0.5f), _CMP_NLE_US);
         e[r] = _mm512_maskz_mov_ps(there, exp({_mm512_sub_ps(z.v, center[j])}).v);
         sum[j] = _mm512_add_ps(sum[j], e[r]);
         e[r] = _mm512_mul_ps(e[r], _mm512_fnmadd_ps(ratio.v, ratio.v, _mm512_set1_ps(1.0f)));
@@ -194,7 +193,7 @@ void chunk_probs(const LceBlockArgs& a, const LceBf16Layout& at, const char* wei
   }
 }
 
-// dhidden_t[column][lane] = or += sum over the chunk's classes of weight * probs.
+// dhidden_t[lane / 16][column][lane] = or += sum over the chunk's classes of weight * probs.
 template <bool kTransposed>
 void chunk_dhidden(const LceBlockArgs& a, const LceBf16Layout& at, const char* weight,
                    const char* probs, int64_t classes, float* dhidden_t, bool add) {
@@ -202,12 +201,11 @@ void chunk_dhidden(const LceBlockArgs& a, const LceBf16Layout& at, const char* w
   for (int64_t n = 0; n < a.lanes; n += 16) {
     const char* b = probs + n / 16 * (kChunk / 2) * 64;
     for (int64_t e = 0; e < a.padded_width; e += 16) {
-      const DotOperand columns = kTransposed
-                                     ? DotOperand{weight + e * at.row_bytes, at.row_bytes}
-                                     : DotOperand{weight + at.pairs + 4 * e, at.pair_bytes};
-      float* c = dhidden_t + e * a.lanes + n;
-      add ? dots_bf16<!kTransposed, true>(c, a.lanes, columns, b, pairs)
-          : dots_bf16<!kTransposed, false>(c, a.lanes, columns, b, pairs);
+      const DotOperand columns = kTransposed ? DotOperand{weight + e * at.row_bytes, at.row_bytes}
+                                             : DotOperand{weight + at.pairs + 4 * e, at.pair_bytes};
+      float* c = dhidden_t + n * a.dhidden_rows + e * 16;
+      add ? dots_bf16<!kTransposed, true>(c, 16, columns, b, pairs)
+          : dots_bf16<!kTransposed, false>(c, 16, columns, b, pairs);
     }
   }
 }
@@ -265,8 +263,15 @@ void slices(const LceBlockArgs& a, int64_t begin, int64_t end) {
 // 16 rows of dweight from the strip's probs; `rows` of them exist.
 void strip_dweight(const LceBlockArgs& a, int64_t v, int64_t rows) {
   const DotOperand probs = {a.probs_rows + v * a.lanes * 2, a.lanes * 2};
-  const int64_t pairs = a.lanes / 2;
+  const int64_t pairs = a.lanes / 2, bytes = a.lanes * 2, panels = a.padded_width / 16;
   for (int64_t e = 0; e < a.padded_width; e += 16) {
+    // Of the probs, which come from the last-level cache, 16 short rows are too little for the
+    // processor to foresee.
+    const int64_t panel = e / 16, lines = bytes / 64;
+    for (int64_t at = lines * panel / panels * 64; at < lines * (panel + 1) / panels * 64;
+         at += 64) {
+      for (int64_t r = 16; r < 32; ++r) _mm_prefetch(probs.at + r * bytes + at, _MM_HINT_T0);
+    }
     const char* b = a.scaled_pairs + e / 16 * pairs * 64;
     float* c = a.dweight + v * a.padded_width + e;
     alignas(64) float tile[16 * 16];
