@@ -13,10 +13,12 @@
 // The errors of three parts are half of PyTorch's fp32. bf16 operands gain nothing (0.40 to 0.33
 // ms, 5.4 to 4.4): they stay with PyTorch. Of 5.2 ms packing b takes 0.4, packing a 0.1, finishing
 // 0.9; keeping 8 steps of a panel of b in L1 gains 5 to 10 %, and blocks of 512 rows lose 40 % at a
-// depth of 2048. Without AMX but with AVX512-BF16, one thread of a Zen 4 EPYC, ms (PyTorch in fp32,
-// which does not round with "medium" there: 5.2, 5.0, 97): 2.9, 2.9, 51 for the first three rows,
-// of 2.1, 2.1, 41 at the peak of vdpbf16ps. A ReLU on its own costs 0.16 ms at 3712 x 512 and is free here; fusing GELU as
+// depth of 2048. A ReLU on its own costs 0.16 ms at 3712 x 512 and is free here; fusing GELU as
 // well would save 5 % of a layer.
+//
+// With AVX512-BF16 alone, one part, one thread of a Zen 4 EPYC, the first three rows: 2.9, 2.9 and
+// 51 ms of 2.1, 2.1 and 41 at the peak of vdpbf16ps; PyTorch, whose fp32 products gain 10 % from
+// "medium" there, takes 5.2, 5.0 and 97 in fp32.
 #include "linear_amx.h"
 
 #include "../amx.h"

@@ -5,13 +5,13 @@
 // Zen 4 EPYC: 196 ms for 3712 x 128 x 32011.
 //
 // Measured there: 250 ms (476 in fp32; PyTorch's bf16 products with logits in memory 367). Of a
-// thread's time 85 % are the three products, at 91, 96 and 84 % of the peak, 7 % exponentials and 4 %
-// rounding weight.
+// thread's time 86 % are the three products, at 96, 96 and 84 % of the peak, 7 % exponentials and
+// 4 % rounding weight.
 //   - The exponentials of a block are kept in bf16 (V x 256, 16 MB) for the weight gradient: two
 //     passes over the logits, as on AMX, have a fourth product, and took 302 ms.
-//   - Chunks of 256 classes instead of 128 halve the trips of dhidden's sums to memory and back:
-//     that product from 89 to 96 % of the peak.
-//   - The exponentials that dweight reads next are prefetched: from 73 to 84 %.
+//   - The exponentials that dweight reads next are prefetched: from 73 to 84 % of the peak.
+//   - Chunks of 256 classes are no slower than of 128, and dhidden's sums, a panel of 16 tokens
+//     after the other, are added over the slices in one go: 1 % of the time where it was 5.
 //
 // vdpbf16ps sums pairs of neighbours along the summed dimension, so each of the three products
 // wants pairs of another one: columns for the logits, classes for dhidden, tokens for dweight.
