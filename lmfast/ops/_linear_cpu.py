@@ -66,11 +66,11 @@ def fp32_product(a: Tensor, b: Tensor, bias: Tensor | None = None, chunk: int = 
     without AVX2 are PyTorch's products.
     """
     if a.is_cpu and a.dtype == torch.float32:
-        isa = _cpu_isa()
+        rounded = bf16_products_allowed()
         bias = None if bias is None else bias.contiguous()
-        if isa == "amx" and chunk == _CHUNK and _is_faster(a.shape[0], b.shape):
-            return _product(_matrix(a), _matrix(b), bias, False, _parts(bf16_products_allowed()))
-        if isa in ("avx2", "avx512", "amx") and not bf16_products_allowed():
+        if chunk == _CHUNK and _has_tiles(rounded) and _is_faster(a.shape[0], b.shape):
+            return _product(_matrix(a), _matrix(b), bias, False, _parts(rounded))
+        if _cpu_isa() in ("avx2", "avx512", "amx") and not rounded:
             return _plain_product(_matrix(a), _matrix(b), bias, chunk)
     if chunk == _CHUNK:
         return torch.mm(a, b.t()) if bias is None else torch.addmm(bias, a, b.t())
@@ -149,6 +149,14 @@ def _cpu_isa() -> str | None:
 _cpu_isa._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _has_tiles(rounded: bool) -> bool:
+    """Whether there are tiles for factors rounded once, or for fp32 as sums of bf16 numbers."""
+    return _extension.has_bf16_tiles() if rounded else _extension.cpu_isa() == "amx"
+
+
+_has_tiles._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _is_faster(rows: int, weight: Sequence[int]) -> bool:
     return rows >= _MANY_ROWS and min(weight) >= _LEAST_WIDTH
 
@@ -163,8 +171,9 @@ def unsupported(
     if x.dtype != torch.float32:
         few = f", and more than {_FEW_ROWS[x.dtype]} rows" if x.dtype in _FEW_ROWS else ""
         return f"PyTorch's product is as fast for {x.dtype}{few}"
-    if _extension.cpu.loaded and _cpu_isa() != "amx":
-        return f"needs AMX for more than {_FEW_ROWS[x.dtype]} rows, the level is {_cpu_isa()}"
+    if _extension.cpu.loaded and not _has_tiles(rounded):
+        wanted = "AMX or AVX512-BF16" if rounded else "AMX"
+        return f"needs {wanted} for more than {_FEW_ROWS[x.dtype]} rows, the level is {_cpu_isa()}"
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     if not _is_faster(rows, weight.shape):
         return (

@@ -1,4 +1,4 @@
-"""A linear layer with bias and ReLU: few rows at the speed of memory, many on AMX's tiles."""
+"""A linear layer with bias and ReLU: few rows at the speed of memory, many on bf16 tiles."""
 
 from __future__ import annotations
 
@@ -58,8 +58,9 @@ def linear(
 
     Backends:
         cpu (C++; few rows, as when a model generates: up to 32, in bfloat16 up to 8; float32 from
-        256 rows on, on processors with AMX), torch, and triton when asked for: on a GPU cuBLAS's
-        product is taken. Gradients on all; gradients of gradients through PyTorch.
+        256 rows on, on processors with AMX or, in medium precision, AVX512-BF16), torch, and triton
+        when asked for: on a GPU cuBLAS's product is taken. Gradients on all; gradients of gradients
+        through PyTorch.
 
     Source:
         Splitting floats into bf16 parts: Henry, Tang and Heinecke 2019, arXiv:1904.06376.

@@ -22,7 +22,7 @@
 #include "../gemm_f32.h"
 #include "../simd.h"
 #include "../simd_exp.h"
-#include "linear_cross_entropy_f32.h"
+#include "linear_cross_entropy_block.h"
 
 namespace lmfast::LMFAST_ISA {
 namespace {
@@ -269,16 +269,7 @@ void lce_block_dweight(const LceBlockArgs& a, int64_t begin, int64_t end) {
       gemm_f32<false, true>(classes, a.padded_width, a.lanes, probs, a.lanes, a.hidden_scaled,
                             a.padded_width, out, a.padded_width);
     }
-    for (int64_t n = 0; n < a.tokens; ++n) {
-      const int64_t target = a.p.target[a.first_token + n];
-      if (target < first || target >= past) continue;
-      if (a.dbias != nullptr) a.dbias[target] += a.target_gradient[n];
-      if (a.dweight == nullptr) continue;
-      float* row = a.dweight + target * a.padded_width;
-      for (int64_t e = 0; e < a.p.width; ++e) {
-        row[e] += a.target_gradient[n] * a.hidden_t[e * a.lanes + n];
-      }
-    }
+    add_targets(a, first, past);
   }
 }
 
