@@ -121,7 +121,6 @@ def random_calls(runs: int) -> int:
         module.pieces: ("a b", 4, "default"),
         module.level: (),
         module.levels: (),
-        module.are_texts: (["a"],),
         module.Specials: ([("<s>", 0)],),
         module.Decoder: (tokens, [False] * 257),
         decoder.decode: ([97, 256], "strict"),
@@ -147,7 +146,7 @@ def random_calls(runs: int) -> int:
         counter.add_texts(["ab ab", b"abc", "é"], 2)
         every = {
             **right,
-            counter.add_texts: (["ab abc", b"x"], 2),
+            counter.add_texts: (["ab abc", b"x"], 2, 0),
             counter.add_words: ([b"ab"], [3]),
             counter.items: (),
             counter.__len__: (),
