@@ -55,6 +55,9 @@ def _parts(rounded: bool) -> int:
 
 # Longest chain of additions: at a depth of 512 one chain has 1.5 times the error of PyTorch's sum.
 _CHUNK = 128
+# Products of a small depth cost little, and a small layer's gradients hang on them: in chains of 30
+# they have 2.1 times PyTorch's largest error, in chains of 16 below 1.8 times.
+_SHALLOW, _SHALLOW_CHUNK = 64, 16
 
 
 def fp32_product(a: Tensor, b: Tensor, bias: Tensor | None = None, chunk: int = _CHUNK) -> Tensor:
@@ -71,6 +74,8 @@ def fp32_product(a: Tensor, b: Tensor, bias: Tensor | None = None, chunk: int = 
         if chunk == _CHUNK and _has_tiles(rounded) and _is_faster(a.shape[0], b.shape):
             return _product(_matrix(a), _matrix(b), bias, False, _parts(rounded))
         if _cpu_isa() in ("avx2", "avx512", "amx") and not rounded:
+            if a.shape[1] <= _SHALLOW:
+                chunk = min(chunk, _SHALLOW_CHUNK)
             return _plain_product(_matrix(a), _matrix(b), bias, chunk)
     if chunk == _CHUNK:
         return torch.mm(a, b.t()) if bias is None else torch.addmm(bias, a, b.t())
