@@ -222,13 +222,20 @@ def _cpu_backward(
     return [dx, dweight, dbias]
 
 
-def _has_tiles(rounded: bool) -> bool:
-    """Whether there are tiles for factors rounded once, or for fp32 as sums of bf16 numbers."""
-    return _extension.has_bf16_tiles() if rounded else _extension.cpu_isa() == "amx"
+def _tile_precision() -> str | None:
+    """The precision in which there are tiles: "highest" and below, "medium" alone, or none."""
+    if _extension.cpu_isa() == "amx":
+        return "highest"
+    return "medium" if _extension.has_bf16_tiles() else None
 
 
 # What torch.compiler.assume_constant_result sets: a compiled graph keeps the answer.
-_has_tiles._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_tile_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _has_tiles(rounded: bool) -> bool:
+    precision = _tile_precision()
+    return precision == "highest" or (rounded and precision == "medium")
 
 
 def _is_faster(rows: int, weight: Sequence[int]) -> bool:
@@ -243,8 +250,7 @@ def _unsupported_by_cpu(
     if x.dtype != torch.float32:
         return f"PyTorch's product is as fast for {x.dtype}"
     if _extension.cpu.loaded and not _has_tiles(rounded):
-        wanted = "AMX or AVX512-BF16" if rounded else "AMX"
-        return f"needs {wanted}, the level is {_extension.cpu_isa()}"
+        return f"needs AMX{' or AVX512-BF16' if rounded else ''}"
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     if not _is_faster(rows, weight.shape):
         return (
