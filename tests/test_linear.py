@@ -14,9 +14,10 @@ from lmfast.testing import relative_error
 needs_amx = pytest.mark.skipif(
     not _extension.cpu.loaded or _extension.cpu_isa() != "amx", reason="needs AMX"
 )
+needs_tiles = pytest.mark.skipif(not _extension.has_bf16_tiles(), reason="needs AMX or AVX512-BF16")
 
 
-@needs_amx
+@needs_tiles
 @pytest.mark.parametrize("depth", [65, 2100])
 def test_medium_precision_rounds_factors_once(depth: int) -> None:
     x, weight = torch.randn(300, depth, requires_grad=True), torch.randn(depth, 70)
@@ -33,6 +34,19 @@ def test_medium_precision_rounds_factors_once(depth: int) -> None:
     masked = (dy * (y > 0)).bfloat16().double()
     assert relative_error(dx, masked @ wb.t()) < 1e-6
     assert relative_error(dweight, xb.t() @ masked) < 1e-6
+
+
+@needs_tiles
+def test_compiles_in_medium_precision() -> None:
+    x, weight = torch.randn(300, 64), torch.randn(96, 64)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert lmfast.explain("linear", x, weight) == "cpu"
+        compiled = torch.compile(ops.linear, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x, weight), ops.linear(x, weight))
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @needs_amx

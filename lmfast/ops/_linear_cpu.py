@@ -154,12 +154,20 @@ def _cpu_isa() -> str | None:
 _cpu_isa._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _tile_precision() -> str | None:
+    """The precision in which there are tiles: "highest" and below, "medium" alone, or none."""
+    if _extension.cpu_isa() == "amx":
+        return "highest"
+    return "medium" if _extension.has_bf16_tiles() else None
+
+
+_tile_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _has_tiles(rounded: bool) -> bool:
     """Whether there are tiles for factors rounded once, or for fp32 as sums of bf16 numbers."""
-    return _extension.has_bf16_tiles() if rounded else _extension.cpu_isa() == "amx"
-
-
-_has_tiles._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    precision = _tile_precision()
+    return precision == "highest" or (rounded and precision == "medium")
 
 
 def _is_faster(rows: int, weight: Sequence[int]) -> bool:
