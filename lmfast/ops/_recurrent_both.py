@@ -18,6 +18,10 @@ from lmfast.ops._recurrent_reference import CELLS, reference_layer
 
 _Layer = tuple[Tensor, Tensor, Tensor]
 
+# Their arguments arrive in tuples here.
+_one_way: Any = cpu_layer
+_one_reference: Any = reference_layer
+
 
 def _at(tensors: Sequence[Tensor], direction: int) -> Tensor | None:
     return tensors[direction] if tensors else None
@@ -98,7 +102,7 @@ class _BothWays(torch.autograd.Function):
     def forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
         sizes, batch, cell, keep = args[12:]
         ways = args[:6], args[6:12]
-        products = [input_product(x, *way[2:], cell) for way in ways]
+        products = [input_product(x, way[2], way[3], way[4], way[5], cell) for way in ways]
         results: list[Tensor] = _forward_op(
             [p for p, _ in products],
             [way[3] for way in ways],
@@ -174,7 +178,7 @@ def _reference_both(x: Tensor, *args: Any, **how: Any) -> tuple[Tensor, ...]:
     return tuple(
         t
         for i in range(2)
-        for t in reference_layer(x, *args[6 * i : 6 * i + 6], reverse=i == 1, **how)
+        for t in _one_reference(x, *args[6 * i : 6 * i + 6], reverse=i == 1, **how)
     )
 
 
@@ -200,7 +204,7 @@ def cpu_both_ways(
     plain = all(t is None or t.dtype == torch.float32 for t in tensors)
     if not plain or torch.is_autocast_enabled("cpu") or runs_in_bf16(x, forward[3], batch, cell):
         first, second = (
-            cpu_layer(x, *way, batch_sizes, batch, cell, i == 1)
+            _one_way(x, *way, batch_sizes, batch, cell, i == 1)
             for i, way in enumerate((forward, reverse))
         )
         return first, second
