@@ -173,18 +173,19 @@ class _FusedLayers(nn.RNNBase):
         for layer in range(self.num_layers):
             if layer and self.dropout and self.training:
                 x = F.dropout(x, self.dropout)
-            ways: Any = []
+            ways: list[tuple[Any, ...]] = []
+            found: tuple[tuple[Tensor, Tensor, Tensor], ...]
             for index in range(layer * directions, (layer + 1) * directions):
                 given = [] if states is None else [s[index] for s in states]
                 ways.append((*(*given, None, None)[:2], *self._weights_of(index)))
             if directions == 2:
-                found: tuple[Any, ...] = cpu_both_ways(x, ways[0], ways[1], sizes, batch, cell)
+                found = cpu_both_ways(x, ways[0], ways[1], sizes, batch, cell)
                 x = torch.cat((found[0][0], found[1][0]), 1)
             else:
                 h0, c0, w_ih, w_hh, b_ih, b_hh = ways[0]
                 one = cpu_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, sizes, batch, cell, False)
                 found = (one,)
-                x = found[0][0]
+                x = one[0]
             finals += [way[1 : 3 if cell == "lstm" else 2] for way in found]
         return x, [torch.stack(s) for s in zip(*finals, strict=True)]
 

@@ -18,6 +18,10 @@ from lmfast.ops._recurrent_reference import CELLS, reference_layer
 
 _Layer = tuple[Tensor, Tensor, Tensor]
 
+# Their arguments arrive in tuples here.
+_one_way: Any = cpu_layer
+_one_reference: Any = reference_layer
+
 
 def _at(tensors: Sequence[Tensor], direction: int) -> Tensor | None:
     return tensors[direction] if tensors else None
@@ -97,8 +101,8 @@ class _BothWays(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
         sizes, batch, cell, keep = args[12:]
-        ways: Any = args[:6], args[6:12]
-        products = [input_product(x, w[2], w[3], w[4], w[5], cell) for w in ways]
+        ways = args[:6], args[6:12]
+        products = [input_product(x, way[2], way[3], way[4], way[5], cell) for way in ways]
         results: list[Tensor] = _forward_op(
             [p for p, _ in products],
             [way[3] for way in ways],
@@ -171,9 +175,10 @@ class _BothWays(torch.autograd.Function):
 
 
 def _reference_both(x: Tensor, *args: Any, **how: Any) -> tuple[Tensor, ...]:
-    run: Any = reference_layer
     return tuple(
-        t for i in range(2) for t in run(x, *args[6 * i : 6 * i + 6], reverse=i == 1, **how)
+        t
+        for i in range(2)
+        for t in _one_reference(x, *args[6 * i : 6 * i + 6], reverse=i == 1, **how)
     )
 
 
@@ -198,9 +203,8 @@ def cpu_both_ways(
     tensors = (x, *forward, *reverse)
     plain = all(t is None or t.dtype == torch.float32 for t in tensors)
     if not plain or torch.is_autocast_enabled("cpu") or runs_in_bf16(x, forward[3], batch, cell):
-        one: Any = cpu_layer
         first, second = (
-            one(x, *way, batch_sizes, batch, cell, i == 1)
+            _one_way(x, *way, batch_sizes, batch, cell, i == 1)
             for i, way in enumerate((forward, reverse))
         )
         return first, second
