@@ -1,4 +1,4 @@
-"""Checks of one op on one backend, shared by the interpreter's and the GPU's tests."""
+"""Checks of one op on one backend, shared by the tests of all ops, the interpreter and the GPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmfast._dispatch import Op, ops
 from lmfast.testing import Sample, assert_within_error_rule, relative_error
@@ -138,3 +139,18 @@ def check_gradients(op: Op, sample: Sample, backend: str) -> None:
         # The scores' gradients of additive attention add up to zero: seen on sums of ten up to 3.
         factor = 4.0 if op.name in (*SUMS, "additive_attention") else 1.5
         assert_sum_within_rule(g, p, e, f"gradient {i}", factor)
+
+
+class RecordCalls(TorchDispatchMode):
+    """Keeps every call of one of our operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "lmfast":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from op_checks import RecordCalls
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import lmfast
@@ -222,21 +222,6 @@ def test_gradcheck_twice(op: str, index: int, backend: str) -> None:
 
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
-
-
-class RecordCalls(TorchDispatchMode):
-    """Keeps every call of one of our operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func.namespace == "lmfast":
-            self.calls.append((func, args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
 
 
 @EVERY_SAMPLE

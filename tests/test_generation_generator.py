@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lmfast
-from lmfast.generation import GenerationOptions, Generator
+from lmfast.generation import Generator
 from lmfast.models import DecoderLanguageModel, RecurrentLanguageModel
 
 V = 37
@@ -360,61 +360,3 @@ def test_stop_strings_end_rows_with_the_token_that_completes_them(options):
     assert (out[0] == 0).any()
     chosen = lmfast.generate(model, ids, 9, choices=["ab", "cde"], tokenizer=words)[:, 4:]
     assert {words.decode(row).strip() for row in chosen.tolist()} <= {"ab", "cde"}
-
-
-def test_explain_says_what_runs_and_why(capsys):
-    generator = Generator(make("elman"))
-    text = generator.explain()
-    assert "the model's own modules: the model has torch.float64 parameters" in text
-    assert text in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"min_new_tokens": 9}, ValueError, "min_new_tokens must be at most max_new"),
-        ({"num_beams": 0}, ValueError, "num_beams must be at least 1, got 0"),
-        ({"num_beams": 2.0}, TypeError, "num_beams must be an integer, got 2.0"),
-        ({"num_beams": 2, "do_sample": True}, ValueError, "num_beams must be 1 with do_sample"),
-        ({"num_beams": 2, "num_return_sequences": 3}, ValueError, "at most num_beams 2, got 3"),
-        ({"num_return_sequences": 2}, ValueError, "greedy continuations are all the same"),
-        ({"best_of": 2, "num_return_sequences": 3, "do_sample": True}, ValueError, "best_of must"),
-        ({"early_stopping": "yes"}, ValueError, 'early_stopping must be True, False or "never"'),
-        ({"context_policy": "wrap"}, ValueError, "context_policy must be one of error, slide"),
-        ({"stop_strings": "x"}, ValueError, "tokenizer must be given with stop_strings"),
-        ({"choices": []}, ValueError, "choices must hold at least one"),
-        ({"choices": [[]]}, ValueError, "every choice must have at least one token"),
-        ({"choices": [[99]]}, ValueError, r"choices must be in 0\.\.36, got \[99\]"),
-        ({"logit_bias": {99: 1.0}}, ValueError, r"logit_bias must be in 0\.\.36"),
-        ({"logit_bias": torch.zeros(3)}, ValueError, r"logit_bias must be \(37,\), got \(3,\)"),
-        ({"typical_p": 0.0}, ValueError, r"typical_p must be in \(0, 1\], got 0.0"),
-        ({"temperature": torch.ones(5)}, ValueError, r"temperature must .* \(2,\), got \(5,\)"),
-        ({"eos_token_id": 99}, ValueError, r"eos_token_id must be in 0\.\.36"),
-        ({"assistant_model": RecurrentLanguageModel(9, 8, 1, 0)}, ValueError, "vocabulary of 37"),
-        ({"prompt_lookup_num_tokens": 3, "use_cache": False}, ValueError, "does not go with use_c"),
-        ({"max_tokens": 3}, TypeError, "max_tokens"),
-    ],
-)  # fmt: skip
-def test_impossible_options_are_named(options, error, message):
-    with pytest.raises(error, match=message):
-        lmfast.generate(make("decoder"), torch.ones(2, 3, dtype=torch.int64), 3, **options)
-
-
-def test_models_that_cannot_run_and_weights_that_cannot_be():
-    with pytest.raises(TypeError, match="Linear has no vocab_size and no step and no new_state"):
-        Generator(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="weights must be one of fp32, bf16, int8, int4"):
-        Generator(make("decoder"), weights="fp8")
-
-    class Plain:
-        vocab_size = 3
-        step = new_state = None
-
-    with pytest.raises(ValueError, match="weights must be 'fp32' for this model, got 'int8'"):
-        Generator(Plain(), weights="int8")
-
-
-def test_options_have_transformers_defaults():
-    options = GenerationOptions(max_new_tokens=1)
-    assert (options.top_k, options.temperature, options.do_sample) == (50, 1.0, False)
-    assert (options.num_beams, options.length_penalty, options.early_stopping) == (1, 1.0, False)

@@ -3,9 +3,10 @@
 //
 // Floor: three matrix products of N x E x V, 2 N E V flops each: 247 ms for 3712 x 128 x 32011 at
 // 370 GF/s, 391 ms at the 233 of two Zen 4 cores, which take 480 (456 at the rate of PyTorch's own
-// products). The fourth one, logits again for the weight gradient, is saved by keeping exp(logit) of
-// one block (V x 192 floats, 24 MB, which stays in the last-level cache): recomputing it measured
-// 82 ms more, and blocks of 64 tokens 30 ms more, as each block reads and writes dweight once.
+// products). The fourth one, logits again for the weight gradient, is saved by keeping exp(logit)
+// of one block (V x 192 floats, 24 MB, which stays in the last-level cache): recomputing it
+// measured 82 ms more, and blocks of 64 tokens 30 ms more, as each block reads and writes dweight
+// once.
 //
 // Layout: tokens are the lanes of every vector and the vocabulary is streamed, so softmax sums are
 // vertical, nothing is transposed but a block of hidden, and weight is only ever the operand that
