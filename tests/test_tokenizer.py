@@ -209,6 +209,22 @@ def test_counts_beyond_32_bits(backend):
     assert tokenizer.merges == [(b"c", b"d"), (b"a", b"b"), (b"e", b"f")]
 
 
+@needs_engine
+@pytest.mark.parametrize("tie_break", ["first", "ids", "lexicographic"])
+def test_weights_of_16_bits_and_more_at_many_positions(tie_break):
+    """Many positions are looked at together, where a weight may be among them that does not fit."""
+    draw = random.Random(3)
+    for weights in ([1, 2, 9, 2**16 - 2], [1] * 90 + [2**16 - 1], [2**16 - 1, 2**16, 2**40, 5]):
+        words = {}
+        for _ in range(500):
+            words["".join(draw.choices("aabc", k=draw.randint(2, 12)))] = draw.choice(weights)
+        fast, slow = (
+            BPETokenizer.train(words, 330, pattern=None, tie_break=tie_break, backend=backend)
+            for backend in ("cpu", "reference")
+        )
+        assert fast.merges == slow.merges
+
+
 # Calls ------------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[1]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 FUZZER = ["-fsanitize=fuzzer", "-DLIBFUZZER"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt", "-mpopcnt", "-maes"]
-AVX512 = [*AVX2, *(f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "cd", "vbmi", "vbmi2"))]
+AVX512 = [*AVX2, "-mvaes"]
+AVX512 += [f"-mavx512{x}" for x in ("f", "bw", "vl", "dq", "cd", "vbmi", "vbmi2")]
 # What knows Python; the engine itself knows neither Python nor torch.
 BINDING = ("bind", "python_text")
 

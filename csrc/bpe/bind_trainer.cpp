@@ -316,7 +316,7 @@ py::tuple learn(Counter& counter, const py::object& byte_ids, const std::string&
       if (!progress.is_none()) progress(done);
       return true;
     };
-    merges = learn_merges(corpus, options);
+    merges = learn_merges(corpus, options, kernels());
   }
   py::array_t<int64_t> pairs({static_cast<py::ssize_t>(merges.size()), py::ssize_t{2}});
   py::array_t<int64_t> counts(static_cast<py::ssize_t>(merges.size()));

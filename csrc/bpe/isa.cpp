@@ -34,7 +34,8 @@ Level machine_level() {
                     (extended_c >> 5 & 1);  // BMI1, AVX2, BMI2, LZCNT
   if (!avx2) return kLevelDefault;
   const bool avx512 = (b >> 16 & 1) && (b >> 17 & 1) && (b >> 28 & 1) && (b >> 30 & 1) &&
-                      (b >> 31 & 1) && (c >> 1 & 1) && (c >> 6 & 1);  // F DQ CD BW VL VBMI VBMI2
+                      (b >> 31 & 1) && (c >> 1 & 1) && (c >> 6 & 1) &&
+                      (c >> 9 & 1);  // F DQ CD BW VL VBMI VBMI2 VAES
   return avx512 && aes && (enabled_state() & 0xE6) == 0xE6 ? kLevelAvx512 : kLevelAvx2;
 }
 #else

@@ -15,6 +15,8 @@ namespace lmfast::bpe {
 constexpr size_t kPadding = 192;
 // Bytes scanned at a time: the boundaries of a chunk stay in L1. 1 to 8 KB measure alike.
 constexpr size_t kChunk = 4096;
+// Bytes that may be written behind a copied line.
+constexpr size_t kCopied = 64;
 
 // Pieces up to 15 bytes are looked up by value: bytes, zeros, and the length in the last byte.
 constexpr size_t kShortPiece = 15;
@@ -80,12 +82,27 @@ struct EncodeContext {
                     uint32_t* out);
 };
 
+// One symbol of the words that merges are learned from, and the weight of its word.
+struct LearnerSlot {
+  uint16_t id, weight;
+};
+// A weight that does not fit; the learner knows where those words are.
+constexpr uint16_t kHeavyWeight = 0xFFFF;
+struct LearnedPair {
+  uint16_t left, right;
+  uint32_t left_length;
+};
+
 struct Kernels {
   const char* name;
   // Copies units below 0x80 as bytes, up to the first other one; returns how many. May stop up to
   // 64 units before it.
   size_t (*narrow16)(const uint16_t* units, size_t n, uint8_t* out);
   size_t (*narrow32)(const uint32_t* units, size_t n, uint8_t* out);
+  // How many spaces text[0, n) begins with.
+  size_t (*leading_spaces)(const uint8_t* text, size_t n);
+  // n > 0; may write kCopied bytes beyond the n.
+  void (*copy_line)(const uint8_t* from, size_t n, uint8_t* to);
   uint32_t (*hash)(PieceKey key);
   // Piece starts in text[0, n), the first at 0; n <= kChunk + kPadding. The pieces between them are
   // final when what follows text[n] is the rest of the text; the last one may go on. Returns 0
@@ -102,6 +119,12 @@ struct Kernels {
   // ids where `bytes` is null. Symbols stay where they are; the bits of the result say where tokens
   // begin, and there `ids` holds them.
   uint64_t (*merge)(const RankTable& table, const uint8_t* bytes, uint32_t* ids, size_t n);
+  // Keeps those of *n positions (below 2^31) where the pair still is, in order, and adds up the
+  // weights of the others. Returns how many it looked at: it stops before a dropped one that is
+  // heavy, and where too few are left for a vector. *n becomes the number kept of those. May be
+  // null.
+  size_t (*recount)(const LearnerSlot* slots, LearnedPair pair, uint32_t* positions, size_t* n,
+                    uint64_t* dropped);
   // Appends the ids of the pieces to `out`; returns the new end.
   uint32_t* (*encode)(const EncodeContext& context, const uint8_t* text, PieceSpans pieces,
                       uint32_t* out);

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "encode_loop.h"
+#include "lines.h"
 #include "merge_loop.h"
 #include "scan_windows.h"
 
@@ -202,8 +203,9 @@ uint64_t merge(const RankTable& table, const uint8_t* bytes, uint32_t* ids, size
 }  // namespace
 
 const Kernels kAvx2Kernels = {
-    "avx2", narrow16, narrow32, hash_key, scan, keys_loop<Avx2Ops>, find_words_loop<Avx2Ops>,
-    merge,  encode};
+    "avx2",   narrow16, narrow32,           leading_spaces_of,        copy_line_to,
+    hash_key, scan,     keys_loop<Avx2Ops>, find_words_loop<Avx2Ops>, merge,
+    nullptr,  encode};
 
 }  // namespace lmfast::bpe
 #endif

@@ -1,5 +1,6 @@
 // Portable kernels: the scalar scanner and 64-bit arithmetic.
 #include "encode_loop.h"
+#include "lines.h"
 #include "merge_loop.h"
 
 namespace lmfast::bpe {
@@ -105,14 +106,9 @@ uint64_t merge_default(const RankTable& table, const uint8_t* bytes, uint32_t* i
 
 }  // namespace
 
-const Kernels kDefaultKernels = {"default",
-                                 narrow<uint16_t>,
-                                 narrow<uint32_t>,
-                                 hash_key,
-                                 scan_default,
-                                 keys_loop<DefaultOps>,
-                                 find_words_loop<DefaultOps>,
-                                 merge_default,
-                                 encode_default};
+const Kernels kDefaultKernels = {
+    "default", narrow<uint16_t>, narrow<uint32_t>,      leading_spaces_of,           copy_line_to,
+    hash_key,  scan_default,     keys_loop<DefaultOps>, find_words_loop<DefaultOps>, merge_default,
+    nullptr,   encode_default};
 
 }  // namespace lmfast::bpe

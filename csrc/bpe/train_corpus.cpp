@@ -1,3 +1,4 @@
+#include <cstring>
 #include <stdexcept>
 
 #include "trainer.h"
@@ -7,6 +8,7 @@ namespace lmfast::bpe {
 namespace {
 
 constexpr uint32_t kReplacement = 0xFFFD;
+constexpr size_t kBlock = 16;  // bytes that can be read of every word
 
 std::string to_utf8(uint32_t c) {
   std::string out;
@@ -38,15 +40,16 @@ void for_each_character(std::string_view text, Use use) {
   }
 }
 
-// Room for every symbol and boundary; positions are 32-bit.
-void reserve(TrainCorpus* corpus, const std::vector<WordCounter::Word>& words, size_t marker) {
+// Room for every symbol and boundary, and how many they are; positions are 32-bit.
+size_t reserve(TrainCorpus* corpus, const std::vector<WordCounter::Word>& words, size_t marker) {
   size_t total = 1;
   for (const auto& word : words) total += word.bytes.size() + marker + 1;
   if (total >= 0xFFFFFFF0u)
     throw std::length_error("the distinct words have more than 4 G symbols");
-  corpus->symbols.reserve(total);
+  corpus->symbols.reserve(total + kBlock);
   corpus->symbols.push_back(TrainCorpus::kBoundary);
   corpus->weights.reserve(words.size());
+  return total;
 }
 
 }  // namespace
@@ -54,12 +57,22 @@ void reserve(TrainCorpus* corpus, const std::vector<WordCounter::Word>& words, s
 TrainCorpus byte_corpus(const std::vector<WordCounter::Word>& words,
                         const std::vector<uint32_t>& byte_ids) {
   TrainCorpus corpus;
-  reserve(&corpus, words, 0);
+  const size_t total = reserve(&corpus, words, 0);
+  corpus.symbols.resize(total + kBlock);
+  uint32_t* symbol = corpus.symbols.data() + 1;
   for (const auto& word : words) {
-    for (const char c : word.bytes) corpus.symbols.push_back(static_cast<uint8_t>(c));
-    corpus.symbols.push_back(TrainCorpus::kBoundary);
+    // Most words fit one block; how long they are is not predictable.
+    const uint8_t* const bytes = reinterpret_cast<const uint8_t*>(word.bytes.data());
+    const size_t size = word.bytes.size();
+    uint8_t block[kBlock];
+    std::memcpy(block, bytes, kBlock);
+    for (size_t i = 0; i < kBlock; ++i) symbol[i] = block[i];
+    for (size_t i = kBlock; i < size; ++i) symbol[i] = bytes[i];
+    symbol[size] = TrainCorpus::kBoundary;
+    symbol += size + 1;
     corpus.weights.push_back(word.count);
   }
+  corpus.symbols.resize(total);
   for (int b = 0; b < 256; ++b) corpus.strings.push_back(std::string(1, static_cast<char>(b)));
   corpus.ids = byte_ids;
   return corpus;

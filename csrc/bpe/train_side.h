@@ -15,7 +15,8 @@ class Side {
   struct Neighbour {
     uint64_t count;
     uint64_t fill;  // where its next position goes in the arena
-    uint32_t id, size;
+    uint32_t id;
+    uint32_t size;  // positions; at last, how far before the token the left of the pair begins
   };
   struct Hit {
     uint32_t neighbour, position;

@@ -46,6 +46,7 @@ TrainCorpus byte_corpus(const std::vector<WordCounter::Word>& words,
 TrainCorpus character_corpus(const std::vector<WordCounter::Word>& words, const std::string& marker,
                              uint32_t first_id);
 
-std::vector<LearnedMerge> learn_merges(const TrainCorpus& corpus, const TrainOptions& options);
+std::vector<LearnedMerge> learn_merges(const TrainCorpus& corpus, const TrainOptions& options,
+                                       const Kernels& kernels);
 
 }  // namespace lmfast::bpe

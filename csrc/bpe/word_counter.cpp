@@ -49,12 +49,16 @@ uint32_t WordCounter::add_short(PieceKey key, uint32_t hash, uint64_t count, uin
   }
 }
 
-// The words that came first, which are the frequent ones, stay first in their buckets.
+// The words that came first, which are the frequent ones, stay first in their buckets. Small tables
+// grow faster: every word is moved each time.
 void WordCounter::grow_short() {
-  std::vector<CountBucket>(2 * short_.size()).swap(short_);
-  const size_t mask = short_.size() - 1;
-  for (uint32_t word = 0; word < words_.size(); ++word) {
+  constexpr size_t kSmall = 1u << 13, kAhead = 16;
+  const size_t grown = (short_.size() <= kSmall ? 4 : 2) * short_.size();
+  std::vector<CountBucket>(grown).swap(short_);
+  const size_t mask = grown - 1, size = words_.size();
+  for (uint32_t word = 0; word < size; ++word) {
     const Entry& entry = words_.data()[word];
+    __builtin_prefetch(&short_[words_.data()[std::min(word + kAhead, size - 1)].hash & mask], 1);
     if ((entry.key.high & kLong) == kLong) continue;
     size_t at = entry.hash & mask;
     while (short_[at].used == 3) at = (at + 1) & mask;
@@ -192,27 +196,6 @@ namespace {
 bool blank(uint8_t c) { return c == ' ' || (c >= 9 && c <= 13); }
 bool solid(uint8_t c) { return c > ' ' && c < 0x7F; }
 
-// How many spaces text[0, n) begins with.
-size_t leading_spaces(const uint8_t* text, size_t n) {
-  size_t count = 0;
-  for (; count + 8 <= n; count += 8) {
-    const uint64_t others = load_word(text + count) ^ 0x2020202020202020ull;
-    if (others != 0) return count + static_cast<size_t>(__builtin_ctzll(others)) / 8;
-  }
-  while (count < n && text[count] == ' ') ++count;
-  return count;
-}
-
-// A call of memcpy costs more than most lines are long.
-void copy_line(const uint8_t* from, size_t n, uint8_t* to) {
-  if (n < 16) {
-    for (size_t i = 0; i < n; ++i) to[i] = from[i];
-    return;
-  }
-  for (size_t i = 0; i + 16 < n; i += 16) std::memcpy(to + i, from + i, 16);
-  std::memcpy(to + n - 16, from + n - 16, 16);
-}
-
 }  // namespace
 
 // Whether the pieces of joined_ followed by the text are the pieces of both.
@@ -244,7 +227,7 @@ bool WordCounter::joins(const uint8_t* text, size_t n) const {
 inline size_t WordCounter::add_blank_start(const uint8_t* text, size_t n, uint64_t place) {
   if (pattern_ != Pattern::kGpt2 || !blank(text[0])) return 0;
   const bool line_end = n == 1 && text[0] == '\n';
-  const size_t spaces = line_end ? 2 : leading_spaces(text, n);
+  const size_t spaces = line_end ? 2 : kernels_.leading_spaces(text, n);
   if (!line_end && (spaces < 2 || spaces > kUsualBlanks || spaces == n || !solid(text[spaces]))) {
     return add_unusual_blank(text, n, place);
   }
@@ -294,8 +277,8 @@ void WordCounter::add_line(const uint8_t* text, size_t n, uint64_t place) {
     return;
   }
   if (joined_.size() == 0) joined_place_ = place;
-  uint8_t* const end = joined_.room(n);
-  copy_line(text, n, end);
+  uint8_t* const end = joined_.room(n + kCopied);
+  kernels_.copy_line(text, n, end);
   joined_.set_end(end + n);
 }
 

@@ -32,7 +32,8 @@ class WordCounter {
     std::string_view bytes;
     uint64_t count;
   };
-  // All words by first appearance. The views live as long as the counter is not changed.
+  // All words by first appearance. The views live as long as the counter is not changed; 16 bytes
+  // can be read at each, however short.
   std::vector<Word> words() const;
 
  private:

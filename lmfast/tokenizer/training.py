@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -291,7 +292,7 @@ def _assemble(
         head[id] = None if symbol in taken else symbol
     if not taken or taken.keys().isdisjoint(strings[symbols:]):
         count = min(len(pairs), max(size - first, 0))
-        tokens = (*head, *strings[symbols : symbols + count])
+        tokens = (*head, *itertools.islice(strings, symbols, symbols + count))
         numbers = np.concatenate([np.array(ids), np.arange(first, first + count)])
     else:
         numbers_of = list(ids)
@@ -306,7 +307,7 @@ def _assemble(
         numbers = np.array(numbers_of, dtype=np.int64)
         count = len(numbers) - symbols
     merges = np.empty((count, 4), dtype=np.int64)
-    merges[:, :2] = numbers[pairs[:count]]
+    merges[:, :2] = numbers.take(pairs[:count])
     merges[:, 2] = numbers[symbols:]
     merges[:, 3] = np.arange(count)
     return Model.trusted(tokens=tokens, merges=merges, whole_piece=False, **options)

@@ -215,7 +215,7 @@ void check_training(Pattern pattern, Input* input) {
     for (uint32_t b = 0; b < 256; ++b) ids[b] = b;
     const TrainCorpus corpus =
         characters ? character_corpus(counter.words(), "_", 0) : byte_corpus(counter.words(), ids);
-    const std::vector<LearnedMerge> merges = learn_merges(corpus, options);
+    const std::vector<LearnedMerge> merges = learn_merges(corpus, options, *kernels);
     if (expected.empty()) expected = merges;
     require(merges.size() == expected.size(), "a level trains differently");
     for (size_t i = 0; i < merges.size(); ++i) {
