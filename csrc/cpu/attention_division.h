@@ -12,12 +12,16 @@ namespace lmfast {
 constexpr int64_t kAttentionUnits = 64;  // that let threads even out
 constexpr int64_t kFewAttentionUnits = 16;
 
+inline bool multiplies_narrow_numbers() {
+  const Isa isa = current_isa();
+  return isa == Isa::kAmx || (isa == Isa::kAvx512 && has_bf16_products());
+}
+
 // Whether blocks are multiplied as tiles of bf16 (attention_fwd_amx.cpp).
 inline bool on_tiles(const AttentionArgs& a) {
-  const Isa isa = current_isa();
   return a.dtype == DType::kBF16 &&
          (a.stored.type == Stored::kBF16 || a.stored.type == Stored::kI8) &&
-         (isa == Isa::kAmx || (isa == Isa::kAvx512 && has_bf16_products()));
+         multiplies_narrow_numbers();
 }
 
 // Whether rows are taken one by one (attention_decode.cpp) or as lanes of blocks. At 2048 keys of
@@ -26,6 +30,15 @@ inline bool is_decoding(const AttentionArgs& a) {
   if (a.sum != nullptr) return false;  // a backward recomputes the scores as blocks have them
   const bool amx = on_tiles(a) && current_isa() == Isa::kAmx;
   return attention_rows(a) <= (amx ? 5 : kAttentionDecodeRows);
+}
+
+inline attention_decode_fn decode_kernel(const AttentionArgs& a) {
+  if (multiplies_narrow_numbers()) {
+    if (a.stored.type == Stored::kI8) return attention_decode_int8_kernel();
+    const bool bf16 = a.dtype == DType::kBF16 && a.stored.type == Stored::kBF16;
+    if (bf16) return attention_decode_pairs_kernel();
+  }
+  return attention_decode_kernel();
 }
 
 // Ranges of query rows: each repeats the packing of the keys, so not too short.
