@@ -44,7 +44,9 @@ struct Start {
 template <int kParts>
 LMFAST_INLINE Start to_integers(const float* x, int64_t n, float largest, int8_t* parts,
                                 int64_t stride) {
-  constexpr float kMost = kParts == 3 ? 8355711.0f : 32639.0f;  // 127 (256^2 + 256 + 1), less
+  // Below 127 (256^2 + 256 + 1) and 127 (256 + 1), where the leading part would be 128, by more
+  // than the product with `factor` is rounded.
+  constexpr float kMost = kParts == 3 ? 8355000.0f : 32600.0f;
   const bool zero = largest == 0.0f;
   const VecF factor = VecF::set1(zero ? 0.0f : kMost / largest);
   const __m512i half = _mm512_set1_epi32(128), byte = _mm512_set1_epi32(255);
