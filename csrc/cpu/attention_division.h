@@ -12,16 +12,12 @@ namespace lmfast {
 constexpr int64_t kAttentionUnits = 64;  // that let threads even out
 constexpr int64_t kFewAttentionUnits = 16;
 
-inline bool multiplies_narrow_numbers() {
-  const Isa isa = current_isa();
-  return isa == Isa::kAmx || (isa == Isa::kAvx512 && has_bf16_products());
-}
-
 // Whether blocks are multiplied as tiles of bf16 (attention_fwd_amx.cpp).
 inline bool on_tiles(const AttentionArgs& a) {
+  const Isa isa = current_isa();
   return a.dtype == DType::kBF16 &&
          (a.stored.type == Stored::kBF16 || a.stored.type == Stored::kI8) &&
-         multiplies_narrow_numbers();
+         (isa == Isa::kAmx || (isa == Isa::kAvx512 && has_bf16_products()));
 }
 
 // Whether rows are taken one by one (attention_decode.cpp) or as lanes of blocks. At 2048 keys of
@@ -33,12 +29,8 @@ inline bool is_decoding(const AttentionArgs& a) {
 }
 
 inline attention_decode_fn decode_kernel(const AttentionArgs& a) {
-  if (multiplies_narrow_numbers()) {
-    if (a.stored.type == Stored::kI8) return attention_decode_int8_kernel();
-    const bool bf16 = a.dtype == DType::kBF16 && a.stored.type == Stored::kBF16;
-    if (bf16) return attention_decode_pairs_kernel();
-  }
-  return attention_decode_kernel();
+  const bool pairs = on_tiles(a) && a.stored.type == Stored::kBF16;
+  return pairs ? attention_decode_pairs_kernel() : attention_decode_kernel();
 }
 
 // Ranges of query rows: each repeats the packing of the keys, so not too short.

@@ -85,7 +85,7 @@ Probe probe() {
   result.best = Isa::kAvx2;
   if (!(os_zmm && avx512)) return result;
   result.best = Isa::kAvx512;
-  result.bf16_products = bf16 && vbmi && vnni;
+  result.bf16_products = bf16 && vbmi;
   if (!(os_tile && amx && bf16 && vnni && vbmi)) return result;
   if (!request_amx_permission()) {
     result.features += " (amx: permission refused by the operating system)";

@@ -4,7 +4,9 @@
 // Of four rows of queries per key/value head the fp32 kernel is bound by arithmetic, 40
 // instructions for the 32 columns of two keys: here 18. Keys are pairs as they lie. Values become
 // pairs of two keys by two shuffles for all rows; probabilities are rounded to bf16, which is what
-// blocks on tiles (attention_fwd_amx.cpp) and PyTorch do, their sum is not.
+// blocks on tiles (attention_fwd_amx.cpp) and PyTorch do, their sum is not. Zen 4: 32 / 8 heads of
+// 128 x 8192 keys 1.04 ms instead of 1.24; 12 / 4 heads of 64 x 1024, batch 8, 0.26 instead of
+// 0.29.
 #include "../amx.h"
 #include "attention_decode_unit.h"
 
