@@ -1,20 +1,26 @@
-"""nn.RNN, LSTM and GRU against torch.nn's, the textbook's loop and torch.compile of it.
+"""nn.RNN, LSTM and GRU against torch.nn's, the textbook's loop, torch.compile of its step, and
+onnxruntime without gradients.
 
 Shapes: the small reference model, a medium one, one long sequence, one step of a stream. Large
-batches are bound by arithmetic that both do, single sequences by reading the weights and by
-dispatch. PackedSequence rows hold lengths from 1 to T.
+batches are bound by arithmetic that all do, single sequences by reading the weights and by
+dispatch. PackedSequence rows hold lengths from 1 to T; "padded" is our time for all T steps, to be
+multiplied by the share of steps that are real (0.51).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lmfast
+from lmfast.ops._recurrent_reference import cell_step
 
 MODES = pytest.mark.parametrize("mode", ["RNN", "LSTM", "GRU"])
 # (B, T, H, layers)
@@ -37,20 +43,54 @@ def train(layer: Callable[..., tuple[Tensor, object]], x: Tensor) -> None:
     layer(x)[0].sum().backward()
 
 
-def textbook(layer: nn.Module) -> Callable[[Tensor], tuple[Tensor, None]]:
-    """An Elman stack as a loop over time, with the weights of ``layer``."""
+NAMES = {"RNN": "tanh", "LSTM": "lstm", "GRU": "gru"}
+Run = Callable[[Tensor], tuple[Tensor, None]]
+
+
+def textbook(mode: str, layer: nn.Module, compiled: bool = False) -> Run:
+    """The stack as a loop over time and layers, with the weights of ``layer``."""
+
+    def one(x: Tensor, h: Tensor, c: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        w_ih, w_hh, b_ih, b_hh = weights
+        return cell_step(NAMES[mode], F.linear(x, w_ih, b_ih), h, c, w_hh, b_hh)
+
+    step = torch.compile(one, dynamic=False) if compiled else one
 
     def run(x: Tensor) -> tuple[Tensor, None]:
-        states = [x.new_zeros(x.shape[0], layer.hidden_size) for _ in range(layer.num_layers)]
+        states = [(x.new_zeros(len(x), layer.hidden_size),) * 2 for _ in range(layer.num_layers)]
         outputs = []
-        for step in x.unbind(1):
-            for i, (w_ih, w_hh, b_ih, b_hh) in enumerate(layer.all_weights):
-                states[i] = torch.tanh(step @ w_ih.t() + b_ih + states[i] @ w_hh.t() + b_hh)
-                step = states[i]
-            outputs.append(step)
+        for now in x.unbind(1):
+            for i, weights in enumerate(layer.all_weights):
+                states[i] = step(now, *states[i], *weights)
+                now = states[i][0]
+            outputs.append(now)
         return torch.stack(outputs, 1), None
 
     return run
+
+
+def textbooks(mode: str, layer: nn.Module, shape: tuple[int, ...]) -> dict[str, Run]:
+    """The loop, and where compiling pays least or most, the loop over a compiled step."""
+    found = {"textbook": textbook(mode, layer)}
+    if shape[:3] in ((128, 30, 128), (1, 256, 512)):
+        found["compile"] = textbook(mode, layer, compiled=True)
+    return found
+
+
+def onnx_runner(layer: nn.Module, x: Tensor, folder: Path) -> dict[str, Callable[[], object]]:
+    """onnxruntime on the layer written as ONNX, with as many threads as torch; nothing without."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return {}
+    lmfast.nn.export_onnx(layer, folder / "layer.onnx", initial_state=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(
+        str(folder / "layer.onnx"), options, providers=["CPUExecutionProvider"]
+    )
+    given = {"x": x.numpy()}
+    return {"onnxruntime": lambda: session.run(None, given)}
 
 
 @SHAPES
@@ -61,13 +101,9 @@ def bench_layer_with_gradients(
     batch, steps, hidden, count = shape
     x = torch.randn(batch, steps, hidden, requires_grad=True)
     ours, theirs = layers(mode, hidden, count)
+    loops = textbooks(mode, theirs, shape)
     peers = {"torch.nn": lambda: train(theirs, x)}
-    if mode == "RNN":
-        loop = textbook(theirs)
-        peers["textbook"] = lambda: train(loop, x)
-        if steps <= 35:  # unrolled by torch.compile: minutes for more steps
-            compiled = torch.compile(loop)
-            peers["compile"] = lambda: train(compiled, x)
+    peers |= {name: partial(train, loop, x) for name, loop in loops.items()}
     compare(
         f"{mode} fwd+bwd {batch}x{steps}x{hidden} layers {count}",
         lambda: train(ours, x),
@@ -84,8 +120,8 @@ def bench_bf16_with_gradients(
     compare: Callable[..., None], mode: str, shape: tuple[int, int, int, int]
 ) -> None:
     """bf16 layers, and fp32 ones at matmul precision "medium", against torch.nn in fp32."""
-    if lmfast._extension.cpu_isa() != "amx":
-        pytest.skip("no AMX here")
+    if not lmfast._extension.has_bf16_tiles():
+        pytest.skip("neither AMX nor AVX512-BF16 here")
     batch, steps, hidden, count = shape
     x = torch.randn(batch, steps, hidden, requires_grad=True)
     narrow = x.detach().bfloat16().requires_grad_()
@@ -108,21 +144,28 @@ def bench_bf16_with_gradients(
             "torch.nn bf16": lambda: train(theirs_narrow, narrow),
             "ours, medium": medium,
         },
-        rounds=7,
+        rounds=5,
     )
 
 
 @SHAPES
 @MODES
-def bench_layer(compare: Callable[..., None], mode: str, shape: tuple[int, int, int, int]) -> None:
+def bench_layer(
+    compare: Callable[..., None], mode: str, shape: tuple[int, int, int, int], tmp_path: Path
+) -> None:
     batch, steps, hidden, count = shape
     x = torch.randn(batch, steps, hidden)
     ours, theirs = layers(mode, hidden, count)
+    loops = textbooks(mode, theirs, shape)
     with torch.no_grad():
         compare(
             f"{mode} fwd {batch}x{steps}x{hidden} layers {count}",
             lambda: ours(x),
-            {"torch.nn": lambda: theirs(x)},
+            {
+                "torch.nn": lambda: theirs(x),
+                **{name: partial(loop, x) for name, loop in loops.items()},
+                **onnx_runner(ours, x, tmp_path),
+            },
             rounds=9,
         )
 
@@ -166,7 +209,9 @@ def bench_packed_with_gradients(compare: Callable[..., None], mode: str) -> None
     )
 
 
-@pytest.mark.parametrize("shape", [(1, 256, 512), (32, 64, 256)], ids=["1x512", "32x256"])
+@pytest.mark.parametrize(
+    "shape", [(1, 256, 128), (1, 256, 512), (32, 64, 256)], ids=["1x128", "1x512", "32x256"]
+)
 @MODES
 def bench_both_ways_with_gradients(
     compare: Callable[..., None], mode: str, shape: tuple[int, int, int]

@@ -42,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture
-def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
     """Measures ``ours`` against ``peers`` and keeps a row for the table at the end.
 
     Args of the function:
@@ -55,6 +55,8 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
             1024 x 1024 matrices of `dtype`.
         dtype: of that product.
         rounds: how many times each is run.
+
+    It returns the row, to which more may be added; an empty one where nothing is timed.
     """
 
     def run(
@@ -65,7 +67,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
         rounds: int = 21,
         flops: float | None = None,
         dtype: torch.dtype = torch.float32,
-    ) -> None:
+    ) -> dict[str, Any]:
         peers = dict(peers)
         if flops is not None:
             factor = torch.randn(_MM, _MM).to(dtype)
@@ -87,7 +89,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
         benchmark.group = name
         benchmark.pedantic(ours, setup=run_peers, rounds=rounds)
         if benchmark.stats is None:  # --benchmark-disable: everything ran once, nothing is timed
-            return
+            return {}
         median = benchmark.stats.stats.median
         row: dict[str, Any] = {"name": name, "lmfast_ms": median * 1e3}
         for peer, values in times.items():
@@ -100,6 +102,7 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
             row["share_of_mm"] = flops / median / ceiling
         benchmark.extra_info.update(row)
         ROWS.append(row)
+        return row
 
     return run
 

@@ -1,6 +1,7 @@
 """The operators on one NVIDIA GPU: bytes or operations per second beside their peers.
 
     python -m benchmarks.gpu [--out benchmarks/results/gpu.json] [--filter rope] [--seconds 540]
+                             [--choose]
 
 Every number is the median time of one call inside a CUDA graph that walks through copies of the
 operands, three times the L2 cache together, so that no operand is found there. The variants of a
@@ -8,7 +9,11 @@ case are measured in turns. Share: of the rate of a large device-to-device copy,
 bytes written, or of a large bf16 product, both measured in the same process. Bytes and operations
 are the fewest the operator can do with. ``call`` is the time the host needs per eager call, without
 a graph: what counts in decoding. Peers: eager PyTorch, torch.compile, SDPA's backends, cuDNN's
-recurrent layers, and Liger and flash-attn where they are installed.
+recurrent layers, and Liger and flash-attn where they are installed. Whole generation, by a CUDA
+graph per token and by the loop, comes last.
+
+``--choose`` keeps what was measured in ``lmfast/ops/gpu_choices.json``: from then on the automatic
+choice on this kind of GPU takes, for calls of the measured classes, the backend that was fastest.
 """
 
 from __future__ import annotations
@@ -24,8 +29,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_cases import CASES, GPU_BACKENDS, Case, run_once
-from lmfast._dispatch import ops
+from benchmarks.gpu_case import GPU_BACKENDS, Case, run_once
+from benchmarks.gpu_cases import CASES
+from benchmarks.gpu_generation import MODELS, generation_rows
+from lmfast import _measured
+from lmfast._dispatch import BACKENDS, ops
 
 ROUNDS = 15
 
@@ -137,6 +145,30 @@ def measure(case: Case, copy: float, matmul: float, l2: int) -> dict[str, Any]:
     return row
 
 
+def class_of(case: Case, backend: str) -> tuple[str, str] | None:
+    """(op, class of its arguments) that a case's variant by one of our backends asks about."""
+    _measured.asked = []
+    try:
+        run_once(case, lambda *operands: case.variants[backend](*operands), case.make())
+        return _measured.asked[0] if _measured.asked else None
+    finally:
+        _measured.asked = None
+
+
+def keep_choice(table: _measured.Table, device: str, case: Case, row: dict[str, Any]) -> None:
+    """Enters a measured row: the times of our backends, for the class of the case's calls."""
+    times = {
+        name: round(found["us"], 2)
+        for name, found in row["variants"].items()
+        if name in BACKENDS and "us" in found
+    }
+    if len(times) < 2:
+        return  # nothing to choose
+    asked = class_of(case, next(iter(times)))
+    if asked is not None:
+        table.setdefault(device, {})[asked[1]] = times
+
+
 def plot(report: dict[str, Any], path: Path) -> None:
     """One line per case: every variant's share of the ceiling, ours filled."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -187,6 +219,8 @@ def show(row: dict[str, Any]) -> None:
         if "tflop_per_s" in found:
             share = 100 * found["share_of_matmul"]
             text = f"{name} {found['us']:.1f} us {found['tflop_per_s']:.0f} TFLOP/s {share:.0f}%"
+        if "tokens_per_s" in found:
+            text += f" {found['tokens_per_s']:.0f} tokens/s"
         if "memory_bytes" in found:
             text += f" {found['memory_bytes'] / 2**30:.2f} GiB"
         cells.append(text + (f" call {found['call_us']:.1f} us" if "call_us" in found else ""))
@@ -199,6 +233,9 @@ def main() -> None:
     parser.add_argument("--filter", default="", help="only cases whose name contains this")
     parser.add_argument(
         "--seconds", type=float, default=540, help="start no case after this time (default 540)"
+    )
+    parser.add_argument(
+        "--choose", action="store_true", help="let the automatic choice follow the measurements"
     )
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -218,6 +255,7 @@ def main() -> None:
         f"{properties.name}, torch {torch.__version__}, copy {copy / 1e9:.0f} GB/s, "
         f"bf16 product {matmul / 1e12:.0f} TFLOP/s"
     )
+    table, kind = _measured.TABLE, _measured.device_kind(torch.device("cuda", 0))
     started = time.perf_counter()
     for cases in CASES:
         for case in cases():
@@ -229,10 +267,20 @@ def main() -> None:
             row = measure(case, copy, matmul, properties.L2_cache_size)
             show(row)
             report["rows"].append(row)
+            if options.choose:
+                keep_choice(table, kind, case, row)
+                _measured.PATH.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(report, indent=1) + "\n")
             torch._dynamo.reset()
             torch.cuda.empty_cache()
+    models = [m for m in MODELS if options.filter in f"generate {m[0]}"]
+    if time.perf_counter() - started < options.seconds:
+        for row in generation_rows(copy, models=models):
+            show(row)
+            report["rows"].append(row)
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(report, indent=1) + "\n")
     if report.get("left_out"):
         print(f"{report['left_out']} cases left out after {options.seconds:.0f} s")
     plot(report, options.out.with_suffix(".png"))

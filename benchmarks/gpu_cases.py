@@ -4,67 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lmfast
+from benchmarks.gpu_case import Case, Variants, operand, our_variants, with_peers
+from benchmarks.gpu_layer_cases import linear_cases, recurrent_cases, sample_cases, scan_cases
 from lmfast._dispatch import ops
-
-GPU_BACKENDS = ("cuda", "triton")
-CUDNN = ("elman_rnn", "lstm", "gru")  # their backend cuda is no kernel of the extension
-Variants = dict[str, Callable[..., Any]]
-
-
-@dataclass
-class Case:
-    """One operator at one size.
-
-    Attributes:
-        make: fresh operands; differentiable ones require a gradient.
-        variants: name -> function of the operands.
-        moved: fewest bytes one call reads and writes.
-        flops: fewest operations on the matrix units, where those are the floor.
-        backward: the gradients for random output gradients are part of the call.
-        memory: measure the memory of a call as well.
-    """
-
-    name: str
-    make: Callable[[], tuple[Any, ...]]
-    variants: Variants
-    moved: int
-    backward: bool = False
-    call_time: bool = False
-    flops: int = 0
-    memory: bool = False
-
-
-def our_variants(op: str, function: Callable[..., Any]) -> Variants:
-    """``function(*operands, backend=...)`` on every GPU backend that is there."""
-    found = {}
-    for backend in GPU_BACKENDS:
-        if backend not in ops()[op].implementations:
-            continue
-        if backend == "cuda" and op not in CUDNN and not lmfast._extension.cuda.loaded:
-            continue
-        found[backend] = lambda *a, b=backend: function(*a, backend=b)
-    return found
-
-
-def with_peers(op: str, function: Callable[..., Any], eager: Callable[..., Any]) -> Variants:
-    return {
-        **our_variants(op, function),
-        "eager": eager,
-        "compile": torch.compile(eager, fullgraph=True, dynamic=False),
-    }
-
-
-def operand(*shape: int, grad: bool = False) -> Tensor:
-    return torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_(grad)
 
 
 def norm_cases() -> Iterator[Case]:
@@ -257,6 +207,20 @@ def cache_cases() -> Iterator[Case]:
         tables = lmfast.ops.rope_tables(8192, 128, device="cuda")
         return q, k, k.clone(), keys, keys.clone(), slots, *tables
 
+    def step_operands(batch: int, keys: int) -> tuple[Any, ...]:
+        new = operand(batch, 32, 1, 128), operand(batch, 8, 1, 128), operand(batch, 8, 1, 128)
+        stored = operand(batch, 8, keys, 128), operand(batch, 8, keys, 128)
+        lengths = torch.full((batch,), keys, device="cuda")
+        return *new, *stored, lengths, *lmfast.ops.rope_tables(keys, 128, device="cuda")
+
+    for batch, keys in ((1, 512), (1, 8192), (32, 8192)):
+        yield Case(
+            f"decode_attention {batch}x32/8x{keys}x128",
+            lambda b=batch, s=keys: step_operands(b, s),
+            our_variants("decode_attention", lmfast.ops.decode_attention),
+            moved=2 * batch * 8 * keys * 128 * 2,
+            call_time=batch == 1,
+        )
     for batch in (1, 256):
         yield Case(
             f"rope_append {batch}x32/8x1x128",
@@ -323,57 +287,6 @@ def loss_cases() -> Iterator[Case]:
         )
 
 
-def recurrent_cases() -> Iterator[Case]:
-    kinds = {"lstm": (nn.LSTM, 4), "gru": (nn.GRU, 3), "elman_rnn": (nn.RNN, 1)}
-    for dtype in (torch.bfloat16, torch.float32):
-        for name, (layer, gates) in kinds.items():
-            for hidden, batch, steps in ((256, 64, 128), (512, 64, 128), (1024, 16, 128)):
-
-                def make(
-                    n: int = gates, h: int = hidden, b: int = batch, t: int = steps, d: Any = dtype
-                ) -> tuple[Any, ...]:
-                    shapes = ((b, t, h), (n * h, h), (n * h, h), (n * h,), (n * h,))
-                    made = (torch.randn(s, device="cuda") / h**0.5 for s in shapes)
-                    return tuple(m.to(d).requires_grad_() for m in made)
-
-                def ours(x: Tensor, *w: Tensor, backend: str, op: str = name) -> Tensor:
-                    return getattr(lmfast.ops, op)(x, None, w, backend=backend)[0]
-
-                def cudnn(x: Tensor, *w: Tensor, layer: Any = layer, h: int = hidden) -> Tensor:
-                    zero = x.new_zeros(1, x.shape[0], h)
-                    state = (zero, zero) if layer is nn.LSTM else zero
-                    run = {nn.LSTM: torch.lstm, nn.GRU: torch.gru, nn.RNN: torch.rnn_tanh}[layer]
-                    return run(x, state, w, True, 1, 0.0, True, False, True)[0]
-
-                yield Case(
-                    f"{name} fwd+bwd {batch}x{steps}x{hidden} {str(dtype).removeprefix('torch.')}",
-                    make,
-                    {**our_variants(name, ours), "cudnn": cudnn},
-                    moved=2 * 2 * batch * steps * hidden * (torch.finfo(dtype).bits // 8),
-                    flops=3 * 2 * 2 * batch * steps * gates * hidden**2,
-                    backward=True,
-                )
-
-
-def scan_cases() -> Iterator[Case]:
-    reference = ops()["linear_recurrence"].reference
-    for grad in (False, True):
-        yield Case(
-            f"linear_recurrence {'fwd+bwd' if grad else 'fwd'} 16x4096x1024",
-            lambda g=grad: tuple(
-                torch.rand(16, 4096, 1024, device="cuda").bfloat16().requires_grad_(g)
-                for _ in range(2)
-            ),
-            with_peers(
-                "linear_recurrence",
-                lambda a, b, backend: lmfast.ops.linear_recurrence(a, b, backend=backend)[0],
-                lambda a, b: reference(a, b, None)[0],
-            ),
-            moved=16 * 4096 * 1024 * 2 * (3 + 5 * grad),
-            backward=grad,
-        )
-
-
 CASES = (
     norm_cases,
     rope_cases,
@@ -383,15 +296,6 @@ CASES = (
     loss_cases,
     scan_cases,
     recurrent_cases,
+    linear_cases,
+    sample_cases,
 )
-
-
-def run_once(case: Case, variant: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
-    """One call of a variant, with its gradients if they are part of the case."""
-    outputs = variant(*operands)
-    if not case.backward:
-        return outputs
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    leaves = [t for t in operands if t.requires_grad]
-    # The output stands in for its gradient: same shape and layout, and no extra bytes to make one.
-    return torch.autograd.grad(outputs, leaves, [o.detach() for o in outputs])

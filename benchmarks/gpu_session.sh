@@ -35,12 +35,13 @@ for step in "${@:-build test bench}"; do
         LINES_SHOWN=15 run build "$python" setup.py build_ext --inplace
         "$python" -c "import lmfast; print(lmfast.info())"
         ;;
-      test) run test "$python" -m pytest tests/test_gpu.py -m gpu -p no:cacheprovider ;;
+      test) run test "$python" -m pytest tests/test_gpu.py tests/test_gpu_decoding.py -m gpu -p no:cacheprovider ;;
       bench) LINES_SHOWN=80 run bench "$python" -m benchmarks.gpu --out "$results/gpu.json" ;;
       check)
         for tool in memcheck racecheck; do
           run "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            "$python" -m pytest tests/test_gpu.py -m gpu -k "test_values and cuda" -x
+            "$python" -m pytest tests/test_gpu.py tests/test_gpu_decoding.py -m gpu -x \
+            -k "(test_values and cuda) or test_recurrent_layers"
         done
         ;;
       *)

@@ -4,7 +4,7 @@ from lmfast import models, nn, ops, training
 from lmfast._allocator import tune_allocator
 from lmfast._dispatch import BackendError, explain, use_backend
 from lmfast._info import info
-from lmfast.generation import Generator, KVCache, generate
+from lmfast.generation import Generator, KVCache, QuantisedWeights, generate, quantise
 from lmfast.patching import PatchReport, patch, unpatch
 from lmfast.tokenizer import BPETokenizer
 
@@ -16,6 +16,7 @@ __all__ = [
     "Generator",
     "KVCache",
     "PatchReport",
+    "QuantisedWeights",
     "explain",
     "generate",
     "info",
@@ -23,6 +24,7 @@ __all__ = [
     "nn",
     "ops",
     "patch",
+    "quantise",
     "training",
     "tune_allocator",
     "unpatch",

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from lmfast import _measured
 from lmfast._forward_mode import has_tangent
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
@@ -83,12 +84,12 @@ class Op:
 _ops: dict[str, Op] = {}
 
 
-def register_op(op: Op) -> Op:
-    """Adds an op, with its reference as the ``torch`` backend."""
+def register_op(op: Op, forward: Callable[..., Any] | None = None) -> Op:
+    """Adds an op; its ``torch`` backend is ``forward``, by default the reference."""
     if op.name in _ops:
         raise ValueError(f"op {op.name!r} is registered twice")
     _ops[op.name] = op
-    register(op.name, "torch", (), op.reference, None, lambda *args: None)
+    register(op.name, "torch", (), forward or op.reference, None, lambda *args: None)
     return op
 
 
@@ -179,6 +180,14 @@ def _reason_against(candidate: Implementation, device: str, args: tuple[Any, ...
     return candidate.supports(*args)
 
 
+def _preferred(op: Op, args: tuple[Any, ...]) -> tuple[str, str] | None:
+    """(backend, why): what was measured on this GPU, else the op's own rule for these sizes."""
+    measured = _measured.choice(op.name, args) if args[0].is_cuda else None
+    if measured is not None or op.prefer is None:
+        return measured
+    return op.prefer(*args)
+
+
 def select(op: Op, args: tuple[Any, ...], backend: str | None = None) -> Implementation:
     """The implementation that runs ``op`` on normalised ``args``.
 
@@ -187,10 +196,12 @@ def select(op: Op, args: tuple[Any, ...], backend: str | None = None) -> Impleme
         ValueError: ``backend`` is not a backend's name.
     """
     device = args[0].device.type
+    if _measured.asked is not None:
+        _measured.note(op.name, args)
     wanted = backend or _requested.get(op.name) or _requested.get(_ALL_OPS)
     if wanted is not None:
         return _select_requested(op, wanted, device, args)
-    preferred = None if op.prefer is None else op.prefer(*args)
+    preferred = _preferred(op, args)
     first = () if preferred is None else preferred[:1]
     for name in (*first, *op.order.get(device, ("torch",))):
         candidate = op.implementations.get(name)
@@ -239,8 +250,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     device = normalised[0].device.type
     chosen = select(entry, normalised, backend).backend
     asked = backend or _requested.get(op) or _requested.get(_ALL_OPS)
-    preferred = None if entry.prefer is None or asked else entry.prefer(*normalised)
-    why = " (asked for)" if asked else f" ({preferred[1]})" if preferred else ""
+    preferred = None if asked else _preferred(entry, normalised)
+    followed = preferred is not None and preferred[0] == chosen
+    why = " (asked for)" if asked else f" ({preferred[1]})" if preferred and followed else ""
     lines = [f"{op} on {device} tensors runs on: {chosen}{why}"]
     for name in BACKENDS:
         candidate = entry.implementations.get(name)

@@ -86,6 +86,7 @@ if cpu.library is not None:
     cpu.library.lmfast_cpu_best_isa.restype = ctypes.c_char_p
     cpu.library.lmfast_cpu_features.restype = ctypes.c_char_p
     cpu.library.lmfast_set_cpu_isa.argtypes = [ctypes.c_char_p]
+    cpu.library.lmfast_has_bf16_tiles.restype = ctypes.c_int
 
 CPU_ISA_LEVELS = ("default", "avx2", "avx512", "amx")
 
@@ -106,6 +107,11 @@ def available_cpu_isas() -> tuple[str, ...]:
 def cpu_features() -> str:
     """What the processor offers, space separated; empty without ``_cpu``."""
     return cpu.library.lmfast_cpu_features().decode() if cpu.library is not None else ""
+
+
+def has_bf16_tiles() -> bool:
+    """Whether kernels of bf16 tiles run at the current level: AMX, or AVX-512 with BF16."""
+    return cpu.library is not None and bool(cpu.library.lmfast_has_bf16_tiles())
 
 
 def set_cpu_isa(level: str) -> None:

@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 
+from lmfast import quantise
 from lmfast.cli import main
 from lmfast.commands.chat import Conversation
 from lmfast.models import DecoderLanguageModel
@@ -106,6 +107,24 @@ def test_beams_lookup_and_samples(tmp_path, capsys):
     assert outputs["drawn"].count("the cat") >= 3
     assert main([*run, "--beams", "2", "--stream"]) == 1
     assert "leave out --samples and --beams" in capsys.readouterr().err
+
+
+def test_weights_as_integers(tmp_path, capsys):
+    save(tmp_path / "run")
+    file = tmp_path / "int4.safetensors"
+    quantise(load_model(tmp_path / "run"), "int4", group=64).save(file)
+    run = ["generate", "--model", str(tmp_path / "run"), "--prompt", "the cat"]
+    run += ["--max-new-tokens", "8"]
+    outputs = []
+    for extra in (["--weights", "int4", "--group", "64"], ["--quantised", str(file)]):
+        capsys.readouterr()
+        assert main([*run, *extra]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+    assert main([*run, "--weights", "int8", "--quantised", str(file)]) == 1
+    assert "--quantised is in the place of --weights" in capsys.readouterr().err
+    assert main([*run, "--quantised", str(tmp_path / "none")]) == 1
+    assert "none" in capsys.readouterr().err
 
 
 def test_a_model_of_transformers(tmp_path, capsys, monkeypatch):

@@ -38,7 +38,7 @@ def test_kernels_on_the_host(source: Path, sanitizer: str, tmp_path: Path) -> No
         pytest.skip("needs g++ and CUDA's headers (cuda_bf16.h)")
     program = tmp_path / "program"
     command = [
-        *(COMPILER, "-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+        *(COMPILER, "-std=c++17", "-O0", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
         *("-Werror", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-pthread"),
         *(f"-I{ROOT}", f"-I{source.parent}", "-isystem", str(include)),
         *(str(source), "-o", str(program)),

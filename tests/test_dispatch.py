@@ -28,7 +28,8 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_info_says_what_is_written() -> None:
     rows = dict(line.split(None, 1) for line in lmfast.info().splitlines() if line)
     assert rows["lstm"].split() == ["fwd+bwd", "fwd+bwd", "-", "fwd+bwd"]
-    assert rows["cached_attention"].split() == ["forward", "forward", "forward", "-"]
+    assert rows["cached_attention"].split() == ["forward"] * 4
+    assert rows["rope_append"].split() == ["forward", "forward", "forward", "-"]
 
 
 def test_automatic_choice_takes_the_kernel(needs_cpu_kernels: None) -> None:

@@ -365,7 +365,7 @@ def test_stop_strings_end_rows_with_the_token_that_completes_them(options):
 def test_explain_says_what_runs_and_why(capsys):
     generator = Generator(make("elman"))
     text = generator.explain()
-    assert "engine" in text
+    assert "the model's own modules: the model has torch.float64 parameters" in text
     assert text in capsys.readouterr().out
 
 

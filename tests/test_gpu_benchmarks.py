@@ -12,8 +12,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from benchmarks import gpu, gpu_cases
-from benchmarks.gpu_cases import CASES, Case, run_once
+from benchmarks import gpu, gpu_case
+from benchmarks.gpu_case import Case, run_once
+from benchmarks.gpu_cases import CASES
+from benchmarks.gpu_generation import generation_rows
 
 # They exist on a GPU only, have no function for shapes alone, or start the compiler.
 LEFT_OUT = ("compile", "F.linear_cross_entropy", "cudnn", "flash", "efficient")
@@ -36,7 +38,7 @@ def test_every_case_runs(
     cases: Callable[[], Iterator[Case]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Arguments, shapes and gradients fit, by the reference and eager PyTorch."""
-    monkeypatch.setattr(gpu_cases, "GPU_BACKENDS", ("torch",))
+    monkeypatch.setattr(gpu_case, "GPU_BACKENDS", ("torch",))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # no look at values
     with FakeTensorMode(allow_non_fake_inputs=True), OnCpu():
         names = []
@@ -48,6 +50,17 @@ def test_every_case_runs(
                     continue
                 run_once(case, variant, case.make())
         assert len(set(names)) == len(names)
+
+
+def test_generation_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    models = (("tiny", (50, 16, 2, 1), 1, True), ("untied", (50, 16, 2, 1), 2, False))
+    rows = list(generation_rows(1e9, models=models, new=3, device="cpu"))
+    assert [r["case"] for r in rows] == ["generate tiny", "generate untied"]
+    for row in rows:
+        assert set(row["variants"]) == {"graph", "loop"}
+        assert row["bytes"] > 2 * 50 * 16
+        gpu.show(row)
+    assert capsys.readouterr().out.count("tokens/s") == 4
 
 
 def test_the_plot(tmp_path: Path) -> None:

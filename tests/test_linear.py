@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import lmfast
 from lmfast import _extension, ops
@@ -12,9 +14,10 @@ from lmfast.testing import relative_error
 needs_amx = pytest.mark.skipif(
     not _extension.cpu.loaded or _extension.cpu_isa() != "amx", reason="needs AMX"
 )
+needs_tiles = pytest.mark.skipif(not _extension.has_bf16_tiles(), reason="needs AMX or AVX512-BF16")
 
 
-@needs_amx
+@needs_tiles
 @pytest.mark.parametrize("depth", [65, 2100])
 def test_medium_precision_rounds_factors_once(depth: int) -> None:
     x, weight = torch.randn(300, depth, requires_grad=True), torch.randn(depth, 70)
@@ -33,16 +36,109 @@ def test_medium_precision_rounds_factors_once(depth: int) -> None:
     assert relative_error(dweight, xb.t() @ masked) < 1e-6
 
 
+@needs_tiles
+def test_compiles_in_medium_precision() -> None:
+    x, weight = torch.randn(300, 64), torch.randn(96, 64)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert lmfast.explain("linear", x, weight) == "cpu"
+        compiled = torch.compile(ops.linear, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x, weight), ops.linear(x, weight))
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @needs_amx
 def test_chooses_the_kernel_where_it_is_faster(capsys: pytest.CaptureFixture[str]) -> None:
     x, weight = torch.randn(256, 64), torch.randn(64, 64)
     assert lmfast.explain("linear", x, weight) == "cpu"
     assert lmfast.explain("linear", x[:255], weight) == "torch"
-    assert "below 256 rows" in capsys.readouterr().out
+    assert "for 255 rows" in capsys.readouterr().out
     with torch.autocast("cpu", torch.bfloat16):
         assert lmfast.explain("linear", x, weight) == "torch"
         assert ops.linear(x, weight).dtype == torch.bfloat16
     assert lmfast.explain("linear", x.bfloat16(), weight.bfloat16()) == "torch"
+
+
+needs_kernels = pytest.mark.usefixtures("needs_cpu_kernels")
+
+
+@needs_kernels
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 32), ("bfloat16", 8), ("float16", 32)])
+def test_chooses_the_kernel_of_few_rows(
+    dtype: str, most: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x, weight = torch.ones(most + 1, 128, dtype=getattr(torch, dtype)), torch.ones(128, 128)
+    weight = weight.to(x.dtype)
+    assert lmfast.explain("linear", x[:most], weight) == "cpu"
+    assert lmfast.explain("linear", x[:most], weight[:64]) == "torch"  # a tiny matrix
+    assert lmfast.explain("linear", x, weight) == "torch"
+    assert f"more than {most} rows" in capsys.readouterr().out
+    with lmfast.use_backend("torch"):
+        assert lmfast.explain("linear", x[:most], weight) == "torch"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lmfast.explain("linear", x[:most], weight) == "torch"
+
+
+# The level stays the same for all examples of a test.
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_few_rows_of_any_shape_and_strides(cpu_isa: str, data: st.DataObject) -> None:
+    rows = data.draw(st.integers(0, 32), "rows")
+    depth = data.draw(st.integers(1, 600), "depth")
+    columns = data.draw(st.integers(1, 80), "columns")
+    columns += max(0, -(-(1 << 14) // depth) - columns)  # a matrix that is not tiny
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), "dtype")
+    rows = min(rows, 8) if dtype == torch.bfloat16 else rows
+    gap = data.draw(st.integers(0, 3), "gap")
+    generator = torch.Generator().manual_seed(depth)
+
+    def matrix(n: int, k: int) -> torch.Tensor:
+        wide = torch.randn(n, k + gap, generator=generator) / depth**0.25
+        return wide.to(dtype)[:, :k]
+
+    by_columns = data.draw(st.booleans(), "by columns")
+    weight = matrix(depth, columns).t() if by_columns else matrix(columns, depth)
+    x = matrix(rows, depth)
+    bias = matrix(1, columns)[0] if data.draw(st.booleans(), "bias") else None
+    relu = data.draw(st.booleans(), "relu")
+    exact = torch.nn.functional.linear(
+        x.double(), weight.double(), None if bias is None else bias.double()
+    )
+    exact = exact.relu() if relu else exact
+    size = x.double().abs() @ weight.double().abs().t() + 1.0
+    # Sums in fp32 (2^-24 per addition, at most `depth` in a chain), rounded once to dtype.
+    once = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    error = (ops.linear(x, weight, bias, relu=relu, backend="cpu").double() - exact).abs()
+    assert (error <= once * exact.abs() + 2.0**-24 * depth**0.5 * size).all()
+
+
+@needs_kernels
+def test_few_rows_alone_and_together_give_the_same_bits() -> None:
+    x, weight = torch.randn(32, 777), torch.randn(99, 777)
+    together = ops.linear(x, weight)
+    for r in range(32):
+        assert torch.equal(ops.linear(x[r], weight), together[r])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(ops.linear(x, weight), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_kernels
+def test_few_rows_propagate_nan_and_infinity() -> None:
+    x, weight = torch.randn(3, 200), torch.randn(200, 200)
+    x[0, 3], x[1, 5] = torch.nan, torch.inf
+    for w in (weight, weight.t().contiguous().t()):
+        for relu in (False, True):
+            expected = torch.nn.functional.linear(x, w)
+            expected = expected.relu() if relu else expected
+            torch.testing.assert_close(
+                ops.linear(x, w, relu=relu), expected, equal_nan=True, rtol=1e-4, atol=1e-4
+            )
 
 
 def test_messages() -> None:

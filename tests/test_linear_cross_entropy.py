@@ -135,24 +135,32 @@ def test_several_blocks(isa, transposed, settings):
 
 
 @needs_cpu
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bf16_products(isa, medium, dtype):
-    """ "medium" and bf16 inputs: at most 1.5 times the error of PyTorch's bf16 products."""
+@pytest.mark.parametrize(
+    "settings", [{}, {"softcap": 4.0}, {"label_smoothing": 0.1, "z_loss": 0.01}]
+)
+def test_bf16_products(isa, medium, dtype, transposed, settings):
+    """ "medium" and bf16 inputs: at most 1.5 times the error of PyTorch's bf16 products.
+
+    More tokens than a block has, more classes than a chunk, and both in part.
+    """
     torch.manual_seed(0)
-    hidden, weight = torch.randn(130, 96).to(dtype), (torch.randn(517, 96) * 0.2).to(dtype)
-    targets = torch.randint(517, (130,))
+    hidden, weight = torch.randn(301, 65).to(dtype), (torch.randn(1003, 65) * 0.2).to(dtype)
+    bias, targets = torch.randn(1003).to(dtype), torch.randint(1003, (301,))
+    targets[::7] = -100
 
-    def grads(h, w, function):
-        h, w = h.clone().requires_grad_(), w.clone().requires_grad_()
-        loss = function(h, w)
+    def grads(as_type, function):
+        h, w, b = (t.to(as_type, copy=True).requires_grad_() for t in (hidden, weight, bias))
+        seen = w.t().contiguous().t() if transposed else w
+        loss = function(h, seen, targets, bias=b, **settings)
         loss.backward()
-        return [loss.detach(), h.grad, w.grad]
+        return [loss.detach(), h.grad, w.grad, b.grad]
 
-    ours = grads(hidden, weight, lambda h, w: linear_cross_entropy(h, w, targets, backend="cpu"))
-    exact = grads(hidden.double(), weight.double(), lambda h, w: reference(h, w, targets))
-    plain = grads(hidden.bfloat16(), weight.bfloat16(), lambda h, w: reference(h, w, targets))
-    for a, p, x in zip(ours, plain, exact):
-        assert relative_error(a, x) <= 1.5 * relative_error(p, x) + 1e-5
+    ours = grads(dtype, lambda *args, **kw: linear_cross_entropy(*args, **kw, backend="cpu"))
+    exact, plain = grads(torch.float64, reference), grads(torch.bfloat16, reference)
+    for name, a, p, x in zip(("loss", "dhidden", "dweight", "dbias"), ours, plain, exact):
+        assert relative_error(a, x) <= 1.5 * relative_error(p, x) + 1e-5, name
     assert ours[1].dtype == dtype
     assert ours[0].dtype == torch.float32
 

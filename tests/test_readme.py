@@ -26,7 +26,13 @@ MODULES = [
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[b.split("\n")[2][:40] for b in BLOCKS])
-def test_readme_block_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_block_runs(
+    block: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # some write files
     exec(compile(block, str(README), "exec"), {})
     for line in block.splitlines():
         if line.startswith("print(") and "# " in line:

@@ -1,4 +1,4 @@
-"""The recurrent loops in bf16 on AMX: bf16 calls, and fp32 ones at matmul precision "medium"."""
+"""The recurrent loops in bf16 (AMX, AVX512-BF16): bf16 calls, fp32 ones at precision "medium"."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ SHAPES = pytest.mark.parametrize("shape", [(32, 5, 33, 64), (17, 7, 8, 32), (41,
 
 
 @pytest.fixture(autouse=True)
-def needs_amx() -> None:
-    if lmfast._extension.cpu_isa() != "amx":
-        pytest.skip("no AMX here")
+def needs_tiles() -> None:
+    if not lmfast._extension.has_bf16_tiles():
+        pytest.skip("neither AMX nor AVX512-BF16 here")
 
 
 @contextmanager

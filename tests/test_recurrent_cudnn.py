@@ -1,4 +1,5 @@
-"""The way to cuDNN's recurrent layers, on the CPU, where the same PyTorch operators run."""
+"""The ways to a GPU's recurrent layers, on the CPU: cuDNN's, where the same PyTorch operators run,
+and the persistent kernels', where the CPU's kernels run in their place."""
 
 from __future__ import annotations
 
@@ -7,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from lmfast import _extension
 from lmfast._dispatch import Op, ops
-from lmfast.ops._recurrent_batch import cudnn_forward, reference
-from lmfast.ops._recurrent_cudnn import cudnn_layer
+from lmfast.ops._recurrent_batch import cudnn_forward, gpu_forward, reference
+from lmfast.ops._recurrent_cudnn import cudnn_layer, unsupported_by_cudnn
 from lmfast.ops._recurrent_reference import reference_layer
 
 NAMES = ("elman_rnn", "lstm", "gru")
@@ -44,6 +46,26 @@ def test_values_and_gradients(op: Op, sample: Any) -> None:
         plain = torch.utils._pytree.tree_leaves(cudnn_forward(*args))
     for value, e in zip(plain, found):
         torch.testing.assert_close(value, e.detach(), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.skipif(not _extension.cpu.loaded, reason="needs the CPU's kernels")
+@pytest.mark.parametrize(("op", "sample"), SAMPLES, ids=[f"{o.name}-{s.name}" for o, s in SAMPLES])
+def test_the_way_to_the_persistent_kernels(op: Op, sample: Any) -> None:
+    args = op.check(*sample.map(lambda t: t.float() if t.is_floating_point() else t).args,
+                    **sample.kwargs)  # fmt: skip
+    exact = with_gradients(reference, op.check(*sample.args, **sample.kwargs))
+    found = with_gradients(gpu_forward, args)
+    scale = 100.0 if sample.name == "large" else 1.0
+    for value, e in zip(found, exact, strict=True):
+        # fp32 sums of some hundred terms, fed back over a dozen steps.
+        torch.testing.assert_close(value.double(), e, rtol=2e-4, atol=2e-5 * scale)
+
+
+def test_the_persistent_kernels_say_why_not() -> None:
+    chosen = ops()["lstm"].implementations["cuda"]
+    args = ops()["lstm"].check(torch.ones(1, 1, 1), None, (torch.ones(4, 1), torch.ones(4, 1)))
+    if not _extension.cuda.loaded:
+        assert chosen.supports(*args) == _extension.cuda.reason
 
 
 @pytest.mark.parametrize("cell", ["tanh", "relu", "lstm", "gru"])
@@ -88,7 +110,7 @@ def test_gradients_of_gradients_are_the_references() -> None:
 
 
 def test_says_why_not() -> None:
-    supports = ops()["gru"].implementations["cuda"].supports
+    supports = unsupported_by_cudnn
     args = ops()["gru"].check(torch.ones(1, 1, 1), None, (torch.ones(3, 1), torch.ones(3, 1)))
     assert "cuDNN has no gru_textbook cell" in supports(*args[:-2], "gru_textbook", False)
     if not torch.backends.cudnn.is_available():

@@ -67,7 +67,13 @@ def test_layers_take_the_step_when_nothing_is_recorded(
     ours.eval(), theirs.eval()
     calls = []
     step = _recurrent_step.step_op
-    monkeypatch.setattr(lmfast.nn.rnn, "step_op", lambda *a: calls.append(1) or step(*a))
+
+    def recorded(*args: Any) -> Any:
+        result = step(*args)
+        calls.append(1)
+        return result
+
+    monkeypatch.setattr(lmfast.nn.rnn, "step_op", recorded)
 
     def check(x: Tensor, hx: Any, stepped: bool) -> None:
         calls.clear()

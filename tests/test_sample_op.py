@@ -52,27 +52,68 @@ def test_kernel_equals_definition(seed, size, spread, step, top_k, top_p, min_p,
     both(logits, uniform=uniform, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p)
 
 
+COUNTS = torch.tensor([[0, 3, 1, 0] * 10], dtype=torch.int32)
+
+
 @pytest.mark.parametrize(
     "options",
-    [{}, {"top_k": 12}, {"top_p": 0.8}, {"min_p": 0.1}, {"typical_p": 0.7, "temperature": 1.4}],
+    [
+        {},
+        {"temperature": 0.6},
+        {"top_k": 12},
+        {"top_p": 0.8},
+        {"min_p": 0.1},
+        {"typical_p": 0.7, "temperature": 1.4},
+        {"frequency_penalty": 0.4, "counts": COUNTS},
+        {"presence_penalty": 0.9, "counts": COUNTS},
+        {"repetition_penalty": 1.7, "counts": COUNTS},
+        {"logit_bias": torch.linspace(-2, 2, 40)},
+        {"suppress": torch.tensor([0, 7, 39])},
+        {"temperature": 1.3, "top_k": 30, "top_p": 0.9, "min_p": 0.02, "suppress": [4]},
+    ],
     ids=str,
 )
 def test_draws_of_the_kernel_follow_the_exact_distribution(options, needs_cpu_kernels):
     logits = torch.randn(1, 40) * 1.5
     draws = 30_000
+    rows = {k: v.expand(draws, 40) if k == "counts" else v for k, v in options.items()}
     ids = ops.sample(
         logits.expand(draws, 40),
         generator=torch.Generator().manual_seed(3),
         backend="cpu",
-        **options,
+        **rows,
     )
-    expected = draws * sampling_probabilities(logits.double(), **options)[0]
-    observed = torch.bincount(ids, minlength=40).double()
+    wanted = {k: torch.as_tensor(v) if k == "suppress" else v for k, v in options.items()}
+    assert_drawn_from(ids, sampling_probabilities(logits.double(), **wanted)[0])
+
+
+def test_rows_are_drawn_by_their_own_numbers(needs_cpu_kernels):
+    logits, draws = torch.randn(1, 40) * 1.5, 30_000
+    per_row = {
+        "temperature": torch.tensor([0.5, 1.0, 1.8]),
+        "top_k": torch.tensor([0, 9, 25]),
+        "top_p": torch.tensor([0.9, 1.0, 0.7]),
+    }
+    ids = ops.sample(
+        logits.expand(3 * draws, 40),
+        generator=torch.Generator().manual_seed(4),
+        backend="cpu",
+        **{name: value.repeat(draws) for name, value in per_row.items()},
+    )
+    for row in range(3):
+        alone = {name: value[row].item() for name, value in per_row.items()}
+        assert_drawn_from(ids[row::3], sampling_probabilities(logits.double(), **alone)[0])
+
+
+def assert_drawn_from(ids, probabilities):
+    """Chi-square of the ids' frequencies below its 99.9 % point (Wilson and Hilferty)."""
+    expected = len(ids) * probabilities
+    observed = torch.bincount(ids, minlength=len(probabilities)).double()
     assert observed[expected == 0].sum() == 0
     kept = expected > 0
     chi_square = ((observed[kept] - expected[kept]) ** 2 / expected[kept]).sum()
     freedom = int(kept.sum()) - 1
-    # 99.9 % point of chi-square by Wilson and Hilferty; the seed makes the draw reproducible.
+    # The seed makes the draw reproducible.
     limit = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
     assert chi_square < limit
 

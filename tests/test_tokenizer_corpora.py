@@ -48,6 +48,29 @@ def test_short_texts_are_counted_as_if_alone(pattern):
         assert list(fast.items()) == list(slow.items())
 
 
+@needs_engine
+@pytest.mark.parametrize("threads", [1, 3])
+def test_indented_lines_are_counted_as_if_alone(threads):
+    """More lines than are looked at together, and indentations beyond those that have a place."""
+    draw = random.Random(5)
+    ends = ["x\n", "y = 1\n", "\n", " \n", "\tz\n", "é\n", "", "it's\n"]
+    lines = [" " * draw.randint(0, 140) + draw.choice(ends) for _ in range(3000)] + ["\n", "a\n"]
+    lines *= 3
+    assert len(lines) > 2 * 4096
+    fast = count_words(lines, threads=threads)
+    assert list(fast.items()) == list(count_words(lines, backend="reference").items())
+
+
+def test_lists_of_texts_and_paths(tmp_path, backend):
+    path = tmp_path / "part.txt"
+    path.write_text("b c\n")
+    assert dict(count_words([path, "a b\n", path, b"c", path], backend=backend)) == {
+        **{b"b": 3, b" c": 3, b"\n": 4, b"a": 1, b" b": 1, b"c": 1}
+    }
+    with pytest.raises(TypeError, match="corpus must yield str, bytes or paths, got int"):
+        count_words(["a", 3], backend=backend)
+
+
 @pytest.mark.parametrize("mode", ["byte", "char"])
 def test_files_are_counted_as_texts(tmp_path, mode, backend):
     text = corpus()[:60_000] + "\n\n  é漢\n"

@@ -29,6 +29,7 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.float64: "*fp64",
     torch.int64: "*i64",
     torch.int32: "*i32",
     torch.int8: "*i8",
@@ -269,6 +270,35 @@ def additive_cases(dtype: torch.dtype) -> Iterator[Case]:
         )
 
 
+def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
+    from lmfast.triton import linear as kernels
+    from lmfast.triton.quantised_linear import quantised_linear
+
+    x, weight = torch.empty(16, 512, dtype=dtype), torch.empty(256, 512, dtype=dtype)
+    bias, a, b = weight[:, 0].contiguous(), weight[:16].t(), weight[:16, :256]
+    yield "linear", lambda: kernels.linear(x, weight, bias, True)
+    yield "linear with an update", lambda: kernels.linear(x, weight, None, False, a, b, 0.5)
+    codes, bytes_ = torch.zeros(256, 512, dtype=torch.int8), torch.zeros(256, 256).to(torch.uint8)
+    for rows in (1, 16):
+        yield f"int8 x{rows}", lambda r=rows: quantised_linear(x[:r], codes, weight[:, 0], bias)
+        scales = torch.empty(256, 16, dtype=torch.float16)
+        yield f"int4 x{rows}", lambda r=rows, s=scales: quantised_linear(x[:r], bytes_, s, None)
+
+
+def sample_cases(dtype: torch.dtype) -> Iterator[Case]:
+    from lmfast.triton.sample import sample
+
+    logits, uniform = torch.empty(2, 50257, dtype=dtype), torch.zeros(2, dtype=torch.float64)
+    settings = torch.ones(1, 8, dtype=torch.float64)
+    yield "sample", lambda: sample(logits, uniform, settings, *(None,) * 4, False)
+    counts, mask = torch.zeros(2, 50257, dtype=torch.int32), torch.zeros(2, 50257).bool()
+    listed = torch.zeros(9, dtype=torch.int64)
+    yield (
+        "sample, every option",
+        lambda: sample(logits, uniform, settings, counts, mask, logits.float(), listed, True),
+    )
+
+
 CASES = (
     norm_cases,
     rope_cases,
@@ -278,11 +308,20 @@ CASES = (
     loss_cases,
     scan_cases,
     additive_cases,
+    linear_cases,
+    sample_cases,
 )
 
 
+def every_config(name: str, key: Any, configs: Any, device: Any, run: Callable[..., Any]) -> Any:
+    """In the place of ``_tuning.pick``: launches all, the last by the launcher itself."""
+    for config in configs[:-1]:
+        run(config)
+    return configs[-1]
+
+
 def main(out: str) -> None:
-    from lmfast.triton import attention, rms_norm_backward
+    from lmfast.triton import attention, linear, quantised_linear, rms_norm_backward
 
     compiled: dict[str, dict[str, Any]] = {}
     current = ""
@@ -309,6 +348,8 @@ def main(out: str) -> None:
     JITFunction.run = compile_only
     for launcher in (attention, rms_norm_backward):
         launcher.multiprocessors = lambda device: 132  # an H200's: the launchers choose by it
+    for tuned in (linear, quantised_linear):
+        tuned.pick = every_config
     for dtype in DTYPES:
         for cases in CASES:
             for name, call in cases(dtype):

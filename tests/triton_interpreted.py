@@ -52,6 +52,10 @@ def stores_bf16(case: tuple[str, Op, Sample]) -> bool:
     return case[1].mutates != () and any(t.dtype == torch.bfloat16 for t in case[2].tensors())
 
 
+def has_backward(op: Op) -> bool:
+    return op.implementations["triton"].backward is not None
+
+
 EXACT = list(cases("triton", "cpu", (torch.float32,)))
 EXACT += some(list(cases("triton", "cpu", (torch.float16,))))
 BF16 = some(list(cases("triton", "cpu", (torch.bfloat16,)))) + list(filter(stores_bf16, EXACT))
@@ -83,7 +87,7 @@ def test_values(op: Op, sample: Sample) -> None:
 # Left out: "large scores", where numpy's products round by the shape of the tile, and a score near
 # 1000 is off by 1e-4 between forward and backward; "rising scores", where one weight is 1 and the
 # gradient of q is the difference of two equal sums, added up in different orders.
-@parametrize([c for c in EXACT if c[1].differentiable and not c[2].name.endswith("scores")])
+@parametrize([c for c in EXACT if has_backward(c[1]) and not c[2].name.endswith("scores")])
 def test_gradients(op: Op, sample: Sample) -> None:
     check_gradients(op, sample, "triton")
 
@@ -104,7 +108,7 @@ def test_bf16_values(op: Op, sample: Sample) -> None:
     [
         c
         for c in BF16
-        if c[1].differentiable and c[1].name not in ("attention", "linear_cross_entropy")
+        if has_backward(c[1]) and c[1].name not in ("attention", "linear_cross_entropy")
     ]
 )
 def test_bf16_gradients(op: Op, sample: Sample) -> None:
@@ -354,6 +358,12 @@ def test_operators_pass_opcheck() -> None:
         (namespace.triton_additive_attention, (q[0], keys[:, 0], keys[:, 0], classes[0], None)),
         (namespace.triton_linear_recurrence, (keys[0], keys[0], keys[0, :, 0])),
         (namespace.triton_linear_recurrence_backward, (keys[0], keys[0], keys[0], None)),
+        (namespace.triton_linear, (rows, classes, classes[:, 0], True, None, None, 0.5)),
+        (namespace.triton_quantised_linear, (rows, classes.to(torch.int8), classes[:, 0], None)),
+        (
+            namespace.triton_sample,
+            (rows, torch.rand(4).double(), torch.ones(1, 8).double(), *(None,) * 4, True),
+        ),
         (namespace.triton_cross_entropy, (rows, ids % 8, None, *loss_settings, True)),
         (namespace.triton_cross_entropy_, (rows.clone(), ids % 8, None, *loss_settings)),
         (

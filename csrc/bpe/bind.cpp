@@ -34,7 +34,7 @@ py::list pieces(const py::object& text, int pattern, const std::string& level) {
   const Kernels& own = named_kernels(scalar ? "default" : level);
   PythonText view(text.ptr(), "text", own);
   view.prepare();
-  const Pattern by = static_cast<Pattern>(pattern);
+  const Pattern by = pattern_of(pattern);
   py::list found;
   const auto append = [&](const uint8_t* piece, size_t size) {
     found.append(py::bytes(reinterpret_cast<const char*>(piece), size));

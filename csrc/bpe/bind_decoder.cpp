@@ -16,7 +16,7 @@ using Bytes = Buffer<uint8_t>;
 class DecoderBinding {
  public:
   DecoderBinding(const std::vector<std::string>& bytes, const std::vector<bool>& unknown)
-      : decoder_(bytes, unknown) {}
+      : decoder_(checked(bytes, unknown), unknown) {}
 
   // Index of the first id without a meaning, or -1.
   int64_t first_unknown(const py::object& ids) const {
@@ -37,6 +37,14 @@ class DecoderBinding {
   }
 
  private:
+  static const std::vector<std::string>& checked(const std::vector<std::string>& bytes,
+                                                 const std::vector<bool>& unknown) {
+    if (bytes.size() != unknown.size()) {
+      throw py::value_error("bytes and unknown differ in number");
+    }
+    return bytes;
+  }
+
   struct View {
     const uint32_t* ids;
     size_t size;

@@ -66,6 +66,7 @@ class EncoderBinding {
   }
 
   size_t count(const py::object& text, const Specials& specials) {
+    check(specials);
     PythonText view(text.ptr(), "text");
     const GilGuard gil(view.size() >= kKeepGil);
     view.prepare();
@@ -75,6 +76,7 @@ class EncoderBinding {
   // (ids, the state after): the state is what a later part of the same text goes on with.
   py::tuple encode_dropout(const py::object& text, const Specials& specials, const py::object& ends,
                            double probability, uint64_t state) {
+    check(specials);
     py::array_t<int64_t, py::array::c_style> given;
     if (!ends.is_none()) given = py::cast<py::array_t<int64_t, py::array::c_style>>(ends);
     const GivenEnds pieces = {given.data(), static_cast<size_t>(given.size())};
@@ -92,6 +94,7 @@ class EncoderBinding {
 
   // (all ids, offsets): text i has ids[offsets[i]:offsets[i + 1]].
   py::tuple encode_batch(const py::list& texts, const Specials& specials, int threads) {
+    check(specials);
     const size_t n = texts.size();
     std::vector<PythonText> views;
     views.reserve(n);
@@ -157,7 +160,16 @@ class EncoderBinding {
     return nullptr;
   }
 
+  // An id has an object in numbers_.
+  void check(const Specials& specials) const {
+    if (specials.ids_end() > vocabulary_.tokens().size()) {
+      throw py::value_error("the special token with the id " +
+                            std::to_string(specials.ids_end() - 1) + " is outside the vocabulary");
+    }
+  }
+
   void run(PyObject* text, const Specials& specials, IdBuffer* out) {
+    check(specials);
     PythonText view(text, "text");
     const GilGuard gil(view.size() >= kKeepGil);
     view.prepare();
@@ -211,7 +223,7 @@ std::unique_ptr<EncoderBinding> make_encoder(int pattern, bool characters, bool 
                                              const Ids& symbols, const Ids& merges,
                                              const Specials& specials, const py::object& level) {
   VocabularyData data;
-  data.pattern = static_cast<Pattern>(pattern);
+  data.pattern = pattern_of(pattern);
   data.characters = characters;
   data.whole_piece = whole_piece;
   data.marker = marker < 0 ? kNoId : static_cast<uint32_t>(marker);
@@ -240,6 +252,7 @@ std::unique_ptr<EncoderBinding> make_encoder(int pattern, bool characters, bool 
 Specials make_specials(const SpecialList& tokens) {
   for (const auto& token : tokens) {
     if (token.first.empty()) throw py::value_error("a special token must not be empty");
+    if (token.second > 0x7FFFFFFF) throw py::value_error("the id of a special token is too large");
   }
   return Specials(tokens);
 }

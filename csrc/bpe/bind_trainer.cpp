@@ -53,59 +53,90 @@ size_t next_cut(Pattern pattern, const uint8_t* text, size_t from, size_t n) {
   return n;
 }
 
+struct Text {
+  const uint8_t* data;
+  size_t size;
+};
+
+// References to the items [first, first + most) of a list as far as they are texts, so that other
+// threads may change the list. Needs the GIL, but for prepare().
+//
+// Strings lie anywhere in memory, so they are fetched ahead. With this instead of slices of the
+// list, and usual indentations counted directly, 442,000 lines of code take 7 ms more than the same
+// text in one piece instead of 23.
+class Texts {
+ public:
+  Texts(const py::list& list, size_t first, size_t most) {
+    constexpr size_t kAhead = 32;
+    const size_t size = list.size();
+    const size_t last = first < size ? first + std::min(size - first, most) : first;
+    items_.reserve(last - first);
+    views_.resize(last - first);
+    PyObject** const items = PySequence_Fast_ITEMS(list.ptr());
+    Text* view = views_.data();
+    for (size_t i = first; i < last; ++i, ++view) {
+      PyObject* const later = items[std::min(i + kAhead, last - 1)];
+      __builtin_prefetch(later, 1);
+      __builtin_prefetch(reinterpret_cast<const char*>(later) + 64);
+      PyObject* const item = items[i];
+      if (PyUnicode_Check(item) && PyUnicode_IS_COMPACT_ASCII(item)) {
+        view->data = static_cast<const uint8_t*>(PyUnicode_DATA(item));
+        view->size = static_cast<size_t>(PyUnicode_GET_LENGTH(item));
+      } else if (PyUnicode_Check(item) || PyBytes_Check(item)) {
+        PythonText text(item, "corpus");
+        *view = {text.data(), text.size()};
+        if (text.data() == nullptr) converted_.push_back(std::move(text));
+      } else {
+        break;
+      }
+      Py_INCREF(item);
+      items_.push_back(item);
+    }
+    views_.resize(items_.size());
+  }
+  ~Texts() {
+    for (PyObject* item : items_) Py_DECREF(item);
+  }
+  Texts(const Texts&) = delete;
+  Texts& operator=(const Texts&) = delete;
+
+  size_t size() const { return items_.size(); }
+  const std::vector<Text>& prepare() {
+    size_t next = 0;
+    for (Text& view : views_) {
+      if (next == converted_.size()) break;
+      if (view.data != nullptr) continue;
+      converted_[next].prepare();
+      view = {converted_[next].data(), converted_[next].size()};
+      ++next;
+    }
+    return views_;
+  }
+
+ private:
+  std::vector<PyObject*> items_;
+  std::vector<Text> views_;
+  std::vector<PythonText> converted_;
+};
+
 class Counter {
  public:
-  explicit Counter(int pattern)
-      : pattern_(static_cast<Pattern>(pattern)), counter_(pattern_, kernels()) {}
+  explicit Counter(int pattern) : pattern_(pattern_of(pattern)), counter_(pattern_, kernels()) {}
 
-  // Splits and counts the texts of a list. Each thread has a counter of its own for as long as this
-  // object lives; words know where they were first seen, so that the sum of the counters does not
-  // depend on who counted what.
-  void add_texts(const py::list& texts, int threads) {
-    std::vector<Text> views;
-    std::vector<PythonText> converted;
-    views.reserve(texts.size());
-    for (const py::handle text : texts) {
-      PythonText view(text.ptr(), "corpus");
-      views.push_back({view.data(), view.size()});
-      if (view.data() == nullptr) converted.push_back(std::move(view));
-    }
-    const py::gil_scoped_release release;
-    size_t next = 0, total = 0;
-    for (Text& view : views) {
-      if (view.data == nullptr) {
-        converted[next].prepare();
-        view = {converted[next].data(), converted[next].size()};
-        ++next;
-      }
-      total += view.size;
-    }
-    const std::vector<Share> shares = share_out(views, total, threads);
-    threads = std::min(threads, static_cast<int>(std::min<size_t>(shares.size(), 1024)));
-    while (parts_.size() + 1 < static_cast<size_t>(threads)) {
-      parts_.push_back(std::make_unique<WordCounter>(pattern_, kernels()));
-    }
-    std::vector<WordCounter*> idle;
-    for (const auto& part : parts_) idle.push_back(part.get());
-    idle.push_back(&counter_);  // the first share: what the others add comes later, as a rule
-    std::mutex guard;
+  // Splits and counts the texts of a list from `first` on, up to the first item that is none, and
+  // returns where that is. Each thread has a counter of its own for as long as this object lives;
+  // words know where they were first seen, so that the sum of the counters does not depend on who
+  // counted what.
+  size_t add_texts(const py::list& texts, int threads, size_t first) {
+    // One thread finds in its cache what was just looked at; several need enough for all.
+    const size_t most = threads > 1 ? size_t{1} << 16 : size_t{1} << 12;
     Interrupts interrupts;
-    const auto caller = std::this_thread::get_id();
-    parallel_for(shares.size(), threads, [&](size_t i) {
-      WordCounter* counter = nullptr;
-      {
-        const std::lock_guard<std::mutex> lock(guard);
-        counter = idle.back();
-        idle.pop_back();
-      }
-      count(shares[i], views, counter);
-      {
-        const std::lock_guard<std::mutex> lock(guard);
-        idle.push_back(counter);
-      }
-      if (std::this_thread::get_id() == caller) interrupts.check();
-    });
-    place_ += total;
+    for (;;) {
+      Texts some(texts, first, most);
+      add(some, threads, &interrupts);
+      first += some.size();
+      if (some.size() < most) return first;
+    }
   }
 
   void add_words(const std::vector<std::string>& words, const std::vector<uint64_t>& counts) {
@@ -138,15 +169,44 @@ class Counter {
   // takes one share, so that the sum of two counters is in order at once.
   static constexpr size_t kLeastShared = 1u << 19, kMostWhole = 8u << 20, kShare = 1u << 20;
 
-  struct Text {
-    const uint8_t* data;
-    size_t size;
-  };
   // Bytes from `begin` of text `first` to `end` of text `last`.
   struct Share {
     size_t first, begin, last, end;
     uint64_t place;
   };
+
+  void add(Texts& texts, int threads, Interrupts* interrupts) {
+    const py::gil_scoped_release release;
+    const std::vector<Text>& views = texts.prepare();
+    size_t total = 0;
+    for (const Text& view : views) total += view.size;
+    const std::vector<Share> shares = share_out(views, total, threads);
+    threads =
+        std::max(1, std::min(threads, static_cast<int>(std::min<size_t>(shares.size(), 1024))));
+    while (parts_.size() + 1 < static_cast<size_t>(threads)) {
+      parts_.push_back(std::make_unique<WordCounter>(pattern_, kernels()));
+    }
+    std::vector<WordCounter*> idle;
+    for (const auto& part : parts_) idle.push_back(part.get());
+    idle.push_back(&counter_);  // the first share: what the others add comes later, as a rule
+    std::mutex guard;
+    const auto caller = std::this_thread::get_id();
+    parallel_for(shares.size(), threads, [&](size_t i) {
+      WordCounter* counter = nullptr;
+      {
+        const std::lock_guard<std::mutex> lock(guard);
+        counter = idle.back();
+        idle.pop_back();
+      }
+      count(shares[i], views, counter);
+      {
+        const std::lock_guard<std::mutex> lock(guard);
+        idle.push_back(counter);
+      }
+      if (std::this_thread::get_id() == caller) interrupts->check();
+    });
+    place_ += total;
+  }
 
   std::vector<Share> share_out(const std::vector<Text>& texts, size_t total, int threads) const {
     const size_t whole =
@@ -233,6 +293,9 @@ py::tuple learn(Counter& counter, const py::object& byte_ids, const std::string&
   std::vector<uint32_t> ids;
   if (!characters) ids = py::cast<std::vector<uint32_t>>(byte_ids);
   if (!characters && ids.size() != 256) throw py::value_error("byte_ids must have 256 entries");
+  if (tie_break < 0 || tie_break > static_cast<int>(TieBreak::kLexicographic)) {
+    throw py::value_error("there is no tie break number " + std::to_string(tie_break));
+  }
   {
     py::gil_scoped_release release;
     corpus =
@@ -267,22 +330,16 @@ py::tuple learn(Counter& counter, const py::object& byte_ids, const std::string&
   return py::make_tuple(texts_of(corpus.strings, merges), pairs, counts);
 }
 
-bool are_texts(const py::list& items) {
-  return std::all_of(items.begin(), items.end(), [](const py::handle& item) {
-    return PyUnicode_Check(item.ptr()) || PyBytes_Check(item.ptr());
-  });
-}
-
 }  // namespace
 
 void bind_trainer(py::module_& module) {
   py::class_<Counter>(module, "Counter")
       .def(py::init<int>(), py::arg("pattern"))
-      .def("add_texts", &Counter::add_texts, py::arg("texts"), py::arg("threads"))
+      .def("add_texts", &Counter::add_texts, py::arg("texts"), py::arg("threads"),
+           py::arg("first") = 0)
       .def("add_words", &Counter::add_words, py::arg("words"), py::arg("counts"))
       .def("items", &Counter::items)
       .def("__len__", &Counter::size);
-  module.def("are_texts", &are_texts, py::arg("items"));
   module.def("learn", &learn, py::arg("counter"), py::arg("byte_ids"), py::arg("marker"),
              py::arg("first_symbol_id"), py::arg("tie_break"), py::arg("vocabulary_left"),
              py::arg("min_frequency"), py::arg("max_token_length"), py::arg("first_new_id"),

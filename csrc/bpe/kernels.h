@@ -32,6 +32,18 @@ struct alignas(64) CacheBucket {
   uint32_t ids[2][4];
 };
 
+// Three counted words in one cache line; `used` of them are there, the keys of the others are 0.
+struct alignas(64) CountBucket {
+  PieceKey key[3];
+  uint32_t word[3];
+  uint32_t used;
+};
+
+struct CountTable {
+  const CountBucket* buckets;
+  size_t mask;  // of a hash
+};
+
 struct PieceSpans {
   const uint16_t* start;
   const uint16_t* end;
@@ -79,8 +91,13 @@ struct Kernels {
   // final when what follows text[n] is the rest of the text; the last one may go on. Returns 0
   // when it cannot tell (next_piece can). `ends` is filled for kWords only.
   size_t (*scan)(Pattern pattern, const uint8_t* text, size_t n, uint16_t* starts, uint16_t* ends);
-  // Keys and hashes of the pieces; the key of a longer piece than kShortPiece means nothing.
-  void (*keys)(const uint8_t* text, PieceSpans pieces, PieceKey* keys, uint32_t* hashes);
+  // Keys and hashes of the pieces; the key of a longer piece than kShortPiece means nothing. Their
+  // buckets are on the way to the cache afterwards.
+  void (*keys)(const CountTable& table, const uint8_t* text, PieceSpans pieces, PieceKey* keys,
+               uint32_t* hashes);
+  // The words of n keys; returns how many come before the first that is not in its bucket.
+  size_t (*find_words)(const CountTable& table, const PieceKey* keys, const uint32_t* hashes,
+                       size_t n, uint32_t* words);
   // Merges 1 <= n <= kMergeSymbols symbols, lowest rank first and leftmost first: the bytes, or the
   // ids where `bytes` is null. Symbols stay where they are; the bits of the result say where tokens
   // begin, and there `ids` holds them.

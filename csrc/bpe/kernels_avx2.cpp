@@ -104,6 +104,17 @@ struct Avx2Ops {
     return static_cast<uint32_t>(_mm_cvtsi128_si32(value)) >> 24;
   }
 
+  static uint32_t match(const CountBucket& bucket, const PieceKey& key) {
+    const __m128i* const lines = reinterpret_cast<const __m128i*>(&bucket);
+    const __m128i wanted = _mm_load_si128(reinterpret_cast<const __m128i*>(&key));
+    const __m256i two = _mm256_load_si256(reinterpret_cast<const __m256i*>(lines));
+    const __m256i first = _mm256_cmpeq_epi64(two, _mm256_broadcastsi128_si256(wanted));
+    const __m128i last = _mm_cmpeq_epi64(_mm_load_si128(lines + 2), wanted);
+    const int halves = _mm256_movemask_pd(_mm256_castsi256_pd(first)) |
+                       _mm_movemask_pd(_mm_castsi128_pd(last)) << 4;
+    return static_cast<uint32_t>(halves & halves >> 1 & 0x15);
+  }
+
   // Classes of 32 ASCII bytes by comparisons; bytes above 0x7F get 0.
   static __m256i ascii_classes(__m256i c) {
     const auto within = [](__m256i v, char first, char count) {
@@ -190,8 +201,9 @@ uint64_t merge(const RankTable& table, const uint8_t* bytes, uint32_t* ids, size
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", narrow16,           narrow32, hash_key,
-                              scan,   keys_loop<Avx2Ops>, merge,    encode};
+const Kernels kAvx2Kernels = {
+    "avx2", narrow16, narrow32, hash_key, scan, keys_loop<Avx2Ops>, find_words_loop<Avx2Ops>,
+    merge,  encode};
 
 }  // namespace lmfast::bpe
 #endif

@@ -148,6 +148,13 @@ struct Avx512Ops {
         _mm512_cmplt_epu8_mask(_mm512_sub_epi8(bytes, _mm512_set1_epi8(0x1C)), _mm512_set1_epi8(4));
   }
 
+  static uint32_t match(const CountBucket& bucket, const PieceKey& key) {
+    const __m512i wanted =
+        _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(&key)));
+    const uint32_t halves = _mm512_cmpeq_epi64_mask(_mm512_load_si512(&bucket), wanted);
+    return halves & halves >> 1 & 0x15;
+  }
+
   // Writes base + the index of every bit; up to 64 entries are stored whatever the mask.
   static void positions(uint64_t mask, size_t base, uint16_t* out) {
     const __m512i index = _mm512_set_epi8(
@@ -222,8 +229,9 @@ uint64_t merge(const RankTable& table, const uint8_t* bytes, uint32_t* ids, size
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", narrow16, narrow32, hash_key, scan, keys_loop<Avx512Ops>,
-                                merge,    encode};
+const Kernels kAvx512Kernels = {
+    "avx512", narrow16, narrow32, hash_key, scan, keys_loop<Avx512Ops>, find_words_loop<Avx512Ops>,
+    merge,    encode};
 
 }  // namespace lmfast::bpe
 #endif

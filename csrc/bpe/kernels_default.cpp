@@ -60,6 +60,13 @@ struct DefaultOps {
     out[3] &= 0u - hit;
     return count & (0u - hit);
   }
+
+  static uint32_t match(const CountBucket& bucket, const PieceKey& key) {
+    const auto is = [&](size_t way) -> uint32_t {
+      return ((bucket.key[way].low ^ key.low) | (bucket.key[way].high ^ key.high)) == 0;
+    };
+    return is(0) | is(1) << 2 | is(2) << 4;
+  }
 };
 
 size_t scan_default(Pattern pattern, const uint8_t* text, size_t n, uint16_t* starts,
@@ -98,8 +105,14 @@ uint64_t merge_default(const RankTable& table, const uint8_t* bytes, uint32_t* i
 
 }  // namespace
 
-const Kernels kDefaultKernels = {"default",     narrow<uint16_t>, narrow<uint32_t>,
-                                 hash_key,      scan_default,     keys_loop<DefaultOps>,
-                                 merge_default, encode_default};
+const Kernels kDefaultKernels = {"default",
+                                 narrow<uint16_t>,
+                                 narrow<uint32_t>,
+                                 hash_key,
+                                 scan_default,
+                                 keys_loop<DefaultOps>,
+                                 find_words_loop<DefaultOps>,
+                                 merge_default,
+                                 encode_default};
 
 }  // namespace lmfast::bpe

@@ -8,6 +8,7 @@ namespace lmfast::bpe {
 // The order is the numbering of SCANNERS in lmfast/tokenizer/patterns.py, which also holds the
 // regular expression of each.
 enum class Pattern : int { kNone, kWords, kLines, kWhitespace, kGpt2, kCl100k, kLlama3, kO200k };
+constexpr int kPatterns = 8;
 
 struct Piece {
   size_t start, end;  // end == start: no piece is left

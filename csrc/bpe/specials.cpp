@@ -21,7 +21,10 @@ Specials::Specials(std::vector<std::pair<std::string, uint32_t>> tokens)
     : tokens_(std::move(tokens)) {
   std::stable_sort(tokens_.begin(), tokens_.end(),
                    [](const auto& a, const auto& b) { return a.first.size() > b.first.size(); });
-  for (const auto& token : tokens_) begins_[static_cast<uint8_t>(token.first[0])] = true;
+  for (const auto& token : tokens_) {
+    begins_[static_cast<uint8_t>(token.first[0])] = true;
+    ids_end_ = std::max(ids_end_, token.second + 1);
+  }
   if (tokens_.empty()) return;
   const std::string& shortest = tokens_.back().first;
   int best = -1;

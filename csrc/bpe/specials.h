@@ -18,6 +18,8 @@ class Specials {
  public:
   explicit Specials(std::vector<std::pair<std::string, uint32_t>> tokens);
 
+  // One more than the largest id.
+  uint32_t ids_end() const { return ids_end_; }
   bool empty() const { return tokens_.empty(); }
   SpecialMatch find(const uint8_t* text, size_t pos, size_t n) const;
 
@@ -25,6 +27,7 @@ class Specials {
   bool match(const uint8_t* text, size_t pos, size_t n, SpecialMatch* found) const;
 
   std::vector<std::pair<std::string, uint32_t>> tokens_;  // longest first
+  uint32_t ids_end_ = 0;
   bool begins_[256] = {};
   // A byte that all tokens have at the same place, the rarest in text; -1: there is none.
   int common_ = -1;

@@ -36,12 +36,6 @@ class WordCounter {
   std::vector<Word> words() const;
 
  private:
-  // Three words to a cache line. Which of them it is, is found without a branch.
-  struct alignas(64) Bucket {
-    PieceKey key[3];
-    uint32_t word[3];
-    uint32_t used;
-  };
   // A word of more than kShortPiece bytes has kLong in the length byte of its key, and the number
   // of bytes below; its bytes are in long_bytes_ at key.low.
   struct Entry {
@@ -57,12 +51,15 @@ class WordCounter {
 
   bool joins(const uint8_t* text, size_t n) const;
   size_t add_blank_start(const uint8_t* text, size_t n, uint64_t place);
+  size_t add_unusual_blank(const uint8_t* text, size_t n, uint64_t place);
   void add_pieces(const uint8_t* text, PieceSpans pieces, uint64_t place);
   // These give the number of the word.
   uint32_t add_short(PieceKey key, uint32_t hash, uint64_t count, uint64_t place);
+  uint32_t add_piece(const uint8_t* word, size_t size, uint64_t count, uint64_t place);
   uint32_t add_long(const uint8_t* word, size_t size, uint64_t count, uint64_t place);
   uint32_t append(PieceKey key, uint64_t hash, uint64_t count, uint64_t place);
   uint32_t count_again(uint32_t word, uint64_t count, uint64_t place);
+  CountTable table() const { return {short_.data(), short_.size() - 1}; }
   void grow_short();
   void grow_long();
   std::string_view bytes_of(const Entry& word) const;
@@ -72,7 +69,7 @@ class WordCounter {
   // Words by first appearance here, and beside them what changes with every piece.
   Buffer<Entry> words_;
   Buffer<uint64_t> counts_;
-  std::vector<Bucket> short_;  // a full bucket goes on in the next one
+  std::vector<CountBucket> short_;  // a full bucket goes on in the next one
   size_t short_words_ = 0;
   std::vector<uint32_t> long_;  // open addressing, number of the word + 1
   size_t long_words_ = 0;
@@ -81,6 +78,9 @@ class WordCounter {
   uint64_t joined_place_ = 0, joined_end_ = 0;
   static constexpr size_t kBlanks = 64;
   Blank blanks_[kBlanks] = {};  // the last words of whitespace that lines began with, by hash
+  // Number + 1 of the word of so many spaces, and at 0 of the line end: most of that whitespace.
+  static constexpr size_t kUsualBlanks = 128;
+  uint32_t usual_blanks_[kUsualBlanks] = {};
 };
 
 }  // namespace lmfast::bpe

@@ -18,20 +18,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-const int64_t* integers(const Tensor& t, const char* name, int64_t count) {
-  LMFAST_CHECK(
-      t.is_cpu() && t.scalar_type() == ScalarType::Long && t.is_contiguous() && t.numel() == count,
-      name, " must be a contiguous int64 CPU tensor of ", count, " numbers");
-  return static_cast<const int64_t*>(t.const_data_ptr());
-}
-
-void check_below(const int64_t* values, int64_t count, int64_t limit, const char* name) {
-  for (int64_t i = 0; i < count; ++i) {
-    LMFAST_CHECK(values[i] >= 0 && values[i] < limit, name, " must lie in 0..", limit - 1, ", got ",
-                 values[i]);
-  }
-}
-
 CacheStorage storage_of(const Tensor& t, const Tensor* scales, const EngineModel& m) {
   LMFAST_CHECK(t.is_cpu() && t.dim() == 4 && t.size(1) == m.kv_heads && t.size(3) == m.head_dim &&
                    (t.stride(3) == 1 || t.size(3) == 1),
@@ -49,28 +35,15 @@ CacheStorage storage_of(const Tensor& t, const Tensor* scales, const EngineModel
   return s;
 }
 
-// The memory of one step, one allocation: pieces are counted first, then taken.
-class Memory {
- public:
-  int64_t add(int64_t bytes) {
-    const int64_t at = size_;
-    size_ += round_up(bytes, 64);
-    return at;
-  }
-  int64_t size() const { return size_; }
-
- private:
-  int64_t size_ = 0;
-};
-
 class EngineStep {
  public:
   EngineStep(const Tensor& weights, const Tensor& program, int64_t steps)
       : model_(weights, program), steps_(steps) {
+    LMFAST_CHECK(model_.layers() != nullptr, "the program is of a recurrent model");
     a_.model = &model_.model();
     a_.layers = model_.layers();
     a_.weights = model_.weights();
-    a_.vnni = has_avx512_vnni();
+    set_instructions(a_);
   }
 
   void set_tokens(const Tensor& ids, const Tensor& positions, const Tensor& wanted, Tensor& out) {
@@ -191,24 +164,14 @@ class EngineStep {
     a_.qkv_stride = s.qkv;
     a_.joined_stride = s.joined;
     a_.hidden_stride = s.hidden;
-    a_.operand_stride = s.operand;
-    Memory memory;
-    const int64_t n = a_.tokens, most = std::max(n, a_.outputs);
+    StepMemory memory;
+    const int64_t n = a_.tokens;
     const int64_t x = memory.add(n * s.x * 4), qkv = memory.add(n * s.qkv * 4);
     const int64_t joined = memory.add(n * s.joined * 4), hidden = memory.add(n * s.hidden * 4);
     const int64_t update = memory.add(s.posts ? n * s.x * 4 : 0);
-    const bool many = most > kEngineFewRows;
-    const int64_t operand = memory.add(many ? engine_operand_bytes(most, s.operand) : 0);
     const int64_t partial = memory.add(partial_floats_ * 4);
     a_.attention_scratch = round_up(attention_scratch_, 64);
-    a_.scratch_bytes = round_up(a_.attention_scratch + round_up(most + 8, 8) * 64 * 4 +
-                                    engine_operand_bytes(std::min(most, kEngineFewRows), s.operand),
-                                4096);
-    const int64_t threads = participants();
-    const int64_t scratch = memory.add(threads * a_.scratch_bytes);
-    const int64_t segments = (m.vocab + kEngineSegment - 1) / kEngineSegment;
-    const int64_t best = memory.add(a_.chosen != nullptr ? n * segments * 8 : 0);
-    const int64_t progress = memory.add(sizeof(EngineProgress));
+    const StepParts parts(memory, a_, s);
     const ScratchMemory allocated = allocate_scratch(memory.size());
     char* base = static_cast<char*>(allocated.get());
     a_.x = reinterpret_cast<float*>(base + x);
@@ -216,21 +179,12 @@ class EngineStep {
     a_.joined = reinterpret_cast<float*>(base + joined);
     a_.hidden = reinterpret_cast<float*>(base + hidden);
     a_.update = reinterpret_cast<float*>(base + update);
-    a_.operand = base + operand;
-    a_.best = reinterpret_cast<int64_t*>(base + best);
     a_.partial = reinterpret_cast<float*>(base + partial);
-    a_.scratch = base + scratch;
-    a_.progress = reinterpret_cast<EngineProgress*>(base + progress);
-    // What products read behind the end of a row.
-    clear_behind(a_.x, s.x, m.width);
-    clear_behind(a_.joined, s.joined, m.heads * m.head_dim);
-    clear_behind(a_.hidden, s.hidden, m.hidden);
-    std::memset(static_cast<void*>(a_.progress), 0, sizeof(EngineProgress));
-    a_.progress->participants = threads;
-    const auto kernel = engine_run_kernel();
-    if (threads == 1) return kernel(a_, 0, 1);
-    torch::stable::parallel_for(0, threads, 1,
-                                [&](int64_t begin, int64_t end) { kernel(a_, begin, end); });
+    parts.place(base, a_);
+    clear_behind(a_.x, n, s.x, m.width);
+    clear_behind(a_.joined, n, s.joined, m.heads * m.head_dim);
+    clear_behind(a_.hidden, n, s.hidden, m.hidden);
+    run_step(a_, engine_run_kernel(), parts.threads());
   }
 
  private:
@@ -282,20 +236,6 @@ class EngineStep {
     }
     const int64_t bytes = row.decoding ? records * 4 : attention_fwd_scratch_bytes(t);
     attention_scratch_ = std::max(attention_scratch_, bytes);
-  }
-
-  int64_t participants() const {
-    constexpr int64_t kWorkOfThread = 1 << 19;  // bytes of weights: 15 to 30 us, a fork takes 4
-    const int64_t work = model_.sizes().bytes * (1 + a_.tokens / 4);
-    const int64_t wanted = std::max<int64_t>(1, work / kWorkOfThread);
-    return std::min<int64_t>({torch::stable::get_num_threads(), wanted, 64});
-  }
-
-  void clear_behind(float* rows, int64_t stride, int64_t width) const {
-    if (stride == width) return;
-    for (int64_t i = 0; i < a_.tokens; ++i) {
-      std::memset(rows + i * stride + width, 0, static_cast<size_t>(4 * (stride - width)));
-    }
   }
 
   EngineMemory model_;

@@ -1,6 +1,9 @@
 #include "engine_model.h"
 
 #include <algorithm>
+#include <cstring>
+
+#include "bf16_products.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -10,7 +13,7 @@ namespace lmfast {
 
 using torch::headeronly::ScalarType;
 
-bool has_avx512_vnni() {
+static bool has_avx512_vnni() {
   if (static_cast<int>(current_isa()) < static_cast<int>(Isa::kAvx512)) return false;
 #if defined(__x86_64__)
   static const bool present = [] {
@@ -21,6 +24,12 @@ bool has_avx512_vnni() {
 #else
   return false;
 #endif
+}
+
+void set_instructions(EngineArgs& a) {
+  const Isa isa = current_isa();
+  a.vnni = has_avx512_vnni();
+  a.bf16 = isa == Isa::kAmx || (isa == Isa::kAvx512 && has_bf16_products());
 }
 
 EngineMemory::EngineMemory(const Tensor& weights, const Tensor& program)
@@ -34,17 +43,23 @@ EngineMemory::EngineMemory(const Tensor& weights, const Tensor& program)
                "program must be contiguous int64 words on the CPU");
   model_ = static_cast<const EngineModel*>(program.const_data_ptr());
   const EngineModel& m = *model_;
-  LMFAST_CHECK(m.magic == kEngineMagic, "the program was written for another version");
+  const bool recurrent = m.magic == kEngineCellMagic;
+  LMFAST_CHECK(m.magic == kEngineMagic || recurrent, "the program was written for another version");
   for (int64_t size : {m.layers, m.width, m.heads, m.kv_heads, m.head_dim, m.hidden, m.vocab}) {
     LMFAST_CHECK(size >= 1 && size <= (int64_t{1} << 31), "a size is out of range: ", size);
   }
   LMFAST_CHECK(m.head_dim <= 256 && m.heads % m.kv_heads == 0, "the heads do not fit");
   LMFAST_CHECK(m.groups >= 1 && m.groups <= m.layers && m.ropes >= 0 && m.ropes <= m.layers,
                "groups or rotations out of range");
+  const size_t each = recurrent ? sizeof(EngineCell) : sizeof(EngineLayer);
   LMFAST_CHECK(program.numel() * 8 == static_cast<int64_t>(sizeof(EngineModel)) +
-                                          m.layers * static_cast<int64_t>(sizeof(EngineLayer)),
+                                          m.layers * static_cast<int64_t>(each),
                "the program has a wrong length");
-  layers_ = reinterpret_cast<const EngineLayer*>(model_ + 1);
+  if (recurrent) {
+    cells_ = reinterpret_cast<const EngineCell*>(model_ + 1);
+  } else {
+    layers_ = reinterpret_cast<const EngineLayer*>(model_ + 1);
+  }
   sizes_.x = round_up(m.width, 64);
   check_norm(m.final_norm, m.width, "final norm");
   check_matrix(m.head, m.vocab, m.width, "head");
@@ -58,7 +73,9 @@ EngineMemory::EngineMemory(const Tensor& weights, const Tensor& program)
     LMFAST_CHECK(m.position_count >= 1, "positions out of range");
     check_span(m.positions, m.position_count * m.width * 4, "positions");
   }
-  for (int64_t i = 0; i < m.layers; ++i) check_layer(layers_[i]);
+  for (int64_t i = 0; i < m.layers; ++i) {
+    recurrent ? check_cell(cells_[i]) : check_layer(layers_[i]);
+  }
   sizes_.operand = round_up(sizes_.operand, 64);
 }
 
@@ -126,6 +143,64 @@ void EngineMemory::check_layer(const EngineLayer& l) {
   sizes_.joined = std::max({sizes_.joined, round_up(joined, 64), l.o.depth});
   sizes_.hidden = std::max({sizes_.hidden, round_up(m.hidden, 64), l.down.depth});
   sizes_.posts = sizes_.posts || l.attention_post_norm.kind != 0 || l.mlp_post_norm.kind != 0;
+}
+
+void EngineMemory::check_cell(const EngineCell& l) {
+  const EngineModel& m = *model_;
+  LMFAST_CHECK(l.kind >= 0 && l.kind <= 5, "unknown kind of cell: ", l.kind);
+  const int64_t wide = round_up(m.width, kEnginePanel);
+  const int64_t input = kEngineInputGates[l.kind] * wide, state = kEngineStateGates[l.kind] * wide;
+  const auto check = [&](const EngineMatrix& w, int64_t columns, const char* what) {
+    check_matrix(w, columns, m.width, what);
+    LMFAST_CHECK(w.panels * kEnginePanel == columns, what, " has the wrong number of panels");
+  };
+  check(l.input, input, "a layer's input matrix");
+  if (state > 0) check(l.state, state, "a layer's state matrix");
+  if (l.kind == static_cast<int64_t>(EngineCellKind::kGruTextbook)) {
+    check(l.candidate, wide, "a layer's candidate matrix");
+  }
+  sizes_.qkv = std::max(sizes_.qkv, round_up(input, 64));
+  sizes_.hidden = std::max(sizes_.hidden, round_up(state, 64));
+  sizes_.joined = round_up(wide, 64);
+}
+
+StepParts::StepParts(StepMemory& memory, EngineArgs& a, const EngineSizes& sizes) {
+  const int64_t most = std::max(a.tokens, a.outputs);
+  constexpr int64_t kWorkOfThread = 1 << 19;  // bytes of weights: 15 to 30 us, a fork takes 4
+  const int64_t work = sizes.bytes * (1 + a.tokens / 4);
+  const int64_t wanted = std::max<int64_t>(1, work / kWorkOfThread);
+  threads_ = std::min<int64_t>({torch::stable::get_num_threads(), wanted, 64});
+  a.operand_stride = sizes.operand;
+  operand_ = memory.add(most > kEngineFewRows ? engine_operand_bytes(most, sizes.operand) : 0);
+  a.scratch_bytes = round_up(
+      a.attention_scratch + engine_sums(most) * 4 + engine_private_bytes(most, sizes.operand),
+      4096);
+  scratch_ = memory.add(threads_ * a.scratch_bytes);
+  const int64_t segments = (a.model->vocab + kEngineSegment - 1) / kEngineSegment;
+  best_ = memory.add(a.chosen != nullptr ? a.tokens * segments * 8 : 0);
+  progress_ = memory.add(sizeof(EngineProgress));
+}
+
+void StepParts::place(char* base, EngineArgs& a) const {
+  a.operand = base + operand_;
+  a.scratch = base + scratch_;
+  a.best = reinterpret_cast<int64_t*>(base + best_);
+  a.progress = reinterpret_cast<EngineProgress*>(base + progress_);
+  std::memset(static_cast<void*>(a.progress), 0, sizeof(EngineProgress));
+  a.progress->participants = threads_;
+}
+
+void clear_behind(float* rows, int64_t count, int64_t stride, int64_t width) {
+  if (stride == width) return;
+  for (int64_t i = 0; i < count; ++i) {
+    std::memset(rows + i * stride + width, 0, static_cast<size_t>(4 * (stride - width)));
+  }
+}
+
+void run_step(const EngineArgs& a, engine_run_fn kernel, int64_t threads) {
+  if (threads == 1) return kernel(a, 0, 1);
+  torch::stable::parallel_for(0, threads, 1,
+                              [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
 }
 
 }  // namespace lmfast

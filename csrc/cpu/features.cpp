@@ -156,6 +156,12 @@ LMFAST_EXPORT const char* lmfast_cpu_best_isa() {
 
 LMFAST_EXPORT const char* lmfast_cpu_features() { return lmfast::probed().features.c_str(); }
 
+// Whether kernels of bf16 tiles run at the current level.
+LMFAST_EXPORT int lmfast_has_bf16_tiles() {
+  const lmfast::Isa isa = lmfast::current_isa();
+  return isa == lmfast::Isa::kAmx || (isa == lmfast::Isa::kAvx512 && lmfast::has_bf16_products());
+}
+
 // 0 on success, 1 for an unknown name, 2 for a level this machine does not have.
 LMFAST_EXPORT int lmfast_set_cpu_isa(const char* name) {
   const int wanted = lmfast::parse(name);

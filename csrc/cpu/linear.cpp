@@ -3,6 +3,7 @@
 #include <optional>
 
 #include "../common/tensor.h"
+#include "bf16_products.h"
 #include "kernels/linear_amx.h"
 #include "scratch.h"
 
@@ -26,7 +27,9 @@ LinearOperand operand(const Tensor& t, const char* name) {
 
 Tensor linear_amx(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                   bool relu, int64_t parts) {
-  LMFAST_CHECK(current_isa() == Isa::kAmx, "linear_amx needs a processor with AMX");
+  const bool products = current_isa() == Isa::kAvx512 && has_bf16_products();
+  LMFAST_CHECK(current_isa() == Isa::kAmx || (products && parts == 1),
+               "linear_amx needs a processor with AMX, or with AVX512-BF16 for one part");
   LMFAST_CHECK(parts == 1 || parts == 3, "parts must be 1 or 3, got ", parts);
   LinearAmxArgs a{};
   a.a = operand(x, "x");

@@ -157,12 +157,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
 
   if (p.tokens > 0) {
     const bool rounded = bf16 || (p.hidden_dtype == DType::kBF16 && p.weight_dtype == DType::kBF16);
-    const Isa isa = current_isa();
-    const bool tiles = isa == Isa::kAmx || (rounded && isa == Isa::kAvx512 && has_bf16_products());
-    if (tiles && p.softcap == 0) {
+    if (current_isa() == Isa::kAmx && p.softcap == 0) {
       lce_run_amx(call, rounded ? 1 : 3);
     } else {
-      lce_run_f32(call);
+      lce_run_blocks(call, rounded && current_isa() >= Isa::kAvx512 && has_bf16_products());
     }
   } else {
     if (want_dweight) torch::stable::zero_(call.dweight);

@@ -27,11 +27,11 @@ void lce_store_dweight(const LceCall& call, const float* from, int64_t padded_wi
 // The weight and bias gradient that label smoothing gives every class; E in whole groups.
 const float* lce_uniform(const LceCall& call, Tensor* buffer, float* bias);
 
-// fp32 multiply-adds, at every instruction-set level.
-void lce_run_f32(LceCall& call);
+// A block of tokens at a time, its exponentials kept. Products in fp32 at every instruction-set
+// level, or in bf16 with has_bf16_products().
+void lce_run_blocks(LceCall& call, bool bf16);
 
-// bf16 tiles, without softcap. parts: 1 for factors rounded to bf16, at the amx level or with
-// has_bf16_products(); 3 for fp32, at the amx level.
+// Two passes over AMX tiles, without softcap. parts: 1 for factors rounded to bf16, 3 for fp32.
 void lce_run_amx(LceCall& call, int parts);
 
 }  // namespace lmfast

@@ -1,9 +1,10 @@
 // lmfast::recurrent_bf16_forward and recurrent_bf16_backward on the CPU: the loops over time of
-// elman_rnn, lstm and gru with bf16 products on AMX.
+// elman_rnn, lstm and gru with bf16 products, on AMX or by AVX512-BF16.
 #include "kernels/recurrent_bf16.h"
 
 #include <tuple>
 
+#include "bf16_products.h"
 #include "recurrent_schedule.h"
 
 namespace lmfast {
@@ -28,7 +29,8 @@ const bf16* narrow(const std::optional<Tensor>& t, const char* name, int64_t fir
 bf16* narrow_out(Tensor& t) { return static_cast<bf16*>(t.mutable_data_ptr()); }
 
 void check_shape(const RecurrentShape& s) {
-  LMFAST_CHECK(current_isa() == Isa::kAmx, "bf16 recurrent loops need AMX");
+  LMFAST_CHECK(current_isa() == Isa::kAmx || (current_isa() == Isa::kAvx512 && has_bf16_products()),
+               "bf16 recurrent loops need AMX or AVX512-BF16");
   LMFAST_CHECK(s.cell != Cell::kGruTextbook && s.hidden % 32 == 0,
                "bf16 recurrent loops need a hidden size that is a multiple of 32, got ", s.hidden);
 }

@@ -56,6 +56,20 @@ struct Steps {
   }
 };
 
+// Whether two directions go to a thread each. Two threads are then busy without a barrier: Elman
+// and GRU of H = 128, one row, run both directions in 1.1 of the time of one, GRU of H = 512 in
+// 0.84 of the time of one after the other. More threads are better kept together, unless a step is
+// too small to divide. An exception: weights of which only a half fits L2.
+inline bool one_direction_to_a_thread(const RecurrentShape& s) {
+  constexpr int64_t kCache = 3 << 18;  // bytes of weights that stay in L2 beside the rest
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t weights = gates_of(s.cell) * s.hidden * s.hidden;
+  if (threads == 1) return false;
+  if (weights * s.batch < kMinSplitWork) return true;
+  if (s.batch < kUnitRows && 4 * weights > kCache && 4 * weights <= 2 * kCache) return false;
+  return threads < 4;
+}
+
 // Runs the loop over time: by rows where every core can hold the weights and there are rows for
 // all, else all threads together on each step, else alone. Nothing computed depends on the choice.
 template <class Args, class Kernel>

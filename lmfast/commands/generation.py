@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lmfast.commands.options import COUNT, NATURAL, POSITIVE, SHARE, load_tokenizer, number
-from lmfast.generation import Generator
+from lmfast.generation import Generator, QuantisedWeights
 from lmfast.generation.runner import WEIGHTS
 from lmfast.generation.text import TextStream, until
 from lmfast.training import load_model
@@ -35,6 +35,14 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--weights", choices=WEIGHTS, default="fp32", help="how the engine stores them"
+    )
+    parser.add_argument(
+        "--group", type=COUNT, metavar="N", help="of int8 and int4: inputs that share a scale"
+    )
+    parser.add_argument(
+        "--quantised",
+        metavar="FILE",
+        help="weights that QuantisedWeights.save wrote, in the place of --weights",
     )
     parser.add_argument(
         "--max-new-tokens", type=NATURAL, default=100, metavar="N", help="tokens to add"
@@ -144,7 +152,12 @@ def load_generator(options: argparse.Namespace, device: torch.device) -> tuple[G
                 f"the tokenizer of {options.model} has {tokenizer.vocab_size} tokens, "
                 f"its model {model.vocab_size}"
             )
-    return Generator(model, weights=options.weights), tokenizer
+    weights: Any = options.weights
+    if options.quantised is not None:
+        if weights != "fp32" or options.group is not None:
+            raise ValueError("--quantised is in the place of --weights and --group: leave them out")
+        weights = QuantisedWeights.load(options.quantised)
+    return Generator(model, weights=weights, group=options.group), tokenizer
 
 
 def _is_transformers(directory: str) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lmfast import ops
+from lmfast.generation import static_step
 from lmfast.generation.choices import ChoiceRows
 from lmfast.generation.greedy_runs import GreedyRuns
 from lmfast.generation.options import GenerationOptions
@@ -155,6 +156,11 @@ def decode(job: Job) -> Iterator[Tensor]:
     ends = Ends(job)
     context = Context(job) if options.context_policy == "slide" and job.window else None
     logits, state = job.start()
+    if static_step.unsupported(job) is None:
+        steps = static_step.decode_static(job, sampler, logits, state)
+        if steps is not None:
+            yield from steps
+            return
     chosen: list[Tensor] = []
     last = options.max_new_tokens - 1
     runs = greedy_runs(job, sampler) if context is None else None

@@ -44,6 +44,11 @@ class ModuleRunner:
                 return parameter.device
         return torch.device("cpu")
 
+    def memory(self) -> int:
+        """Bytes of the model's parameters."""
+        parameters = self._model.parameters() if isinstance(self._model, nn.Module) else ()
+        return sum(p.nbytes for p in parameters)
+
     def new_state(self, batch: int, capacity: int | None = None) -> Any:
         """Return the state before the first token."""
         state = self._model.new_state(batch, capacity)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -252,18 +254,34 @@ class GenerationOptions:
         return replace(self, **per_row) if per_row else self
 
 
-def end_ids(model: Any, wanted: int | Ids | str | None) -> list[int]:
+class Ends:
+    """Where a model says what ends its texts; does not keep the model in memory."""
+
+    def __init__(self, model: Any) -> None:
+        self._config = getattr(model, "generation_config", None)
+        self._model: Callable[[], Any] = lambda: model
+        with suppress(TypeError):  # a class without weak references
+            self._model = weakref.ref(model)
+
+    def config(self) -> Any:
+        """The generation config that the model has now, or had when it was last seen; or None."""
+        model = self._model()
+        if model is not None:
+            self._config = getattr(model, "generation_config", None)
+        return self._config
+
+
+def end_ids(config: Any, wanted: int | Ids | str | None) -> list[int]:
     """The ids that end a row."""
     if wanted == "auto":
-        wanted = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        wanted = getattr(config, "eos_token_id", None)
     if wanted is None or isinstance(wanted, str):
         return []
     return [wanted] if isinstance(wanted, int) else list(wanted)
 
 
-def padding_id(model: Any, runner: Any, options: GenerationOptions, eos: list[int]) -> int:
+def padding_id(config: Any, runner: Any, options: GenerationOptions, eos: list[int]) -> int:
     """What follows in a row that has ended."""
-    config = getattr(model, "generation_config", None)
     for candidate in (
         options.pad_token_id,
         getattr(config, "pad_token_id", None),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from lmfast.generation.module_runner import ModuleRunner
+
+if TYPE_CHECKING:
+    from lmfast.generation.engine.quantised import QuantisedWeights
 
 Weights = Literal["fp32", "bf16", "int8", "int4"]
 WEIGHTS = ("fp32", "bf16", "int8", "int4")
@@ -56,6 +59,9 @@ class Runner(Protocol):
     def device(self) -> torch.device:
         """Where ids and logits are."""
 
+    def memory(self) -> int:
+        """Bytes of the weights."""
+
     def new_state(self, batch: int, capacity: int | None = None) -> Any:
         """Return the state before the first token, with room for `capacity` tokens if it grows."""
 
@@ -81,26 +87,30 @@ class Runner(Protocol):
         """
 
 
-def make_runner(model: Any, weights: Weights = "fp32") -> tuple[Runner, str | None]:
+def make_runner(
+    model: Any, weights: Weights | QuantisedWeights = "fp32", group: int | None = None
+) -> tuple[Runner, str | None]:
     """Return the fastest runner for a model, and why it is not the compiled engine (None: it is).
 
     Args:
         model: an `lmfast.models.LanguageModel`, a causal language model of transformers, anything
             with `step`, `new_state` and `vocab_size`, or a `Runner` itself.
         weights: how the engine stores weights; the modules have what they have, for "fp32".
+        group: numbers that share a scale, of integers.
 
     Raises:
         TypeError: the model is none of these.
         ValueError: unknown weights, or weights other than "fp32" for a model that the engine
             cannot pack.
     """
-    if weights not in WEIGHTS:
+    if isinstance(weights, str) and weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
-    runner, reason = _engine(model, weights)
+    runner, reason = _engine(model, weights, group)
     if runner is not None:
         return runner, None
     if weights != "fp32":
-        raise ValueError(f"weights must be 'fp32' for this model, got {weights!r}: {reason}")
+        wrong = repr(weights) if isinstance(weights, str) else "quantised ones"
+        raise ValueError(f"weights must be 'fp32' for this model, got {wrong}: {reason}")
     if hasattr(model, "config") and hasattr(model, "get_input_embeddings"):
         from lmfast.integrations.transformers_runner import TransformersRunner
 
@@ -108,11 +118,13 @@ def make_runner(model: Any, weights: Weights = "fp32") -> tuple[Runner, str | No
     return ModuleRunner(model), reason
 
 
-def _engine(model: Any, weights: Weights) -> tuple[Runner | None, str | None]:
+def _engine(
+    model: Any, weights: Weights | QuantisedWeights, group: int | None
+) -> tuple[Runner | None, str | None]:
     # Models stand on this package's cache, and the engine knows the models.
     from lmfast.generation.engine import CannotPack, make_engine
 
     try:
-        return make_engine(model, weights=weights), None
+        return make_engine(model, weights, group=group), None
     except CannotPack as error:
         return None, str(error)

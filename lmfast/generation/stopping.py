@@ -45,13 +45,17 @@ class StopOnDevice:
         With `count_as_end` false they are only remembered, for a minimum length.
         """
         if self._sequences:
-            self._tail = torch.cat((self._tail[:, 1:], new_ids[:, None]), dim=1)
+            self._tail.copy_(torch.cat((self._tail[:, 1:], new_ids[:, None]), dim=1))
         if count_as_end:
-            ended = torch.isin(new_ids, self._eos)
+            ended = (new_ids[:, None] == self._eos).any(dim=1)
             for sequence in self._sequences:
                 ended |= (self._tail[:, -len(sequence) :] == sequence).all(dim=1)
-            self._finished = self._finished | ended
+            self._finished |= ended
         return self._finished
+
+    def state(self) -> list[Tensor]:
+        """Return the tensors that `update` changes, in place."""
+        return [self._finished, self._tail]
 
 
 class StopOfRow:

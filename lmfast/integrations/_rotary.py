@@ -1,12 +1,14 @@
 """Rotary positions: the forward of an attention layer with another function under the same name.
 
 transformers' attention layers call a function of their module, `apply_rotary_pos_emb(q, k, cos,
-sin)`, which is written out in a dozen operators. The layer's own code runs on, with a namespace of
-its own in which that name means `lmfast.ops.rope`; the module and its function stay as they are.
+sin)` or `(x, sin, cos)`, which is written out in a dozen operators. The layer's own code runs on,
+with a namespace of its own in which that name means `lmfast.ops.rope`; the module and its function
+stay as they are.
 """
 
 from __future__ import annotations
 
+import itertools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -65,6 +67,26 @@ def replacement(own: Rotate, tables: str, interleaved: bool, backend: str | None
     return rotate
 
 
+def replacement_of_one(own: Rotate, tables: str, interleaved: bool, backend: str | None) -> Rotate:
+    """`own(x, sin, cos)` for x (B, T, H, D), as GPT-J has it, by `lmfast.ops.rope`."""
+
+    def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+        fits = x.dim() == 4 and cos.dim() == 3 and not needs_grad(cos, sin)
+        if not fits or x.dtype != cos.dtype:
+            return own(x, sin, cos)
+        x = x.transpose(1, 2)
+        c, s, positions = _prepared(cos, sin, tables, x.dtype)
+        x, _ = ops.rope(
+            x, x[:, :0], c, s, interleaved=interleaved, positions=positions, backend=backend
+        )
+        return x.transpose(1, 2)
+
+    return rotate
+
+
+_FORMS = {"pair": replacement, "one": replacement_of_one}
+
+
 def _prepared(
     cos: Tensor, sin: Tensor, tables: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -87,30 +109,48 @@ def _prepared(
     return found
 
 
-def _variants(function: Rotate) -> list[tuple[str, bool]]:
-    """How `function` rotates: the forms of tables and pairs in which ops.rope does the same."""
+def _variants(function: Rotate) -> list[tuple[str, str, bool]]:
+    """How `function` rotates: its form, its tables and pairs, where ops.rope does the same."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 3, 5, 8, dtype=torch.float64, generator=generator)
     k = torch.randn(2, 1, 5, 8, dtype=torch.float64, generator=generator)
     angles = torch.rand(2, 5, 4, dtype=torch.float64, generator=generator) * 3
     found = []
-    for tables, interleaved in _VARIANTS:
+    for form, (tables, interleaved) in itertools.product(_FORMS, _VARIANTS):
         cos, sin = (_spread(t, tables) for t in (angles.cos(), angles.sin()))
+        args = (q, k, cos, sin) if form == "pair" else (q.transpose(1, 2), sin, cos)
         try:
-            expected = function(q, k, cos, sin)
-            got = replacement(function, tables, interleaved, "torch")(q, k, cos, sin)
+            expected = function(*args)
+            got = _FORMS[form](function, tables, interleaved, "torch")(*args)
+            if form == "one":
+                expected, got = (expected,), (got,)
             # Some round to float32 inside.
             if all(torch.allclose(a, b, 0, 1e-5) for a, b in zip(expected, got, strict=True)):
-                found.append((tables, interleaved))
-        except Exception:  # someone else's function, on tables of a form it does not take
+                found.append((form, tables, interleaved))
+        except Exception:  # someone else's function, on arguments that it does not take
             continue
     return found
 
 
+def _holds(wrapper: types.FunctionType) -> list[types.CellType]:
+    """Where a decorator's function keeps the one it wraps."""
+    inner = wrapper.__wrapped__  # type: ignore[attr-defined]
+    return [cell for cell in wrapper.__closure__ or () if cell.cell_contents is inner]
+
+
+def _innermost(function: Any) -> types.FunctionType | None:
+    """The function under decorators that can be rebuilt around another one, or None."""
+    while isinstance(function, types.FunctionType) and hasattr(function, "__wrapped__"):
+        if not _holds(function):
+            return None
+        function = function.__wrapped__
+    return function if isinstance(function, types.FunctionType) else None
+
+
 def rotary_functions(module: nn.Module) -> dict[str, Rotate]:
     """The functions that look like rotary ones among the names a module's forward uses."""
-    own = type(module).forward
-    if not isinstance(own, types.FunctionType):
+    own = _innermost(type(module).forward)
+    if own is None:
         return {}
     found = {}
     for name in own.__code__.co_names:
@@ -121,15 +161,15 @@ def rotary_functions(module: nn.Module) -> dict[str, Rotate]:
 
 
 def plan_rotary(module: nn.Module, call: Callable[[], list[Call]]) -> Plan | str | None:
-    """A layer that calls one rotary function on q and k."""
+    """A layer that calls one rotary function, on q and k together or in turn."""
     functions = rotary_functions(module)
     if not functions:
         return None
     candidates: list[dict[str, Any]] = []
     for name, function in functions.items():
         candidates += [
-            {"function": name, "tables": tables, "interleaved": interleaved}
-            for tables, interleaved in _variants(function)
+            {"function": name, "form": form, "tables": tables, "interleaved": interleaved}
+            for form, tables, interleaved in _variants(function)
         ]
     if not candidates:
         return f"{' and '.join(functions)} is not a rotation that lmfast.ops.rope computes"
@@ -138,18 +178,39 @@ def plan_rotary(module: nn.Module, call: Callable[[], list[Call]]) -> Plan | str
 
 @recipe("rotary")
 def _rotary(
-    original: type, function: str, tables: str, interleaved: bool, backend: str | None = None
+    original: type,
+    function: str,
+    tables: str,
+    interleaved: bool,
+    form: str = "pair",
+    backend: str | None = None,
 ) -> dict[str, Any]:
-    own = original.forward  # type: ignore[attr-defined]
-    rotate = replacement(own.__globals__[function], tables, interleaved, backend)
+    whole = original.forward  # type: ignore[attr-defined]
+    own = _innermost(whole)
+    assert own is not None
+    rotate = _FORMS[form](own.__globals__[function], tables, interleaved, backend)
     # Without a __name__, torch.compile looks names up in this namespace, not in the module's.
     scope = {**own.__globals__, function: rotate}
     scope.pop("__name__", None)
-    forward = types.FunctionType(
-        own.__code__, scope, own.__name__, own.__defaults__, own.__closure__
+    return {"forward": _rebuilt(whole, scope)}
+
+
+def _rebuilt(function: types.FunctionType, scope: dict[str, Any]) -> types.FunctionType:
+    """A copy of a function, or of the one under its decorators, that looks names up in `scope`."""
+    closure = function.__closure__
+    inner = getattr(function, "__wrapped__", None)
+    if inner is not None:
+        new = _rebuilt(inner, scope)
+        held = _holds(function)
+        closure = tuple(types.CellType(new) if c in held else c for c in closure or ())
+        scope = function.__globals__
+    copy = types.FunctionType(
+        function.__code__, scope, function.__name__, function.__defaults__, closure
     )
-    forward.__kwdefaults__ = own.__kwdefaults__
-    forward.__annotations__ = own.__annotations__
-    forward.__doc__ = own.__doc__
-    forward.__module__, forward.__qualname__ = own.__module__, own.__qualname__
-    return {"forward": forward}
+    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__annotations__ = function.__annotations__
+    copy.__doc__ = function.__doc__
+    copy.__module__, copy.__qualname__ = function.__module__, function.__qualname__
+    if inner is not None:
+        copy.__wrapped__ = new  # type: ignore[attr-defined]
+    return copy

@@ -29,9 +29,8 @@ from lmfast.patching.rules import Plan
 
 __all__ = ["LMFastCache", "LazyLogits", "attention_forward", "register", "use_lmfast"]
 
-# First and first not: the tests have been run with 5.17 and 5.23. With 5.24 results are right, but
-# fewer rotations are recognised.
-_KNOWN = ((5, 17), (5, 24))
+# First and first not: the tests have been run with 5.17, 5.23 and 5.24.
+_KNOWN = ((5, 17), (5, 25))
 _ATTENTION = "lmfast"
 _BEFORE = "_lmfast_attention"  # the attribute of a model that keeps the attention it had
 

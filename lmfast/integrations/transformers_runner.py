@@ -145,6 +145,10 @@ class TransformersRunner:
         """Where the model is now."""
         return self._model.device
 
+    def memory(self) -> int:
+        """Bytes of the model's parameters."""
+        return sum(p.nbytes for p in self._model.parameters())
+
     def new_state(self, batch: int, capacity: int | None = None) -> TransformersState:
         """Return a state without tokens; it grows with them."""
         return TransformersState(batch)

@@ -129,7 +129,7 @@ class LanguageModel(nn.Module):
 
     def _logits(self, features: Tensor) -> Tensor:
         weight, bias = self.head()
-        logits = nn.functional.linear(features, weight, bias)
+        logits = ops.linear(features, weight, bias)
         if self.logit_softcap is None:
             return logits
         return self.logit_softcap * torch.tanh(logits / self.logit_softcap)

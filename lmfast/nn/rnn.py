@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lmfast._dispatch import Op, select
 from lmfast.ops._recurrent import cpu_layer
+from lmfast.ops._recurrent_both import cpu_both_ways
 from lmfast.ops._recurrent_reference import CELLS
 from lmfast.ops._recurrent_step import MAX_ROWS, is_plain, may_step, step_op
 from lmfast.ops.elman_rnn import OP as ELMAN
@@ -53,9 +54,10 @@ class _FusedLayers(nn.RNNBase):
     _torch_layer: type[nn.RNNBase]
 
     def forward(self, input: Any, hx: Any = None) -> Any:
-        stepped = self._one_step(input, hx)
-        if stepped is not None:
-            return stepped
+        if not torch.is_grad_enabled():
+            stepped = self._one_step(input, hx)
+            if stepped is not None:
+                return stepped
         self._update_flat_weights()
         prepared = self._prepare(input, hx)
         if prepared is None:
@@ -78,35 +80,40 @@ class _FusedLayers(nn.RNNBase):
     def _one_step(self, x: Any, hx: Any) -> Any:
         """The result for one time step without gradients, None for everything else.
 
-        A stream's call is 10 us, so nothing is looked at twice here: parameters come from the
-        dictionary they are stored in, and whatever is unusual is left to the way of sequences.
+        A stream's call is 10 us, a third of which would be looking at all tensors here: the
+        operator looks at them anyway, and what it refuses is left to the way of sequences.
+        Parameters come from the dictionary they are stored in.
         """
         op, cell = _CELLS[self.mode]
         if not may_step(op.name) or not is_plain(x) or x.dim() != 3:
             return None
-        first, second, width = x.shape
-        steps, batch = (second, first) if self.batch_first else (first, second)
-        if steps != 1 or not 0 < batch <= MAX_ROWS or width != self.input_size:
+        steps, batch, _ = x.shape
+        if self.batch_first:
+            steps, batch = batch, steps
+        if steps != 1 or not 0 < batch <= MAX_ROWS:
             return None
         if self.bidirectional or self.proj_size or (self.dropout and self.training):
             return None
-        h0 = c0 = None
-        if hx is not None:
-            shape = (self.num_layers, batch, self.hidden_size)
-            h0 = hx
-            if cell == "lstm":
-                if type(hx) is not tuple or len(hx) != 2:
-                    return None
-                h0, c0 = hx
-                if not is_plain(c0) or c0.shape != shape:
-                    return None
-            if not is_plain(h0) or h0.shape != shape:
+        h0, c0 = hx, None
+        if cell == "lstm" and hx is not None:
+            if type(hx) is not tuple or len(hx) != 2:
                 return None
+            h0, c0 = hx
         find = self._parameters.get
-        weights = [find(name) for name in self._flat_weights_names]
-        if not is_plain(weights[0]):
+        weights: list[Any] = [find(name) for name in self._flat_weights_names]
+        if torch.compiler.is_compiling():
+            shape = (self.num_layers, batch, self.hidden_size)
+            given = [s for s in (h0, c0) if s is not None]
+            if not all(is_plain(s) and s.shape == shape for s in given):
+                return None
+            if not is_plain(weights[0]) or x.shape[2] != self.input_size:
+                return None
+            y, h, c = step_op(x, h0, c0, weights, self.num_layers, CELLS.index(cell), False)
+            return y, ((h, c) if cell == "lstm" else h)
+        try:
+            y, h, c = step_op(x, h0, c0, weights, self.num_layers, CELLS.index(cell), False)
+        except (RuntimeError, TypeError, ValueError):
             return None
-        y, h, c = step_op(x, h0, c0, weights, self.num_layers, CELLS.index(cell), False)
         return y, ((h, c) if cell == "lstm" else h)
 
     def _prepare(
@@ -166,18 +173,20 @@ class _FusedLayers(nn.RNNBase):
         for layer in range(self.num_layers):
             if layer and self.dropout and self.training:
                 x = F.dropout(x, self.dropout)
-            outputs = []
-            for direction in range(directions):
-                index = layer * directions + direction
+            ways: list[tuple[Any, ...]] = []
+            found: tuple[tuple[Tensor, Tensor, Tensor], ...]
+            for index in range(layer * directions, (layer + 1) * directions):
                 given = [] if states is None else [s[index] for s in states]
-                h0, c0 = (*given, None, None)[:2]
-                w_ih, w_hh, b_ih, b_hh = self._weights_of(index)
-                y, *final = cpu_layer(
-                    x, h0, c0, w_ih, w_hh, b_ih, b_hh, sizes, batch, cell, direction == 1
-                )
-                outputs.append(y)
-                finals.append(tuple(final[: 2 if cell == "lstm" else 1]))
-            x = outputs[0] if directions == 1 else torch.cat(outputs, 1)
+                ways.append((*(*given, None, None)[:2], *self._weights_of(index)))
+            if directions == 2:
+                found = cpu_both_ways(x, ways[0], ways[1], sizes, batch, cell)
+                x = torch.cat((found[0][0], found[1][0]), 1)
+            else:
+                h0, c0, w_ih, w_hh, b_ih, b_hh = ways[0]
+                one = cpu_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, sizes, batch, cell, False)
+                found = (one,)
+                x = one[0]
+            finals += [way[1 : 3 if cell == "lstm" else 2] for way in found]
         return x, [torch.stack(s) for s in zip(*finals, strict=True)]
 
 

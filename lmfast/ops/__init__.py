@@ -11,6 +11,7 @@ from lmfast.ops.additive_attention import additive_attention
 from lmfast.ops.attention import attention
 from lmfast.ops.cached_attention import cached_attention
 from lmfast.ops.cross_entropy import cross_entropy
+from lmfast.ops.decode_attention import decode_attention
 from lmfast.ops.elman_rnn import elman_rnn
 from lmfast.ops.geglu import geglu
 from lmfast.ops.gru import gru
@@ -19,6 +20,7 @@ from lmfast.ops.linear_cross_entropy import linear_cross_entropy
 from lmfast.ops.linear_recurrence import linear_recurrence
 from lmfast.ops.lora_linear import lora_linear
 from lmfast.ops.lstm import lstm
+from lmfast.ops.quantised_linear import quantise_weight, quantised_linear
 from lmfast.ops.rms_norm import rms_norm
 from lmfast.ops.rope import rope
 from lmfast.ops.rope_append import rope_append
@@ -33,6 +35,7 @@ __all__ = [
     "attention",
     "cached_attention",
     "cross_entropy",
+    "decode_attention",
     "elman_rnn",
     "geglu",
     "gru",
@@ -41,6 +44,8 @@ __all__ = [
     "linear_recurrence",
     "lora_linear",
     "lstm",
+    "quantise_weight",
+    "quantised_linear",
     "rms_norm",
     "rope",
     "rope_append",

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 import lmfast.ops.add_rms_norm
-import lmfast.ops.rope  # noqa: F401  (both register the ops extended below)
+import lmfast.ops.cached_attention
+import lmfast.ops.rope  # noqa: F401  (these register the ops extended below)
 from lmfast import _extension
 from lmfast._dispatch import implementation, register
+from lmfast.ops._cached_attention_reference import CacheOptions
 from lmfast.ops._library import needs_grad
+from lmfast.ops.decode_attention import launch as launch_decode_attention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,10 +48,41 @@ def _rope_unsupported(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any
     return unsupported(q, k, cos, sin)
 
 
+# Query rows per key head, tokens x heads of a group: with more, the matrix units win (Triton).
+_MAX_CACHE_ROWS = 4
+
+
+def _cached_unsupported(
+    q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *options: Any
+) -> str | None:
+    rows = q.shape[2] * (q.shape[1] // keys.shape[1])
+    if rows > _MAX_CACHE_ROWS:
+        return (
+            f"{rows} query rows per key head (tokens x heads of a group); the kernel takes up to "
+            f"{_MAX_CACHE_ROWS}"
+        )
+    if q.shape[3] > 256:
+        return f"the kernel takes head sizes to 256, got {q.shape[3]}"
+    if keys.dtype not in (q.dtype, torch.int8):
+        return f"no CUDA kernel for {q.dtype} queries on {keys.dtype} storage"
+    o = CacheOptions(*options)
+    for t in (keys, values, o.key_scales, o.value_scales):
+        if t is not None and t.stride(-1) != 1 and t.shape[-1] > 1:
+            return "keys, values and scales need last dimensions that are neighbours in memory"
+    return unsupported(q, o.sinks, o.alibi)
+
+
+def _decode_unsupported(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:
+    keys, values, lengths, cos, sin, _, *options = rest
+    return _cached_unsupported(q, keys, values, lengths, *options) or unsupported(k, v, cos, sin)
+
+
 for _name, _supports in (
+    ("cached_attention", _cached_unsupported),
     ("rms_norm", lambda x, weight, eps: _norm_unsupported(x, weight)),
     ("add_rms_norm", lambda x, residual, weight, eps: _norm_unsupported(x, weight)),
     ("rope", _rope_unsupported),
 ):
     _same = implementation(_name, "cpu")
     register(_name, "cuda", ("cuda",), _same.forward, _same.backward, _supports)
+register("decode_attention", "cuda", ("cuda",), launch_decode_attention, None, _decode_unsupported)

@@ -1,7 +1,7 @@
 """What elman_rnn, lstm and gru share: one layer over rows, its C++ loop over time, its gradients.
 
 The input's product with its weights, and every gradient that does not depend on the order of time,
-is one matrix product over all steps: of `linear` on AMX, else PyTorch's. The loop is a kernel.
+is one matrix product over all steps (`fp32_product`). The loop is a kernel.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import define, needs_grad, unsupported_by_cpu_kernels
+from lmfast.ops._linear_cpu import fp32_product
 from lmfast.ops._recurrent_bf16 import bf16_layer, runs_in_bf16
 from lmfast.ops._recurrent_products import GATE_GRADIENTS, KEPT_GATES, gradients_of_products
 from lmfast.ops._recurrent_reference import CELLS, reference_layer
 from lmfast.ops._recurrent_step import MAX_ROWS, step_op
-from lmfast.ops.linear import fp32_product
 
 
-def _forward_fake(
+def forward_fake(
     projected: Tensor,
     w_hh: Tensor,
     hidden_bias: Tensor | None,
@@ -46,7 +46,7 @@ def _forward_fake(
     )
 
 
-def _backward_fake(
+def backward_fake(
     dy: Tensor | None,
     dh_n: Tensor | None,
     dc_n: Tensor | None,
@@ -72,13 +72,13 @@ _forward_op = define(
     "recurrent_forward(Tensor projected, Tensor w_hh, Tensor? hidden_bias, Tensor? h0, Tensor? c0, "
     "Tensor? batch_sizes, int batch, int cell, bool reverse, bool keep) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward_fake,
+    forward_fake,
 )
 backward_op = define(
     "recurrent_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor y, Tensor gates, "
     "Tensor cells, Tensor w_hh, Tensor? h0, Tensor? c0, Tensor? batch_sizes, int batch, int cell, "
     "bool reverse) -> (Tensor, Tensor)",
-    _backward_fake,
+    backward_fake,
 )
 
 
@@ -86,7 +86,7 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _product(
+def input_product(
     x: Tensor,
     w_ih: Tensor,
     w_hh: Tensor,
@@ -121,7 +121,7 @@ class _Layer(torch.autograd.Function):
         reverse: bool,
         keep: bool,
     ) -> tuple[Tensor, ...]:
-        projected, hidden_bias = _product(x, w_ih, w_hh, b_ih, b_hh, cell)
+        projected, hidden_bias = input_product(x, w_ih, w_hh, b_ih, b_hh, cell)
         return _forward_op(
             projected,
             w_hh,
@@ -161,7 +161,7 @@ class _Layer(torch.autograd.Function):
             )
             grads = differentiate(layer, inputs, (dy, dh_n, dc_n))
             return *grads, *_NO_GRADS
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(y.device.type, enabled=False):
             dgates, carry = backward_op(
                 _contiguous(dy),
                 _contiguous(dh_n),

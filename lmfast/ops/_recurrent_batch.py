@@ -20,6 +20,7 @@ from lmfast.ops._recurrent import (
 )
 from lmfast.ops._recurrent_bf16 import runs_in_bf16
 from lmfast.ops._recurrent_cudnn import cudnn_layer, unsupported_by_cudnn
+from lmfast.ops._recurrent_gpu import persistent_layer, unsupported_by_persistent_kernels
 from lmfast.ops._recurrent_reference import GATES, reference_layer
 from lmfast.testing import Sample
 
@@ -185,6 +186,23 @@ def cudnn_forward(*args: Any) -> Any:
     return _over_batch(cudnn_layer, *args)
 
 
+def gpu_forward(*args: Any) -> Any:
+    """The op with the persistent kernels on normalised arguments; differentiable."""
+    return _over_batch(persistent_layer, *args)
+
+
+def _torch_forward(*args: Any) -> Any:
+    """PyTorch's best: cuDNN's layer on a GPU where it takes the call, else the reference."""
+    fits = args[0].is_cuda and unsupported_by_cudnn(*args) is None
+    return cudnn_forward(*args) if fits else reference(*args)
+
+
+def _prefer(*args: Any) -> tuple[str, str] | None:
+    if args[0].is_cuda and unsupported_by_cudnn(*args) is None:
+        return "torch", "cuDNN's layer: the persistent kernel has not been measured on this GPU"
+    return None
+
+
 def register_recurrent_op(
     name: str,
     public: Callable[..., Any],
@@ -201,11 +219,13 @@ def register_recurrent_op(
             sample_inputs=samples,
             differentiable=("x", "state", "weights"),
             peer=peer,
-        )
+            prefer=_prefer,
+        ),
+        _torch_forward,
     )
     # The forward differentiates itself: its backward needs what the layers saved.
     register(name, "cpu", ("cpu",), cpu_forward, backward_op, unsupported_by_recurrent_kernels)
-    register(name, "cuda", ("cuda",), cudnn_forward, None, unsupported_by_cudnn)
+    register(name, "cuda", ("cuda",), gpu_forward, None, unsupported_by_persistent_kernels)
     return op
 
 

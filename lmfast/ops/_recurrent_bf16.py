@@ -1,4 +1,5 @@
-"""Recurrent layers with bf16 products on AMX: bf16 calls, and fp32 ones where the user allows it.
+"""Recurrent layers with bf16 products, on AMX or by AVX512-BF16: bf16 calls, and fp32 ones where
+the user allows it.
 
 The products over all steps are PyTorch's, in bf16; the loop over time is a kernel that keeps the
 state, the sums and the gates in fp32.
@@ -85,8 +86,8 @@ _backward_op = define(
 )
 
 
-def _has_amx() -> bool:
-    return _extension.cpu_isa() == "amx"
+def _has_tiles() -> bool:
+    return _extension.has_bf16_tiles()
 
 
 def _is_medium() -> bool:
@@ -94,7 +95,7 @@ def _is_medium() -> bool:
 
 
 # What torch.compiler.assume_constant_result sets; that function would import all of the compiler.
-_has_amx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_has_tiles._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _is_medium._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -102,7 +103,7 @@ def runs_in_bf16(x: Tensor, w_hh: Tensor, batch: int, cell: str) -> bool:
     """Whether a layer goes to the bf16 loop: asked before autocast is turned off."""
     if cell == "gru_textbook" or w_hh.shape[1] % 32 or batch < _MIN_ROWS or x.shape[0] == 0:
         return False
-    if x.dtype not in (torch.bfloat16, torch.float32) or not _has_amx():
+    if x.dtype not in (torch.bfloat16, torch.float32) or not _has_tiles():
         return False
     cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
     return x.dtype == torch.bfloat16 or cast or _is_medium()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfast.ops.linear import fp32_product
+from lmfast.ops._linear_cpu import fp32_product
 
 # Vectors of H per row: what the forward keeps besides y, and the gradients of the gates.
 KEPT_GATES = {"tanh": 0, "relu": 0, "lstm": 4, "gru": 4, "gru_textbook": 3}
@@ -57,13 +57,13 @@ def gradients_of_products(
             grads[1] = dh_n
         elif cell == "gru":
             dn, drz = first[:, :hidden], first[:, hidden:]
-            grads[1] = torch.addmm(carry.to(first.dtype), dn, w_hh[2 * hidden :]).addmm_(
-                drz, w_hh[: 2 * hidden]
-            )
+            past = carry.to(first.dtype) + fp32_product(dn, w_hh[2 * hidden :].t())
+            grads[1] = past.add_(fp32_product(drz, w_hh[: 2 * hidden].t()))
         elif cell == "gru_textbook":
-            grads[1] = torch.addmm(carry.to(first.dtype), first, w_hh[: 2 * hidden])
+            past = fp32_product(first, w_hh[: 2 * hidden].t())
+            grads[1] = past.add_(carry.to(first.dtype))
         else:
-            grads[1] = torch.mm(first, w_hh)
+            grads[1] = fp32_product(first, w_hh.t())
     if need_c0 and cell == "lstm":
         grads[2] = carry
     if need_w_ih:
@@ -73,15 +73,16 @@ def gradients_of_products(
         if cell == "gru":
             dw = torch.cat((dw[hidden:], dw[:hidden]))
         elif cell == "gru_textbook":
-            dw = torch.cat((dw, fp32_product(dgates[:, 2 * hidden :].t(), cells.t())))
+            dw = torch.cat((dw, _sum_over_rows(dgates[:, 2 * hidden :], cells, batch)))
         grads[4] = dw
     if need_b_ih or need_b_hh:
         total = dgates.sum(0, dtype=torch.float32)
-        if cell == "gru":
-            grads[5] = total[hidden:]
+        if need_b_ih:
+            grads[5] = total[hidden:] if cell == "gru" else total
+        if need_b_hh and cell == "gru":
             grads[6] = torch.cat((total[hidden : 3 * hidden], total[:hidden]))
-        else:
-            grads[5], grads[6] = total, total.clone()
+        elif need_b_hh:
+            grads[6] = total.clone() if need_b_ih else total
     return grads
 
 
@@ -110,10 +111,7 @@ def _sum_over_rows(a: Tensor, b: Tensor, batch: int) -> Tensor:
     chunk = batch * -(-least // batch) if batch > 1 else rows
     if not chunk < rows <= _MOST_CHUNKED_ROWS or size > _MOST_CHUNKED_NUMBERS:
         return fp32_product(a.t(), b.t())
-    dw = torch.mm(a[:chunk].t(), b[:chunk])
-    for first in range(chunk, rows, chunk):
-        dw.addmm_(a[first : first + chunk].t(), b[first : first + chunk])
-    return dw
+    return fp32_product(a.t(), b.t(), chunk=chunk)
 
 
 def _state_weight_gradient(
@@ -130,5 +128,5 @@ def _state_weight_gradient(
         later, earlier = earlier, later
     dw = _sum_over_rows(dgates[later], y[earlier], batch)
     if h0 is not None and rows:
-        dw.addmm_(dgates[_first_rows(sizes, batch, reverse, rows)].t(), h0)
+        dw += fp32_product(dgates[_first_rows(sizes, batch, reverse, rows)].t(), h0.t())
     return dw

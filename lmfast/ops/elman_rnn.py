@@ -54,12 +54,13 @@ def elman_rnn(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        cpu (C++, not float64), cuda (cuDNN), torch. Gradients on all; gradients of gradients
+        cpu (C++, not float64), cuda (C++: one kernel for all steps, weights on the chip, where
+        they fit), torch (on a GPU cuDNN's layers). Gradients on all; gradients of gradients
         through PyTorch.
         With AMX, large products over all steps are those of `lmfast.ops.linear`: in fp32's
         accuracy, infinite inputs give NaN.
-        With AMX, at least 16 rows and a hidden size that is a multiple of 32, products run in bf16
-        for bf16 inputs, and for float32 ones under autocast or at
+        With AMX or AVX512-BF16, at least 16 rows and a hidden size that is a multiple of 32,
+        products run in bf16 for bf16 inputs, and for float32 ones under autocast or at
         ``torch.set_float32_matmul_precision("medium")``.
 
     Source:

@@ -1,8 +1,8 @@
-"""A linear layer with bias and ReLU: fp32 on the bf16 tiles of AMX, in full or medium precision."""
+"""A linear layer with bias and ReLU: few rows at the speed of memory, many on bf16 tiles."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,20 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmfast import _extension
-from lmfast._dispatch import Op, implementation, register, register_op, select
-from lmfast.ops._autograd import apply, differentiate, recording_backward
-from lmfast.ops._library import (
-    check_same_device,
-    check_tensor,
-    define,
-    needs_grad,
-    unsupported_by_cpu_kernels,
+from lmfast._dispatch import (
+    Op,
+    implementation,
+    is_requested,
+    register,
+    register_op,
+    select,
 )
+from lmfast.ops._autograd import apply, differentiate, recording_backward
+from lmfast.ops._library import check_same_device, check_tensor, define, needs_grad
+from lmfast.ops._linear_cpu import backward, few_rows, forward, linear_of_few_rows, unsupported
 from lmfast.ops._linear_cross_entropy_arguments import bf16_products_allowed
 from lmfast.testing import Sample
-
-# Below, PyTorch's product is as fast.
-_FEWEST_ROWS, _LEAST_WIDTH = 256, 64
 
 
 def linear(
@@ -58,8 +57,10 @@ def linear(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        cpu (C++; float32 from 256 rows on, on processors with AMX), torch. Gradients on
-        both; gradients of gradients through PyTorch.
+        cpu (C++; few rows, as when a model generates: up to 32, in bfloat16 up to 8; float32 from
+        256 rows on, on processors with AMX or, in medium precision, AVX512-BF16), torch, and triton
+        when asked for: on a GPU cuBLAS's product is taken. Gradients on all; gradients of gradients
+        through PyTorch.
 
     Source:
         Splitting floats into bf16 parts: Henry, Tang and Heinecke 2019, arXiv:1904.06376.
@@ -69,6 +70,8 @@ def linear(
         >>> lmfast.ops.linear(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -4.0]]), relu=True)
         tensor([[0.]])
     """
+    if backend is None and _is_plain(x, weight, bias) and not is_requested("linear"):
+        return linear_of_few_rows(x, weight, bias, bool(relu))
     args = _check(x, weight, bias, relu=relu)
     chosen = select(OP, args, backend)
     if chosen.backend == "torch":
@@ -76,6 +79,39 @@ def linear(
     if needs_grad(x, weight, bias):
         return apply(_Linear, *args, chosen.backend)
     return chosen.forward(*args)
+
+
+_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a call is right and one for the kernel of few rows, found out in two microseconds.
+
+    While a model generates, the checks below would take as long as a small product.
+    """
+    return (
+        type(x) in _TENSORS
+        and type(weight) in _TENSORS
+        and x.dtype == weight.dtype
+        and weight.dim() == 2
+        and x.dim() > 0
+        and x.shape[-1] == weight.shape[1]
+        and few_rows(x, weight)
+        and x.device.type == weight.device.type == "cpu"
+        and (
+            bias is None
+            or (
+                type(bias) in _TENSORS
+                and bias.shape == weight.shape[:1]
+                and bias.dtype == x.dtype
+                and bias.device.type == "cpu"
+            )
+        )
+        and _extension.cpu.loaded
+        and not torch.is_autocast_enabled("cpu")
+        and not needs_grad(x, weight, bias)
+        and x.layout == weight.layout == torch.strided
+    )
 
 
 def _check(
@@ -120,21 +156,18 @@ def _samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("relu", (normal(5, 67, 64), wide(64, 96).t(), normal(96)), {"relu": True})
     yield Sample("deep", (normal(300, 2100), wide(64, 2100)))
     yield Sample("rows apart", (normal(290, 2, 72)[:, 1], wide(66, 72), normal(66)))
+    yield Sample("one row", (normal(515), wide(83, 515), normal(83)), {"relu": True})
+    yield Sample("one row of columns", (normal(1, 131), wide(131, 2100).t()[:2083], normal(2083)))
+    yield Sample("8 rows of columns", (normal(8, 301), wide(301, 150).t(), normal(150)))
+    yield Sample("32 rows", (normal(32, 2, 270)[:, 0], wide(77, 300)[:, :270]))
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, parts: int) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]))
-
-
-_product = define(
-    "linear_amx(Tensor x, Tensor weight, Tensor? bias, bool relu, int parts) -> Tensor",
-    _fake,
+# For kernels other than the CPU's, which has one for its own form of the product.
+define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, bool relu, Tensor? a, Tensor? b, float scale) "
+    "-> Tensor",
+    lambda x, weight, *rest: x.new_empty((x.shape[0], weight.shape[0])),
 )
-
-
-def _matrix(t: Tensor) -> Tensor:
-    """``t`` if its rows or its columns are contiguous, else a copy."""
-    return t if t.stride(-1) == 1 or t.stride(0) == 1 else t.contiguous()
 
 
 class _Linear(torch.autograd.Function):
@@ -172,32 +205,7 @@ class _Linear(torch.autograd.Function):
         return *grads, None, None, None
 
 
-def _parts(rounded: bool) -> int:
-    return 1 if rounded else 3
-
-
-def fp32_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a b^T + bias for fp32 matrices on the CPU, by whichever product is faster; no autograd.
-
-    For operators whose backward is made of whole products: `linear` without its checks and its
-    choice of backend.
-    """
-    if a.dtype == torch.float32 and _cpu_isa() == "amx" and _is_faster(a.shape[0], b.shape):
-        bias = None if bias is None else bias.contiguous()
-        return _product(_matrix(a), _matrix(b), bias, False, _parts(bf16_products_allowed()))
-    return torch.mm(a, b.t()) if bias is None else torch.addmm(bias, a, b.t())
-
-
-def _cpu_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, rounded: bool
-) -> Tensor:
-    rows = _matrix(x.reshape(-1, x.shape[-1]))
-    bias = None if bias is None else bias.contiguous()
-    y = _product(rows, _matrix(weight), bias, relu, _parts(rounded))
-    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
-
-
-def _cpu_backward(
+def library_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -205,49 +213,18 @@ def _cpu_backward(
     rounded: bool,
     wanted: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    rows, flat = _matrix(dy.reshape(-1, dy.shape[-1])), _matrix(x.reshape(-1, x.shape[-1]))
-    parts = _parts(rounded)
-    dx = dweight = dbias = None
-    if wanted[0]:
-        dx = _product(rows, _matrix(weight).t(), None, False, parts).view(x.shape)
-    if wanted[1]:
-        # In the layout of the weight, so that nobody has to transpose it.
-        if weight.stride(-1) == 1:
-            dweight = _product(rows.t(), flat.t(), None, False, parts)
-        else:
-            dweight = _product(flat.t(), rows.t(), None, False, parts).t()
-    if bias is not None and wanted[2]:
-        dbias = rows.sum(0)
+    """The gradients by PyTorch's products."""
+    rows, flat = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    dx = (rows @ weight).view(x.shape) if wanted[0] else None
+    dweight = rows.t() @ flat if wanted[1] else None
+    dbias = rows.sum(0) if bias is not None and wanted[2] else None
     return [dx, dweight, dbias]
 
 
-def _cpu_isa() -> str | None:
-    return _extension.cpu_isa()
-
-
-# What torch.compiler.assume_constant_result sets: a compiled graph keeps the answer.
-_cpu_isa._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _is_faster(rows: int, weight: Sequence[int]) -> bool:
-    return rows >= _FEWEST_ROWS and min(weight) >= _LEAST_WIDTH
-
-
-def _unsupported_by_cpu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, rounded: bool
-) -> str | None:
-    if torch.is_autocast_enabled("cpu"):
-        return "PyTorch's product is as fast under autocast"
-    if x.dtype != torch.float32:
-        return f"PyTorch's product is as fast for {x.dtype}"
-    if _extension.cpu.loaded and _cpu_isa() != "amx":
-        return f"needs AMX, the level is {_cpu_isa()}"
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    if not _is_faster(rows, weight.shape):
-        return (
-            f"PyTorch's product is as fast below {_FEWEST_ROWS} rows and widths of {_LEAST_WIDTH}"
-        )
-    return unsupported_by_cpu_kernels(x, weight, bias)
+def _prefer(x: Tensor, *rest: Any) -> tuple[str, str] | None:
+    if x.is_cuda:
+        return "torch", "cuBLAS's product is faster"
+    return None
 
 
 OP = register_op(
@@ -258,7 +235,8 @@ OP = register_op(
         check=_check,
         sample_inputs=_samples,
         differentiable=("x", "weight", "bias"),
+        prefer=_prefer,
     )
 )
 
-register("linear", "cpu", ("cpu",), _cpu_forward, _cpu_backward, _unsupported_by_cpu)
+register("linear", "cpu", ("cpu",), forward, backward, unsupported)

@@ -56,7 +56,8 @@ def lora_linear(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        torch; the large products are those of ``lmfast.ops.linear``.
+        torch, whose large products are those of ``lmfast.ops.linear``; triton (inference, up to 64
+        rows and rank 128, where it is taken by itself).
 
     Source:
         Hu et al. 2021, LoRA, arXiv:2106.09685.
@@ -68,7 +69,9 @@ def lora_linear(
         tensor([[2.5000, 2.5000, 2.5000]])
     """
     args = _check(x, weight, a, b, bias=bias, scale=scale, low=low)
-    select(OP, args, backend)
+    chosen = select(OP, args, backend)
+    if chosen.backend != "torch":
+        return chosen.forward(*args)
     if torch.is_autocast_enabled(x.device.type) or has_tangent(*args):
         return _reference(*args)
     if needs_grad(x, weight, a, b, bias, low):

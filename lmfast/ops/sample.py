@@ -84,7 +84,7 @@ def sample(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        cpu (C++), torch. For inference only.
+        cpu (C++), triton (not for float64), torch. For inference only.
 
     Source:
         Holtzman et al. 2019 (top-p), arXiv:1904.09751; Keskar et al. 2019 (repetition),

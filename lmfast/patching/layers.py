@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmfast import ops
+from lmfast.ops._linear_cpu import worth_asking
 from lmfast.patching.probe import Call, random_input
 from lmfast.patching.rules import Plan, is_leaf, own_weights, takes
 from lmfast.patching.swap import recipe
@@ -112,7 +113,7 @@ def plan_linear(module: nn.Module) -> Plan | str | None:
         [{"transposed": transposed}],
         calls,
         "lmfast.ops.linear",
-        "from 256 rows on",
+        "few rows, or 256 and more",
     )
 
 
@@ -121,15 +122,11 @@ def _linear(original: type, transposed: bool, backend: str | None = None) -> dic
     own = original.forward  # type: ignore[attr-defined]
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        w = self.weight
-        # What ops.linear would leave to PyTorch, without asking it: decoding is many small calls.
-        if (
-            input.dtype != torch.float32
-            or w.dtype != torch.float32
-            or input.numel() < 256 * input.shape[-1]
-        ):
+        w = self.weight.t() if transposed else self.weight
+        # What ops.linear would leave to PyTorch, without asking it.
+        if input.dtype != w.dtype or not worth_asking(input, w):
             return own(self, input)
-        return ops.linear(input, w.t() if transposed else w, self.bias, backend=backend)
+        return ops.linear(input, w, self.bias, backend=backend)
 
     return {"forward": forward}
 

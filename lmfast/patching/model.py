@@ -61,7 +61,7 @@ def patch(model: nn.Module, *, backend: str | None = None) -> PatchReport:
         >>> print(lmfast.patch(model))
         lmfast.patch(Sequential): 2 of 3 modules replaced
           replaced:
-               1 x Linear  lmfast.ops.linear; from 256 rows on  [0]
+               1 x Linear  lmfast.ops.linear; few rows, or 256 and more  [0]
                1 x LSTM    lmfast.nn.LSTM  [1]
           left as they are:
                1 x Sequential  nothing to replace  [(model)]

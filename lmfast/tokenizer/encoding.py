@@ -233,10 +233,12 @@ class Coding(Decoding):
         allowed_special = checked_special("allowed_special", allowed_special)
         disallowed_special = checked_special("disallowed_special", disallowed_special)
         specials = self._allowed("", allowed_special, disallowed_special)
-        if disallowed_special is not None or allowed_special is not None:
+        if (allowed_special, disallowed_special) != (None, None):
             for text in texts:
                 self._allowed(text, allowed_special, disallowed_special)
-        others = {i: text for i, text in enumerate(texts) if not self._direct(text)}
+        others: dict[int, str | bytes] = {}
+        if not self._scans or self._model.normalizer or set(map(type, texts)) != {str}:
+            others = {i: text for i, text in enumerate(texts) if not self._direct(text)}
         if others:
             texts = ["" if i in others else text for i, text in enumerate(texts)]
         count = threads or default_threads()

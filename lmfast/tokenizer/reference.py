@@ -315,11 +315,16 @@ class Counter:
         self._split = splitter(SCANNERS[pattern] if pattern else None)
         self._counts: dict[bytes, int] = {}
 
-    def add_texts(self, texts: Sequence[str | bytes], threads: int) -> None:
-        for text in texts:
+    def add_texts(self, texts: Sequence[object], threads: int, first: int = 0) -> int:
+        """Count the texts from ``first`` on; returns where the first item is that is none."""
+        for at in range(first, len(texts)):
+            text = texts[at]
+            if not isinstance(text, (str, bytes)):
+                return at
             for piece in self._split(sound_text(text)):
                 raw = to_bytes(piece)
                 self._counts[raw] = self._counts.get(raw, 0) + 1
+        return max(first, len(texts))
 
     def add_words(self, words: Sequence[bytes], counts: Sequence[int]) -> None:
         for word, count in zip(words, counts, strict=True):
@@ -331,11 +336,6 @@ class Counter:
 
     def __len__(self) -> int:
         return len(self._counts)
-
-
-def are_texts(items: Sequence[object]) -> bool:
-    """Whether every item is a str or bytes."""
-    return all(isinstance(item, (str, bytes)) for item in items)
 
 
 _INVALID = re.compile("[\udc80-\udcff]")

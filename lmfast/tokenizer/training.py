@@ -103,16 +103,8 @@ def _texts(corpus: Corpus, pattern: Pattern) -> Iterator[str | bytes]:
                 raise TypeError(f"corpus must yield str, bytes or paths, got {type(item).__name__}")
 
 
-def _batches(corpus: Corpus, pattern: Pattern, backend: str) -> Iterator[list[str | bytes]]:
+def _batches(corpus: Corpus, pattern: Pattern) -> Iterator[list[str | bytes]]:
     """Lists of texts, small enough for memory to stay bounded."""
-    if isinstance(corpus, list):
-        for i in range(0, len(corpus), _ITEMS):
-            part = corpus[i : i + _ITEMS]
-            if engine(backend).are_texts(part):
-                yield part
-            else:
-                yield from _batches(iter(part), pattern, backend)
-        return
     batch: list[str | bytes] = []
     size = 0
     for text in _texts(corpus, pattern):
@@ -133,10 +125,19 @@ def _count(corpus: Corpus, mode: str, pattern: Pattern, threads: int | None, bac
     if isinstance(corpus, Mapping):
         counter.add_words(*checked_counts(corpus, mode, pattern))
         return counter
-    for batch in _batches(corpus, pattern, backend):
-        if code is not None:
-            counter.add_texts(batch, threads or default_threads())
-            continue
+    if code is not None:
+        threads = threads or default_threads()
+        if isinstance(corpus, list):
+            at = 0
+            while (at := counter.add_texts(corpus, threads, at)) < len(corpus):
+                for batch in _batches([corpus[at]], pattern):
+                    counter.add_texts(batch, threads)
+                at += 1
+        else:
+            for batch in _batches(corpus, pattern):
+                counter.add_texts(batch, threads)
+        return counter
+    for batch in _batches(corpus, pattern):
         split = splitter(pattern)
         found: dict[bytes, int] = {}
         for text in batch:

@@ -16,7 +16,10 @@ from torch import Tensor
 
 import lmfast.ops.add_rms_norm
 import lmfast.ops.geglu
+import lmfast.ops.lora_linear
+import lmfast.ops.quantised_linear
 import lmfast.ops.rope
+import lmfast.ops.sample
 import lmfast.ops.swiglu  # noqa: F401  (these define the operators twinned below)
 from lmfast._dispatch import register
 from lmfast.ops._attention_reference import Options
@@ -28,12 +31,17 @@ from lmfast.ops.attention import kernel_options, sink_gradient
 from lmfast.ops.cached_attention import launcher as cached_attention_launcher
 from lmfast.ops.cached_attention import unsupported_by_kernels as cache_unsupported_by
 from lmfast.ops.cross_entropy import launcher as cross_entropy_launcher
+from lmfast.ops.decode_attention import register_two_calls
+from lmfast.ops.linear import library_backward
 from lmfast.ops.linear_cross_entropy import launcher as linear_cross_entropy_launcher
 from lmfast.ops.linear_recurrence import launcher as linear_recurrence_launcher
 from lmfast.ops.rope_append import launcher as rope_append_launcher
 from lmfast.ops.rope_append import unsupported_by_kernels as append_unsupported_by
 from lmfast.triton._launch import DEVICES, twin, unsupported
 
+# Above, the matrix is no longer what takes the time, and cuBLAS's product is the faster one.
+_MOST_LORA_ROWS = 64
+_MOST_LORA_RANK = 128
 # Longest row the kernels are tested with. They hold a row, or walk it in blocks.
 MAX_WIDTH = 65536
 
@@ -59,6 +67,9 @@ _cross_entropy = cross_entropy_launcher(
 _linear_cross_entropy = linear_cross_entropy_launcher(
     twin("linear_cross_entropy", "linear_cross_entropy"), takes_mean=False
 )
+_linear = twin("linear", "linear")
+_sample = twin("sample", "sample")
+_quantised_linear = twin("quantised_linear", "quantised_linear")
 _glu_launchers = {
     name: launchers(twin(name, "swiglu"), twin(f"{name}_backward", "swiglu"))
     for name in ("swiglu", "geglu")
@@ -69,6 +80,63 @@ def _glu_unsupported(gate: Tensor, up: Tensor | None, *options: Any) -> str | No
     if gate.dim() > 4:
         return f"{gate.dim() - 1} leading dimensions; the kernel takes up to 3"
     return unsupported(gate, up)
+
+
+def _quantised_unsupported(
+    x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None
+) -> str | None:
+    if needs_grad(x, bias):
+        return "no kernel for gradients"
+    return unsupported(x, scales, bias)
+
+
+def _linear_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, rounded: bool
+) -> Tensor:
+    rows = with_unit_last_stride(x.reshape(-1, x.shape[-1]))
+    y = _linear(rows, weight, _contiguous(bias), relu, None, None, 1.0)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _linear_unsupported(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> str | None:
+    if torch.is_autocast_enabled(x.device.type):
+        return "PyTorch's product is taken under autocast"
+    return unsupported(x, weight, bias)
+
+
+def _lora_forward(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    low: Tensor | None,
+) -> Tensor:
+    rows = with_unit_last_stride(x.reshape(-1, x.shape[-1]))
+    y = _linear(rows, weight, _contiguous(bias), False, a, b, scale)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _lora_unsupported(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    low: Tensor | None,
+) -> str | None:
+    if needs_grad(x, weight, a, b, bias):
+        return "no kernel for gradients"
+    if low is not None:
+        return "no kernel for an update of another input than x"
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    if rows > _MOST_LORA_ROWS:
+        return f"{rows} rows; above {_MOST_LORA_ROWS} cuBLAS's products are faster"
+    if a.shape[1] > _MOST_LORA_RANK:
+        return f"the kernel takes ranks to {_MOST_LORA_RANK}, got {a.shape[1]}"
+    return _linear_unsupported(x, weight, bias) or unsupported(a, b)
 
 
 def _norm_forward(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -256,6 +324,20 @@ register(
     rope_append_launcher(twin("rope_append", "rope_append")),
     None,
     append_unsupported_by(unsupported),
+)
+register_two_calls("triton", DEVICES)
+register("sample", "triton", DEVICES, _sample, None, lambda logits, *rest: unsupported(logits))
+register("linear", "triton", DEVICES, _linear_forward, library_backward, _linear_unsupported)
+register("lora_linear", "triton", DEVICES, _lora_forward, None, _lora_unsupported)
+register(
+    "quantised_linear",
+    "triton",
+    DEVICES,
+    lambda x, codes, scales, bias: _quantised_linear(
+        with_unit_last_stride(x), with_unit_last_stride(codes), scales.contiguous(), bias
+    ),
+    None,
+    _quantised_unsupported,
 )
 for _name, _pair in _glu_launchers.items():
     register(_name, "triton", DEVICES, *_pair, _glu_unsupported)

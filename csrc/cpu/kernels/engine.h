@@ -71,6 +71,23 @@ struct EngineModel {
   // EngineLayer[layers] follow.
 };
 
+// A layer of a recurrent model. Gates come a panel of each in turn, in torch.nn's order.
+enum class EngineCellKind : int64_t {
+  kTanh = 0,
+  kLstm = 1,
+  kGru = 2,
+  kGruTextbook = 3,  // resets before the product: `state` has r and z, `candidate` n
+  kMinGru = 4,       // no products with states; what comes out is added to x
+  kMinLstm = 5,
+};
+struct EngineCell {
+  EngineMatrix input, state, candidate;
+  int64_t kind;
+};
+constexpr int64_t kEngineCellMagic = 0x6c6d656e67433031;  // of programs with EngineCell[layers]
+constexpr int64_t kEngineInputGates[] = {1, 4, 3, 3, 2, 3};
+constexpr int64_t kEngineStateGates[] = {1, 4, 3, 2, 0, 0};
+
 // Memory with room between counters that different threads write.
 struct EngineCounter {
   alignas(64) int64_t value;
@@ -130,7 +147,18 @@ struct EngineArgs {
   int64_t* best;                 // (tokens, V / kEngineSegment): the likeliest of each segment
   const EngineStorage* storage;  // of every layer
   const EngineTables* tables;
-  bool vnni;  // the processor has AVX512-VNNI, whatever the level was compiled for
+  // Instructions that the processor has, whatever the level was compiled for.
+  bool vnni;  // AVX512-VNNI
+  bool bf16;  // products of bf16: AMX at its level, else AVX512-BF16
+
+  // Of a recurrent model: tokens are those of the first step, row by row, then of the next.
+  const EngineCell* cells;
+  int64_t length;             // steps
+  const int64_t* firsts;      // (length + 1): the first token of each step
+  const int64_t* token_rows;  // row of every token
+  const int64_t* lengths;     // (B): steps of every row
+  float* state;               // (L, B, E), twice that for an LSTM, cell states last; is changed
+  float* states;              // (2, L, B) rows of x_stride: before and after a step
 
   // Rows of floats, each `*_stride` apart; zeros behind their ends, which products read.
   int64_t x_stride, qkv_stride, joined_stride, hidden_stride, operand_stride;
@@ -142,14 +170,22 @@ struct EngineArgs {
   EngineProgress* progress;
 };
 
+constexpr int64_t kEngineFewRows = 8;       // that every thread prepares for itself
+constexpr int64_t kEngineRoundedRows = 32;  // from which on products may be of bf16
 // Bytes of an operand: rows as floats, as int16, as two int8, sums and steps.
 static inline int64_t engine_operand_bytes(int64_t rows, int64_t stride) {
   return rows * (stride * 8 + round_up(stride, 128) / 8 * 4 + 64) + 256;
 }
-constexpr int64_t kEngineFewRows = 8;     // that every thread prepares for itself
+// Floats of sums of a thread: 64 for each row, and for what fills up the last tile.
+static inline int64_t engine_sums(int64_t rows) { return (rows + 32) * 64; }
+// Bytes of a thread's own operand, or of the panels it widens when there are many rows.
+static inline int64_t engine_private_bytes(int64_t rows, int64_t stride) {
+  return rows > kEngineFewRows ? 128 * stride : engine_operand_bytes(rows, stride);
+}
 constexpr int64_t kEngineSegment = 4096;  // logits that one thread looks through
 
 // Ranges: participants.
 LMFAST_DECLARE_KERNEL(engine_run, EngineArgs)
+LMFAST_DECLARE_KERNEL(engine_run_cells, EngineArgs)
 
 }  // namespace lmfast

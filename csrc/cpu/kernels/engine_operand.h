@@ -24,10 +24,15 @@ LMFAST_INLINE bool is_integer(const EngineMatrix& w) {
   return w.type >= static_cast<int64_t>(EngineWeights::kI8);
 }
 
+// How a product takes its rows.
+enum class RowsAs { kFloats, kWords, kBytes, kPairs };
+
 // Rows of one product. Of integers there is `words`, or `high` and `low`.
 struct Operand {
   float* rows;
   int64_t stride;
+  uint16_t* pairs;  // bf16, in the memory of integers
+  int64_t pairs_stride;
   int16_t* words;
   int8_t *high, *low;
   int32_t* sums;  // of each chunk of a row, times 128 or 8: what the codes' offset adds
@@ -42,6 +47,8 @@ LMFAST_INLINE Operand operand_in(char* memory, int64_t rows, int64_t stride) {
   o.rows = reinterpret_cast<float*>(memory);
   memory += rows * stride * 4;
   o.words = reinterpret_cast<int16_t*>(memory);
+  o.pairs = reinterpret_cast<uint16_t*>(memory);
+  o.pairs_stride = stride + 32;  // no multiple of 4 KB: the rows of a tile lie in different sets
   memory += rows * stride * 2;
   o.high = reinterpret_cast<int8_t*>(memory);
   memory += rows * stride;
@@ -145,8 +152,19 @@ inline void to_integers(const float* x, int64_t n, const EngineMatrix& w, bool b
   }
 }
 
+// The row rounded to bf16, zeros behind its end.
+inline void to_pairs(const float* x, int64_t n, Operand& o, int64_t row) {
+  constexpr int W = VecF::kWidth;
+  uint16_t* out = o.pairs + row * o.pairs_stride;
+  for (int64_t i = 0; i < n; i += W) {
+    const int lanes = lanes_left(i, n);
+    VecF::load(x + i, lanes).store(reinterpret_cast<bf16*>(out + i), lanes);
+  }
+  memset(out + n, 0, sizeof(uint16_t) * static_cast<size_t>(o.pairs_stride - n));
+}
+
 // Rows [first, past) of the source as the product with w takes them.
-inline void prepare(const Source& from, const char* memory, const EngineMatrix& w, bool bytes,
+inline void prepare(const Source& from, const char* memory, const EngineMatrix& w, RowsAs as,
                     Operand& o, int64_t first, int64_t past) {
   for (int64_t i = first; i < past; ++i) {
     const float* x = from.row(i);
@@ -156,8 +174,10 @@ inline void prepare(const Source& from, const char* memory, const EngineMatrix& 
       for (int64_t k = from.width; k < w.depth; ++k) y[k] = 0.0f;
       x = y;
     }
-    if (is_integer(w)) {
-      to_integers(x, from.width, w, bytes, o, i);
+    if (as == RowsAs::kPairs) {
+      to_pairs(x, from.width, o, i);
+    } else if (as != RowsAs::kFloats) {
+      to_integers(x, from.width, w, as == RowsAs::kBytes, o, i);
     } else if (from.norm == nullptr && from.index != nullptr) {
       memcpy(o.rows + i * o.stride, x, sizeof(float) * static_cast<size_t>(from.width));
       for (int64_t k = from.width; k < w.depth; ++k) o.rows[i * o.stride + k] = 0.0f;
@@ -166,8 +186,8 @@ inline void prepare(const Source& from, const char* memory, const EngineMatrix& 
 }
 
 // Whether the product can read the source as it is.
-LMFAST_INLINE bool usable_in_place(const Source& from, const EngineMatrix& w) {
-  return from.norm == nullptr && from.index == nullptr && !is_integer(w);
+LMFAST_INLINE bool usable_in_place(const Source& from, RowsAs as) {
+  return from.norm == nullptr && from.index == nullptr && as == RowsAs::kFloats;
 }
 
 }  // namespace

@@ -7,7 +7,8 @@
 // pairs of one column are widened by a shift and a mask, products are in fp32: x is not rounded.
 //
 // Up to kRows rows share one reading of the weights from registers; more rows find them in the
-// second-level cache, a block of the depth at a time.
+// second-level cache, a block of the depth at a time. The second pass over a block fetches the next
+// one: otherwise memory would rest while the rows behind the first ones are multiplied.
 #pragma once
 
 #include "engine_operand.h"
@@ -61,14 +62,15 @@ struct PanelBF16 {
   }
 };
 
-// sums[r][p] (+)= x[r] times kPanels panels, `steps` steps of the depth.
+// Bytes ahead of a stream: enough to cover the memory's latency, within what a page holds.
+constexpr int64_t kAhead = 16 * 64;
+
+// sums[r][p] (+)= x[r] times kPanels panels, `steps` steps of the depth; fetches what is `ahead`.
 template <class Format, int kRows, int kPanels>
 inline __attribute__((noinline)) void product_tile(const char* w, int64_t panel_bytes,
                                                    int64_t steps, const float* x, int64_t stride,
-                                                   float* sums, bool add) {
+                                                   float* sums, bool add, int64_t ahead) {
   constexpr int kVecs = kPanels * kPanelVecs, W = VecF::kWidth;
-  // Lines ahead of a stream: enough to cover the memory's latency, within what a page holds.
-  constexpr int kAhead = 16 * 64;
   VecF sum[kRows][kVecs];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -82,7 +84,7 @@ inline __attribute__((noinline)) void product_tile(const char* w, int64_t panel_
 #pragma GCC unroll 4
     for (int p = 0; p < kPanels; ++p) {
       const char* at = w + p * panel_bytes + k * 64;
-      if constexpr (kRows == 1) __builtin_prefetch(at + kAhead);
+      __builtin_prefetch(at + ahead);
 #pragma GCC unroll 4
       for (int v = 0; v < kPanelVecs; ++v) Format::load(at, v, b[p * kPanelVecs + v]);
     }
@@ -105,11 +107,13 @@ inline __attribute__((noinline)) void product_tile(const char* w, int64_t panel_
 
 template <class Format, int kPanels, int kRows = kRowsAtOnce>
 LMFAST_INLINE void product_rows(int rows, const char* w, int64_t panel_bytes, int64_t steps,
-                                const float* x, int64_t stride, float* sums, bool add) {
+                                const float* x, int64_t stride, float* sums, bool add,
+                                int64_t ahead) {
   if (rows == kRows) {
-    product_tile<Format, kRows, kPanels>(w, panel_bytes, steps, x, stride, sums, add);
+    product_tile<Format, kRows, kPanels>(w, panel_bytes, steps, x, stride, sums, add, ahead);
   } else if constexpr (kRows > 1) {
-    product_rows<Format, kPanels, kRows - 1>(rows, w, panel_bytes, steps, x, stride, sums, add);
+    product_rows<Format, kPanels, kRows - 1>(rows, w, panel_bytes, steps, x, stride, sums, add,
+                                             ahead);
   }
 }
 
@@ -127,14 +131,17 @@ LMFAST_INLINE void multiply_panels(const char* weights, int64_t depth, const Ope
     const char* w = weights + p * bytes;
     for (int64_t k = 0; k < all; k += block) {
       const int64_t steps = all - k < block ? all - k : block;
+      const int64_t next = k + steps < all ? steps * 64 : panels * bytes - k * 64;
       for (int64_t r = 0; r < rows; r += kRowsAtOnce) {
         const int count = static_cast<int>(rows - r < kRowsAtOnce ? rows - r : kRowsAtOnce);
         const float* a = x.rows + r * x.stride + k * Format::kStep;
         float* sums = carried + r * kSumsStride;
+        const int64_t ahead = r == kRowsAtOnce ? next : kAhead;
         if (panels == kGroup) {
-          product_rows<Format, kGroup>(count, w + k * 64, bytes, steps, a, x.stride, sums, k > 0);
+          product_rows<Format, kGroup>(count, w + k * 64, bytes, steps, a, x.stride, sums, k > 0,
+                                       ahead);
         } else {
-          product_rows<Format, 1>(count, w + k * 64, bytes, steps, a, x.stride, sums, k > 0);
+          product_rows<Format, 1>(count, w + k * 64, bytes, steps, a, x.stride, sums, k > 0, ahead);
         }
         if (k + steps == all) done(r, count, p, panels, sums);
       }

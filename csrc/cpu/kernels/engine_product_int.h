@@ -7,7 +7,7 @@
 // instructions for each 64 of them the product stays behind the memory's speed.
 #pragma once
 
-#include "engine_product.h"
+#include "engine_product_bf16.h"
 
 namespace lmfast::LMFAST_ISA {
 namespace {
@@ -28,6 +28,7 @@ struct IntegerTile {
   int64_t scales_stride;   // of panels
   const Operand* x;
   int64_t row;
+  int64_t ahead;  // what is fetched (engine_product.h)
 };
 
 // Four or eight bytes of x, in every lane.
@@ -106,7 +107,7 @@ __attribute__((target("avx512vnni"), noinline)) void integer_tile_vnni(const Int
 #pragma GCC unroll 4
       for (int p = 0; p < kPanels; ++p) {
         const char* at = t.w + p * t.panel_bytes + k / C::kStep * 64;
-        if constexpr (kRows == 1) __builtin_prefetch(at + 16 * 64);
+        __builtin_prefetch(at + t.ahead);
         C::load(at, codes[p]);
       }
 #pragma GCC unroll 4
@@ -159,7 +160,7 @@ inline __attribute__((noinline)) void integer_tile(const IntegerTile& t, float* 
 #pragma GCC unroll 4
       for (int p = 0; p < kPanels; ++p) {
         const char* at = t.w + p * t.panel_bytes + k / C::kStep * 64;
-        if constexpr (kRows == 1) __builtin_prefetch(at + 16 * 64);
+        __builtin_prefetch(at + t.ahead);
         __m512i codes[C::kParts];
         C::load(at, codes);
 #pragma GCC unroll 2
@@ -206,7 +207,7 @@ inline __attribute__((noinline)) void integer_tile(const IntegerTile& t, float* 
     }
     for (; k < end; k += kStep) {
       const char* at = t.w + k / kStep * 64;
-      if constexpr (kRows == 1) __builtin_prefetch(at + 16 * 64);
+      __builtin_prefetch(at + t.ahead);
 #pragma GCC unroll 2
       for (int i = 0; i < kParts; ++i) {
 #pragma GCC unroll 4
@@ -289,8 +290,9 @@ LMFAST_INLINE void multiply_integers(const EngineMatrix& w, const char* memory, 
       const int count = static_cast<int>(rows - r < kIntRowsAtOnce ? rows - r : kIntRowsAtOnce);
       float* sums = carried;
       memset(sums, 0, sizeof(float) * static_cast<size_t>(count * kSumsStride));
+      const int64_t ahead = r == kIntRowsAtOnce ? panels * bytes : kAhead;
       IntegerTile t{memory + w.weights + p * bytes, bytes, w.depth, chunk, nullptr,
-                    chunks * kEnginePanel,          &x,    r};
+                    chunks * kEnginePanel,          &x,    r,       ahead};
       if (grouped) {
         t.scales = reinterpret_cast<const uint16_t*>(memory + w.scales) + p * t.scales_stride;
       }
@@ -317,10 +319,18 @@ LMFAST_INLINE void multiply_integers(const EngineMatrix& w, const char* memory, 
 
 // done(row, rows, panel, panels, sums[row][kSumsStride]) for rows of x times panels [first, past).
 template <class Done>
-LMFAST_INLINE void multiply(const EngineMatrix& w, const char* memory, const Operand& x,
-                            int64_t rows, int64_t first, int64_t past, bool vnni, float* carried,
-                            const Done& done) {
+LMFAST_INLINE void multiply(const EngineMatrix& w, const char* memory, const Operand& x, RowsAs as,
+                            int64_t rows, int64_t first, int64_t past, char* staging,
+                            float* carried, const Done& done) {
+#if defined(__AVX512F__)
+  if (as == RowsAs::kPairs) {
+    return multiply_rounded(w, memory, x, rows, first, past, staging, carried, done);
+  }
+#else
+  static_cast<void>(staging);
+#endif
   const char* weights = memory + w.weights;
+  const bool vnni = as == RowsAs::kBytes;
   switch (static_cast<EngineWeights>(w.type)) {
     case EngineWeights::kF32:
       return multiply_floats<PanelF32>(weights, w.depth, x, rows, first, past, carried, done);

@@ -7,12 +7,6 @@
 // (linear_cross_entropy_amx_single.h): 43 ms in all with one part, 57 before that header's layout.
 // Keeping the exponentials instead of making them again would move half a gigabyte.
 //
-// Without AMX but with AVX512-BF16 (tiles_avx512.h) one part runs the same passes: the floor is
-// four products at twice the rate of fp32, where the fp32 kernel has three. Two cores of a Zen 4
-// EPYC, CPU time: 302 ms against 488 in fp32 and 363 for PyTorch's bf16 products with logits in
-// memory; 386 as long as every product loaded and stored its sums. Chunks of 128 are equal (311).
-// Three parts would be three times slower than fp32 there and are not used.
-//
 // Each lane of the accumulator is owned by one group, each group by one thread: no sums are shared,
 // nothing depends on the number of threads. Targets are left out of the sums and have their
 // gradient added in fp32 at the end (linear_cross_entropy.cpp says why).
@@ -24,7 +18,7 @@
 
 namespace lmfast::LMFAST_ISA {
 
-#if defined(LMFAST_AMX)
+#if defined(__AMX_TILE__)
 
 namespace {
 

@@ -1,6 +1,6 @@
 // Arguments and declarations of the AMX linear cross-entropy kernels
-// (linear_cross_entropy_amx.cpp). No torch header. The avx512 level has a copy for AVX512-BF16, the
-// levels below have empty ones, which the binding does not call.
+// (linear_cross_entropy_amx.cpp). No torch header. The levels below have empty ones, which the
+// binding does not call.
 #pragma once
 
 #include "linear_cross_entropy.h"

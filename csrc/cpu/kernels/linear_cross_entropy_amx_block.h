@@ -16,7 +16,7 @@
 #include "../simd_exp.h"
 #include "linear_cross_entropy_amx.h"
 
-#if defined(LMFAST_AMX)
+#if defined(__AMX_TILE__)
 
 namespace lmfast::LMFAST_ISA {
 namespace {

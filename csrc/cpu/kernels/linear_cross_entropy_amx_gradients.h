@@ -5,7 +5,7 @@
 
 #include "linear_cross_entropy_amx_pack.h"
 
-#if defined(LMFAST_AMX)
+#if defined(__AMX_TILE__)
 
 namespace lmfast::LMFAST_ISA {
 namespace {

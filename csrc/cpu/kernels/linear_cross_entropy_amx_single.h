@@ -19,7 +19,7 @@
 
 #include "linear_cross_entropy_amx_block.h"
 
-#if defined(LMFAST_AMX)
+#if defined(__AMX_TILE__)
 
 namespace lmfast::LMFAST_ISA {
 namespace {
@@ -83,8 +83,6 @@ struct TabulatedExp {
   }
 };
 
-#if defined(__AMX_TILE__)
-
 // Before a tile's first product: what it held before goes to `from`, and it starts at 0.
 template <int kTile>
 LMFAST_INLINE void renew_logits(float* from, bool store) {
@@ -140,34 +138,6 @@ LMFAST_INLINE void single_probs(const LceAmxArgs& a, const StreamChunk& chunk, c
   }
 }
 
-#else
-
-// The same for tiles_avx512.h: products and exponentials use the same two ports, so there is
-// nothing to interleave, and sums are kept in registers from the first step to the last.
-template <class Exp>
-LMFAST_INLINE void single_probs(const LceAmxArgs& a, const StreamChunk& chunk, const Group& group,
-                                const Holes& holes, float* s, char* p, Exp& exp) {
-  const int64_t steps = a.depth / kTileDepth, row_bytes = a.row_bytes;
-  for (int64_t block = 0; block < chunk.count / 16; ++block) {  // two halves of 32 rows
-    const int64_t row = block / 2 * 32, half = block % 2;
-    for (int i = 0; i < 4; ++i) {
-      const SoftOperand rows = {chunk.rows + (row + i / 2 * kTileRows) * row_bytes, row_bytes, 64};
-      const SoftOperand lanes = {group.lanes + (2 * half + i % 2) * kTileBytes, 64, 4 * kTileBytes};
-      soft_dots<false>(s + i / 2 * 16 * 32 + i % 2 * 16, 32, rows, lanes, steps);
-    }
-    for (int64_t i = 0; i < holes.count; ++i) {
-      if (holes.row[i] / 32 != block / 2 || holes.lane[i] / 32 != half) continue;
-      s[holes.row[i] % 32 * 32 + holes.lane[i] % 32] = kGone;
-    }
-    char* to = p + block / 2 * (4 * kTileBytes) + half * 2 * kTileBytes;
-    for (int64_t pair = 0; pair < 16; ++pair) {
-      exp.pair(s + pair * 64, row + 2 * pair, half, to + pair * 64);
-    }
-  }
-}
-
-#endif
-
 // p of the pass over tokens; sums += its sums.
 inline void single_probs_of_tokens(const LceAmxArgs& a, const StreamChunk& chunk,
                                    const Group& group, const Holes& holes, bool rows_add, float* s,
@@ -191,8 +161,6 @@ inline void single_probs_of_classes(const LceAmxArgs& a, const StreamChunk& chun
   lanes_add ? run(TabulatedExp<true>{chunk.add, group.add})
             : run(TabulatedExp<false>{chunk.add, group.add});
 }
-
-#if defined(__AMX_TILE__)
 
 // Before a tile's first product: the sums it held go to `from`, those at `to` are fetched.
 template <int kTile>
@@ -236,24 +204,6 @@ inline void single_product(const LceAmxArgs& a, const StreamChunk& chunk, const 
   tile_store<2>(last + 32, 4 * kLceLanes);
   tile_store<3>(last + 48, 4 * kLceLanes);
 }
-
-#else
-
-inline void single_product(const LceAmxArgs& a, const StreamChunk& chunk, const char* p, float* acc,
-                           bool add) {
-  const int64_t steps = chunk.count / kTileDepth, step_bytes = a.out_tiles * kTileBytes;
-  for (int64_t t = 0; t < a.out_tiles; ++t) {
-    const SoftOperand columns = {chunk.columns + t * kTileBytes, 64, step_bytes};
-    for (int64_t j = 0; j < 4; ++j) {
-      const SoftOperand probs = {p + j * kTileBytes, 64, 4 * kTileBytes};
-      float* c = acc + t * kTileRows * kLceLanes + 16 * j;
-      add ? soft_dots<true>(c, kLceLanes, columns, probs, steps)
-          : soft_dots<false>(c, kLceLanes, columns, probs, steps);
-    }
-  }
-}
-
-#endif
 
 }  // namespace
 }  // namespace lmfast::LMFAST_ISA

@@ -1,4 +1,4 @@
-// Arguments of the recurrent loops in bf16 on AMX: weights, states that enter products and what is
+// Arguments of the recurrent loops in bf16: weights, states that enter products and what is
 // kept for the backward are bf16, sums, gates and the state itself float. No torch header.
 //
 // Rows, cells and gate order as in recurrent.h; hidden is a multiple of 32, the depth of a tile.

@@ -1,4 +1,4 @@
-// Elman, LSTM and GRU layers over a whole sequence in bf16 on AMX, backward through time.
+// Elman, LSTM and GRU layers over a whole sequence in bf16, backward through time.
 //
 // The formulas of recurrent_bwd.cpp. The gates' gradients are stored once, in bf16: they are the
 // operand of the step before and, after the loop, of the products that give the other gradients.

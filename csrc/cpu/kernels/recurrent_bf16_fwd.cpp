@@ -1,4 +1,4 @@
-// Elman, LSTM and GRU layers over a whole sequence in bf16 on AMX, forward.
+// Elman, LSTM and GRU layers over a whole sequence in bf16, forward.
 //
 // The formulas of recurrent_fwd.cpp. Products take bf16 and sum in float; sums, biases, gates and
 // the state stay float. A block is 32 rows by all gates of 16 units: its sums go through 8 KB of L1

@@ -6,6 +6,8 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "../../cpu/rows.h"
 
@@ -17,6 +19,7 @@ using f16 = __half;
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(f16 x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(int8_t x) { return static_cast<float>(x); }
 
 template <typename T>
 __device__ __forceinline__ T from_float(float x);
@@ -62,6 +65,88 @@ __device__ __forceinline__ int64_t row_offset(const RowLayout& layout, int opera
     row /= layout.size[d];
   }
   return layout.ndim > 0 ? offset + row * layout.stride[operand][0] : offset;
+}
+
+// Two neighbours in one register. Left as two values, the compiler gives each of them a register.
+template <typename T>
+__device__ __forceinline__ uint32_t pair_of(T low, T high) {
+  uint16_t bits[2];
+  memcpy(&bits[0], &low, 2);
+  memcpy(&bits[1], &high, 2);
+  return bits[0] | static_cast<uint32_t>(bits[1]) << 16;
+}
+
+#ifndef LMFAST_CUDA_ON_HOST
+// What only a GPU has. tests/cuda_on_host has the same for the host.
+
+// What the thread whose lane differs by `mask` holds of each value. All of the warp must call it.
+template <int K>
+__device__ __forceinline__ void from_lane_across(const float (&mine)[K], int mask,
+                                                 float (&other)[K]) {
+#pragma unroll
+  for (int k = 0; k < K; ++k) other[k] = __shfl_xor_sync(0xffffffffu, mine[k], mask);
+}
+
+// The block's shared memory that the launch sized.
+__device__ __forceinline__ void* dynamic_shared() {
+  extern __shared__ uint4 lmfast_shared[];
+  return lmfast_shared;
+}
+
+// c (16, 8) += a (16, 16) b (16, 8), of a warp: mma.sync's layout of the fragments, pairs of T.
+template <typename T>
+__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2]) {
+  if constexpr (std::is_same<T, bf16>::value) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+}
+
+// Loads what other blocks wrote in this launch: from L2, as L1 may hold what was there before.
+template <typename T, int N>
+__device__ __forceinline__ Pack<T, N> load_past_l1(const T* p) {
+  Pack<T, N> v;
+  if constexpr (sizeof(T) * N == 16) {
+    *reinterpret_cast<uint4*>(&v) = __ldcg(reinterpret_cast<const uint4*>(p));
+  } else if constexpr (sizeof(T) * N == 4) {
+    *reinterpret_cast<uint32_t*>(&v) = __ldcg(reinterpret_cast<const uint32_t*>(p));
+  } else {
+    static_assert(sizeof(T) * N == 2);
+    *reinterpret_cast<uint16_t*>(&v) = __ldcg(reinterpret_cast<const unsigned short*>(p));
+  }
+  return v;
+}
+
+// Counts one more; what the block wrote before is seen by whoever sees the count.
+__device__ __forceinline__ void add_released(unsigned* counter) {
+  __threadfence();
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+__device__ __forceinline__ unsigned load_acquired(const unsigned* counter) {
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
+__device__ __forceinline__ void pause_briefly() { __nanosleep(20); }
+#endif
+
+// Sums over groups of `lanes` neighbouring threads, in every one of them; a power of two, up to 32.
+template <int K>
+__device__ __forceinline__ void sum_over_lanes(float (&value)[K], int lanes) {
+  for (int step = lanes / 2; step > 0; step /= 2) {
+    float other[K];
+    from_lane_across(value, step, other);
+#pragma unroll
+    for (int k = 0; k < K; ++k) value[k] += other[k];
+  }
 }
 
 // The sum over the threads of a row, in every one of them: threadIdx.x counts them. Up to a warp,

@@ -4,31 +4,43 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from lmfast import _extension
+from lmfast.generation.engine.cell_runner import CellRunner
+from lmfast.generation.engine.cells import recurrent_plan
 from lmfast.generation.engine.from_lmfast import decoder_plan
 from lmfast.generation.engine.from_transformers import plan_maker
 from lmfast.generation.engine.packing import WEIGHTS
 from lmfast.generation.engine.plan import CannotPack, Plan
+from lmfast.generation.engine.quantised import QuantisedWeights
+from lmfast.generation.engine.rounding import check_group
 from lmfast.generation.engine.runner import EngineRunner
-from lmfast.models.decoder import DecoderLanguageModel
+
+P = TypeVar("P")
 
 
 def make_engine(
-    model: Any, weights: str = "fp32", *, cache_dtype: torch.dtype | None = None
-) -> EngineRunner:
+    model: Any,
+    weights: str | QuantisedWeights = "fp32",
+    *,
+    group: int | None = None,
+    cache_dtype: torch.dtype | None = None,
+) -> EngineRunner | CellRunner:
     """Pack a model for the CPU.
 
     Args:
-        model: a `lmfast.models.DecoderLanguageModel`, or transformers' GPT-2, GPT-NeoX, Llama,
-            Mistral, Qwen 2 or 3, Gemma 2 or 3, Phi-3 or OLMo 2 with a language model's head; in
-            float32 or bfloat16 on the CPU.
-        weights: "fp32", "bf16" (products in float32), "int8" (a scale per output channel) or "int4"
-            (a scale per 32 inputs; the output layer and embeddings are int8).
-        cache_dtype: of keys and values; float32 for "fp32", else bfloat16 by default.
+        model: a `lmfast.models.DecoderLanguageModel` or `RecurrentLanguageModel`, or transformers'
+            GPT-2, GPT-NeoX, Llama, Mistral, Qwen 2 or 3, Gemma 2 or 3, Phi-3 or OLMo 2 with a
+            language model's head; in float32 or bfloat16 on the CPU.
+        weights: "fp32", "bf16", "int8", "int4" (the output layer and embeddings are int8), or what
+            `lmfast.quantise` made. Of less than 32 rows at a time, bf16 and integers are multiplied
+            in float32's accuracy; of more, which a prompt has, rows are rounded to bf16 where the
+            processor has products of such.
+        group: inputs that share a scale, 32, 64 or 128; None: all of int8, 32 of int4.
+        cache_dtype: of keys and values, of decoders; float32 for "fp32", else bfloat16 by default.
 
     Returns:
         What `lmfast.Generator` drives: `new_state` and `step`.
@@ -45,26 +57,72 @@ def make_engine(
         >>> logits.shape, state.lengths.tolist()
         (torch.Size([1, 50]), [2])
     """
-    if weights not in WEIGHTS:
+    if isinstance(weights, QuantisedWeights):
+        if group is not None:
+            raise ValueError(
+                f"group is that of the quantised weights, {weights.group}: leave it out"
+            )
+        kind: str = weights.kind
+        group = weights.group
+    elif weights in WEIGHTS:
+        kind, group = weights, check_group(weights, group)
+    else:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     if not _extension.cpu.loaded:
         raise CannotPack(str(_extension.cpu.reason))
-    if type(model) is DecoderLanguageModel:
-        return EngineRunner(_planner(decoder_plan, model), weights, cache_dtype)
-    make_plan = plan_maker(model)
-    if make_plan is not None:
-        return EngineRunner(_planner(make_plan, model), weights, cache_dtype)
-    raise CannotPack(f"a {type(model).__name__} is not a model the engine knows")
+    if is_recurrent(model):
+        if isinstance(weights, QuantisedWeights):
+            raise CannotPack("the quantised weights are of a decoder, the model is recurrent")
+        return CellRunner(_planner(recurrent_plan, model), kind, group)
+    plan = _planner(_maker(model), model)
+    if isinstance(weights, QuantisedWeights):
+        plan = _with_matrices(plan, weights)
+    return EngineRunner(plan, kind, group, cache_dtype)
 
 
-def _planner(make_plan: Callable[[Any], Plan], model: Any) -> Callable[[], Plan]:
+def is_recurrent(model: Any) -> bool:
+    """Whether it is a recurrent language model of ours."""
+    from lmfast.models.recurrent import RecurrentLanguageModel
+
+    return type(model) is RecurrentLanguageModel
+
+
+def plan_of(model: Any) -> Plan:
+    """The plan of a decoder; CannotPack if the engine does not know it."""
+    return _maker(model)(model)
+
+
+def _maker(model: Any) -> Callable[[Any], Plan]:
+    # Models stand on this package's cache.
+    from lmfast.models.decoder import DecoderLanguageModel
+
+    make_plan = decoder_plan if type(model) is DecoderLanguageModel else plan_maker(model)
+    if make_plan is None:
+        raise CannotPack(f"a {type(model).__name__} is not a decoder the engine knows")
+    return make_plan
+
+
+def _planner(make_plan: Callable[[Any], P], model: Any) -> Callable[[], P]:
     """Plans of the model as long as it lives: a runner alone does not keep it in memory."""
     reference = weakref.ref(model)
 
-    def plan() -> Plan:
+    def plan() -> P:
         alive = reference()
         if alive is None:
             raise ValueError("the model this engine was packed from is gone: make a new engine")
         return make_plan(alive)
+
+    return plan
+
+
+def _with_matrices(make_plan: Callable[[], Plan], matrices: QuantisedWeights) -> Callable[[], Plan]:
+    """The same plans with quantised matrices, which are not kept in memory either."""
+    reference = weakref.ref(matrices)
+
+    def plan() -> Plan:
+        alive = reference()
+        if alive is None:
+            raise ValueError("the quantised weights of this engine are gone: make a new engine")
+        return alive.into(make_plan())
 
     return plan

@@ -20,48 +20,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmfast.generation.engine.plan import Quantised
+from lmfast.generation.engine.plan import Bits, Quantised
+from lmfast.generation.engine.rounding import quantise_groups, quantise_rows
 
 PANEL = 16
 WEIGHTS = ("fp32", "bf16", "int8", "int4")
 DEPTH_STEP = {"fp32": 1, "bf16": 2, "int8": 4, "int4": 8}
-INT4_GROUP = 32
 _ALIGNMENT = 64
 _HUGE_PAGE = 2 << 20
-
-
-def quantise_rows(weight: Tensor) -> Quantised:
-    """int8 with one scale per row: round to nearest, the largest magnitude at 127."""
-    w = weight.detach().float()
-    scales = w.abs().amax(1) / 127
-    inverse = torch.where(scales > 0, 1 / scales, 0.0)
-    codes = (w * inverse[:, None]).round_().clamp_(-127, 127).to(torch.int8)
-    return Quantised(codes, scales, 8)
-
-
-def quantise_groups(weight: Tensor, group: int = INT4_GROUP) -> Quantised:
-    """int4 with one float16 scale per group of a row, the one of least squared error of eight.
-
-    Candidates put the number of the largest magnitude at -8, exactly or clipped by up to a fifth.
-    A row is filled up with zeros to whole groups.
-    """
-    w = weight.detach().float()
-    rows, depth = w.shape
-    w = torch.nn.functional.pad(w, (0, -depth % group)).view(rows, -1, group)
-    extreme = w.gather(2, w.abs().argmax(2, keepdim=True))[..., 0]
-    best = torch.full_like(extreme, torch.inf)
-    scales = torch.zeros_like(extreme, dtype=torch.float16)
-    codes = torch.zeros_like(w, dtype=torch.int8)
-    for clip in (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79):
-        scale = (extreme * (clip / -8)).half()
-        inverse = torch.where(scale != 0, 1 / scale.float(), 0.0)
-        rounded = (w * inverse[..., None]).round_().clamp_(-8, 7)
-        error = (rounded * scale.float()[..., None] - w).square_().sum(2)
-        better = error < best
-        best = torch.where(better, error, best)
-        scales = torch.where(better, scale, scales)
-        codes = torch.where(better[..., None], rounded.to(torch.int8), codes)
-    return Quantised(codes.flatten(1), scales, 4, group)
 
 
 def as_panels(codes: Tensor, kind: str, fill: int = 0) -> Tensor:
@@ -74,6 +40,26 @@ def as_panels(codes: Tensor, kind: str, fill: int = 0) -> Tensor:
         low, high = parts[..., :4], parts[..., 4:]
         parts = low | (high << 4)
     return parts.flatten().view(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a matrix is kept: one of `WEIGHTS`, and of integers the group that shares a scale."""
+
+    kind: str
+    group: int | None = None
+
+    @property
+    def bits(self) -> Bits:
+        """Of integers."""
+        return 4 if self.kind == "int4" else 8
+
+
+def storage_of(weight: Tensor | Quantised, wanted: Storage) -> Storage:
+    """As wanted, or as it is quantised already."""
+    if isinstance(weight, Quantised):
+        return Storage(f"int{weight.bits}", weight.group)
+    return wanted
 
 
 @dataclass(frozen=True)
@@ -123,16 +109,17 @@ class Packer:
         depth: int,
         weight: Callable[[], Tensor | Quantised],
         bias: Tensor | None,
-        kind: str,
+        storage: Storage,
     ) -> Matrix:
-        """Add a matrix (rows, depth), stored as `kind`.
+        """Add a matrix (rows, depth).
 
         Args:
             weight: returns it, (rows, depth), in floating point or already quantised.
             bias: (rows,) or None.
+            storage: how it is kept; of what is quantised already, how that is.
         """
+        kind, group = storage.kind, storage.group or 0
         panels, step = -(-rows // PANEL), DEPTH_STEP[kind]
-        group = INT4_GROUP if kind == "int4" else 0
         unit = group or step
         padded = -(-depth // unit) * unit
         made: list[Quantised] = []  # between the two pieces of one matrix
@@ -140,7 +127,7 @@ class Packer:
         def quantised() -> Quantised:
             w = weight()
             if not isinstance(w, Quantised):
-                w = quantise_rows(w) if kind == "int8" else quantise_groups(w, group)
+                w = quantise_groups(w, group, storage.bits) if group else quantise_rows(w)
             return w
 
         def main() -> Tensor:

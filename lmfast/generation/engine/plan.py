@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
+Bits = Literal[8, 4]
 Tables = Callable[[int], tuple[Tensor, Tensor]]
 
 
@@ -52,7 +53,7 @@ class Quantised:
 
     codes: Tensor
     scales: Tensor
-    bits: Literal[8, 4]
+    bits: Bits
     group: int | None = None
 
     def dequantised(self) -> Tensor:
@@ -130,7 +131,7 @@ class Plan:
 
     Attributes:
         width, heads, kv_heads, head_dim, hidden, vocab: E, H, Hkv, D, feed-forward width, V.
-        embedding: (V, E), or None when it is the head's matrix.
+        embedding: (V, E), of integers int8 with a scale per row; None when it is the head's matrix.
         embedding_factor: what embeddings are multiplied by.
         positions: (P, E) learned ones, or None.
         head: (V, E).
@@ -146,7 +147,7 @@ class Plan:
     vocab: int
     layers: tuple[Layer, ...]
     head: Linear
-    embedding: Tensor | None
+    embedding: Tensor | Quantised | None
     ropes: tuple[Rope, ...] = ()
     embedding_factor: float = 1.0
     positions: Tensor | None = None

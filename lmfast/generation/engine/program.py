@@ -8,13 +8,9 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
-from lmfast.generation.engine.packing import (
-    PANEL,
-    Matrix,
-    Packer,
-    quantise_rows,
-)
+from lmfast.generation.engine.packing import PANEL, Matrix, Packer, Storage, storage_of
 from lmfast.generation.engine.plan import CannotPack, Layer, Linear, Norm, Plan, Quantised
+from lmfast.generation.engine.rounding import quantise_rows
 
 _MAGIC = 0x6C6D656E67303031
 _NONE = -1
@@ -37,7 +33,8 @@ class Packed:
     layer_of_group: tuple[int, ...]
 
 
-def _double(x: float) -> int:
+def double_word(x: float) -> int:
+    """The bits of a double."""
     return struct.unpack("<q", struct.pack("<d", x))[0]
 
 
@@ -46,7 +43,7 @@ def _norm(packer: Packer, norm: Norm | None) -> list[int]:
         return [0, _NONE, _NONE, 0]
     bias = _NONE if norm.bias is None else packer.floats(norm.bias)
     kind = {"rms": 1, "layer": 2}[norm.kind]
-    return [kind, packer.floats(norm.weight), bias, _double(norm.eps)]
+    return [kind, packer.floats(norm.weight), bias, double_word(norm.eps)]
 
 
 def _shape(linear: Linear) -> tuple[int, int]:
@@ -55,13 +52,15 @@ def _shape(linear: Linear) -> tuple[int, int]:
     return rows, depth
 
 
-def _matrix(packer: Packer, linear: Linear, kind: str) -> Matrix:
+def matrix(packer: Packer, linear: Linear, storage: Storage) -> Matrix:
+    """One matrix."""
     rows, depth = _shape(linear)
-    return packer.matrix(rows, depth, lambda: linear.weight, linear.bias, kind)
+    storage = storage_of(linear.weight, storage)
+    return packer.matrix(rows, depth, lambda: linear.weight, linear.bias, storage)
 
 
-def _stacked(
-    packer: Packer, parts: list[Linear], lengths: list[int], kind: str, interleave: bool
+def stacked(
+    packer: Packer, parts: list[Linear], lengths: list[int], storage: Storage, interleave: bool
 ) -> Matrix:
     """Several matrices of one depth as one.
 
@@ -101,16 +100,16 @@ def _stacked(
         none = [torch.zeros(_shape(p)[0]) for p in parts]
         found = [n if p.bias is None else p.bias.float() for p, n in zip(parts, none, strict=True)]
         bias = arrange(found)
-    return packer.matrix(total, depth, weight, bias, kind)
+    return packer.matrix(total, depth, weight, bias, storage_of(parts[0].weight, storage))
 
 
-def _layer(packer: Packer, plan: Plan, layer: Layer, group: int, kind: str) -> list[int]:
+def _layer(packer: Packer, plan: Plan, layer: Layer, group: int, storage: Storage) -> list[int]:
     d, hidden = plan.head_dim, plan.hidden
-    qkv = _stacked(packer, [layer.q, layer.k, layer.v], [d, d, d], kind, False)
+    qkv = stacked(packer, [layer.q, layer.k, layer.v], [d, d, d], storage, False)
     if layer.gate is None:
-        up = _stacked(packer, [layer.up], [hidden], kind, False)
+        up = stacked(packer, [layer.up], [hidden], storage, False)
     else:
-        up = _stacked(packer, [layer.gate, layer.up], [hidden, hidden], kind, True)
+        up = stacked(packer, [layer.gate, layer.up], [hidden, hidden], storage, True)
     norms = (
         layer.attention_norm,
         layer.q_norm,
@@ -120,9 +119,9 @@ def _layer(packer: Packer, plan: Plan, layer: Layer, group: int, kind: str) -> l
         layer.mlp_post_norm,
     )
     words = [word for norm in norms for word in _norm(packer, norm)]
-    o, down = _matrix(packer, layer.o, kind), _matrix(packer, layer.down, kind)
-    for matrix in (qkv, o, up, down):
-        words.extend(astuple(matrix))
+    o, down = matrix(packer, layer.o, storage), matrix(packer, layer.down, storage)
+    for packed in (qkv, o, up, down):
+        words.extend(astuple(packed))
     rope = _NONE if layer.rope is None else layer.rope
     interleaved = layer.rope is not None and plan.ropes[layer.rope].interleaved
     return [
@@ -136,35 +135,39 @@ def _layer(packer: Packer, plan: Plan, layer: Layer, group: int, kind: str) -> l
         _ACTIVATIONS.index(layer.activation),
         int(layer.gate is not None),
         int(layer.parallel),
-        _double(layer.scale),
-        _double(layer.softcap or 0.0),
+        double_word(layer.scale),
+        double_word(layer.softcap or 0.0),
     ]
 
 
-def _embedding(packer: Packer, plan: Plan, kind: str) -> list[int]:
+def embedding_words(packer: Packer, rows: Tensor | Quantised | None, kind: str) -> list[int]:
     """Offsets of embeddings and their scales, and how they are stored."""
-    rows = plan.embedding
     if rows is None:
         return [_NONE, _NONE, 0]
-    if kind == "fp32":
+    if isinstance(rows, Tensor) and kind == "fp32":
         return [packer.floats(rows), _NONE, 0]
-    if kind == "bf16":
-        return [packer.add(2 * rows.numel(), lambda: rows.detach().bfloat16()), _NONE, 1]
+    if isinstance(rows, Tensor) and kind == "bf16":
+        whole = rows.detach()
+        return [packer.add(2 * rows.numel(), lambda: whole.bfloat16()), _NONE, 1]
     made: list[Tensor] = []
 
     def codes() -> Tensor:
-        q = quantise_rows(rows)
+        q = rows if isinstance(rows, Quantised) else quantise_rows(rows)
         made.append(q.scales)
         return q.codes
 
-    at = packer.add(rows.numel(), codes)
-    return [at, packer.add(4 * len(rows), made.pop), 2]
+    count, width = (rows.codes if isinstance(rows, Quantised) else rows).shape
+    at = packer.add(count * width, codes)
+    return [at, packer.add(4 * count, made.pop), 2]
 
 
-def pack(plan: Plan, weights: str) -> Packed:
-    """Pack a plan's weights as "fp32", "bf16", "int8" or "int4".
+def pack(plan: Plan, weights: str, group: int | None = None) -> Packed:
+    """Pack a plan's weights as "fp32", "bf16", "int8" or "int4", or as they are quantised.
 
     With int4 the output layer and the embeddings are int8: their errors reach every logit.
+
+    Args:
+        group: numbers of a row of integers that share a scale; None: all.
 
     Raises:
         CannotPack: a size that the kernels do not have.
@@ -173,14 +176,15 @@ def pack(plan: Plan, weights: str) -> Packed:
         raise CannotPack(f"its heads have {plan.head_dim} features, the kernels take 256")
     windows = tuple(dict.fromkeys(plan.windows))
     packer = Packer()
-    rest = "int8" if weights == "int4" else weights
-    embedding = _embedding(packer, plan, rest)
+    storage = Storage(weights, group)
+    rest = Storage("int8") if weights == "int4" else storage
+    embedding = embedding_words(packer, plan.embedding, rest.kind)
     positions = _NONE if plan.positions is None else packer.floats(plan.positions)
     layers = [
-        _layer(packer, plan, layer, windows.index(layer.window), weights) for layer in plan.layers
+        _layer(packer, plan, layer, windows.index(layer.window), storage) for layer in plan.layers
     ]
     final = _norm(packer, plan.final_norm)
-    head = _matrix(packer, plan.head, rest)
+    head = matrix(packer, plan.head, rest)
     words = [
         _MAGIC,
         len(plan.layers),
@@ -197,8 +201,8 @@ def pack(plan: Plan, weights: str) -> Packed:
         0 if plan.positions is None else len(plan.positions),
         *final,
         *astuple(head),
-        _double(plan.embedding_factor),
-        _double(plan.logit_softcap or 0.0),
+        double_word(plan.embedding_factor),
+        double_word(plan.logit_softcap or 0.0),
         *(word for layer in layers for word in layer),
     ]
     program = torch.tensor(words, dtype=torch.int64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
 
@@ -15,6 +14,7 @@ from lmfast.generation.cache import KVCache
 from lmfast.generation.engine.decoding import NO_TABLE, Lane
 from lmfast.generation.engine.plan import CannotPack, Plan
 from lmfast.generation.engine.program import Packed, pack
+from lmfast.generation.engine.watch import Watch
 from lmfast.ops._library import define
 
 # Tokens of a prompt that go through the layers together: their rows stay in the caches, and the
@@ -49,12 +49,14 @@ class EngineRunner:
     """A decoder packed for the CPU, driven step by step with a `lmfast.KVCache` as its state.
 
     Prompts may be ragged, and steps of any length: `step` runs only real tokens, in pieces of up to
-    512. Results do not depend on the number of threads, and in float32 and bfloat16 not on what
-    else is in the batch.
+    512. Results do not depend on the number of threads, and not on what else is in the batch beyond
+    the last bits, except that from 32 tokens at a time on bf16 and integers may be multiplied with
+    rows rounded to bf16.
 
     Args:
         make_plan: returns the model's plan; called again by `repack`.
-        weights: "fp32", "bf16", "int8" or "int4".
+        weights: "fp32", "bf16", "int8" or "int4", of matrices that are not quantised already.
+        group: numbers of a row of integers that share a scale; None: all.
         cache_dtype: of the caches that `new_state` makes; float32 for "fp32", else bfloat16.
 
     Raises:
@@ -65,10 +67,11 @@ class EngineRunner:
         self,
         make_plan: Callable[[], Plan],
         weights: str,
+        group: int | None = None,
         cache_dtype: torch.dtype | None = None,
     ) -> None:
         self._make_plan = make_plan
-        self.weights = weights
+        self.weights, self.group = weights, group
         self.device = torch.device("cpu")
         default = torch.float32 if weights == "fp32" else torch.bfloat16
         self.cache_dtype = default if cache_dtype is None else cache_dtype
@@ -77,7 +80,7 @@ class EngineRunner:
     def repack(self) -> None:
         """Pack the model's weights as they are now."""
         plan = self._make_plan()
-        self._packed: Packed = pack(plan, self.weights)
+        self._packed: Packed = pack(plan, self.weights, self.group)
         self.vocab_size = plan.vocab
         self.pad_idx = plan.pad_idx
         self.max_positions = plan.max_positions
@@ -86,11 +89,7 @@ class EngineRunner:
         self._tables = [rope.tables for rope in plan.ropes]
         self._rope: list[Tensor] = []
         self._rope_length = 0
-        # Weak: whoever drops the model after packing has its memory back.
-        watched = [p for p in plan.parameters if not p.is_inference()]
-        self._seen = [weakref.ref(p) for p in watched]
-        self._versions = [p._version for p in watched]
-        self._places = [p.data_ptr() for p in watched]
+        self._watch = Watch(plan.parameters)
         self._lanes: WeakKeyDictionary[KVCache, dict[int, Lane]] = WeakKeyDictionary()
 
     def memory(self) -> int:
@@ -225,8 +224,8 @@ class EngineRunner:
             lane = Lane(state.batch, steps, len(self._packed.windows))
             self._lanes.setdefault(state, {})[steps] = lane
         most = state._longest + steps
-        if [p._version for ref in self._seen if (p := ref()) is not None] != self._versions:
-            self._check_parameters()
+        if not self._watch.untouched():
+            self._watch.check()
         if (
             ids.shape[0] != lane.batch
             or (self.max_positions is not None and most > self.max_positions)
@@ -359,20 +358,8 @@ class EngineRunner:
                 raise ValueError(f"ids must lie in 0..{self.vocab_size - 1}, got {wrong}")
         counts = None if lengths is None else _counts(lengths, *ids.shape)
         self._check_positions(state, ids.shape[1], counts)
-        self._check_parameters()
+        self._watch.check()
         return counts
-
-    def _check_parameters(self) -> None:
-        """ValueError if one of the model's parameters changed; those that are gone cannot."""
-        for index in reversed(range(len(self._seen))):
-            p = self._seen[index]()
-            if p is None:
-                for known in (self._seen, self._versions, self._places):
-                    del known[index]  # type: ignore[attr-defined]
-            elif p._version != self._versions[index] or p.data_ptr() != self._places[index]:
-                raise ValueError(
-                    "the model's parameters changed since they were packed: call repack()"
-                )
 
     def _check_positions(self, state: KVCache, steps: int, counts: list[int] | None) -> None:
         if self.max_positions is None:

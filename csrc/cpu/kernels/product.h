@@ -1,0 +1,44 @@
+// Arguments of whole fp32 matrix products: C = A B^T + bias. No torch header.
+#pragma once
+
+#include "../dispatch.h"
+
+namespace lmfast {
+
+// A matrix of which the rows or, with by_columns, the columns are contiguous.
+struct ProductOperand {
+  const float* data;
+  int64_t stride;  // floats between rows, or between columns
+  bool by_columns;
+};
+
+// Who packs B: product_pack all of it, every unit what it needs, or nobody (its columns are
+// contiguous, and whole vectors).
+enum class ProductPacking : int { kBefore, kByUnit, kNone };
+
+struct ProductArgs {
+  int64_t rows, columns, depth;  // C (rows, columns), A (rows, depth), B (columns, depth)
+  ProductOperand a, b;
+  const float* bias;  // (columns); null: none
+  float* c;           // contiguous
+  ProductPacking packing;
+  float* packed_b;  // all panels of B: kProductLanes columns, the depth in order, zeros behind
+  int64_t chunk;    // products are summed in chunks of the depth of at most this many
+  // A unit is `block` rows by `group` panels; the units of a row of blocks lie together.
+  int64_t block, group, groups;
+  float* scratch;  // product_scratch_floats
+};
+
+// Columns of a panel of B, at every level.
+inline constexpr int64_t kProductLanes = 64;
+
+inline int64_t product_scratch_floats(const ProductArgs& a) {
+  const int64_t of_a = a.a.by_columns ? a.block * a.chunk : 0;
+  const int64_t of_b = a.packing == ProductPacking::kByUnit ? kProductLanes * a.chunk : 0;
+  return of_a + of_b + (a.block + 1) * kProductLanes;
+}
+
+LMFAST_DECLARE_KERNEL(product_pack, ProductArgs)      // range: panels of B, for kBefore
+LMFAST_DECLARE_KERNEL(product_multiply, ProductArgs)  // range: units
+
+}  // namespace lmfast

@@ -1,0 +1,69 @@
+// lmfast::linear_few_rows on the CPU: checks, threads, registration.
+#include "kernels/linear_few_rows.h"
+
+#include <algorithm>
+#include <optional>
+
+#include "scratch.h"
+
+namespace lmfast {
+namespace {
+
+using torch::stable::new_empty;
+using torch::stable::parallel_for;
+
+Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                       bool relu) {
+  check_rows(x, "x");
+  LMFAST_CHECK(x.dim() == 2 && weight.dim() == 2 && weight.is_cpu(),
+               "x and weight must be CPU matrices");
+  LinearFewRowsArgs a{};
+  a.dtype = dtype_of(weight, "weight");
+  LMFAST_CHECK(a.dtype != DType::kF64 && dtype_of(x, "x") == a.dtype,
+               "x must have weight's dtype, float32, bfloat16 or float16");
+  a.rows = x.size(0);
+  a.columns = weight.size(0);
+  a.depth = weight.size(1);
+  LMFAST_CHECK(x.size(1) == a.depth, "x and weight must have rows of one length");
+  LMFAST_CHECK(a.rows <= kFewRows, "x must have at most ", kFewRows, " rows, got ", a.rows);
+  a.by_columns = a.depth > 1 && weight.stride(1) != 1;
+  LMFAST_CHECK(!a.by_columns || a.columns <= 1 || weight.stride(0) == 1,
+               "weight must have contiguous rows or columns");
+  a.stride = weight.stride(a.by_columns ? 1 : 0);
+  a.weight = weight.const_data_ptr();
+  a.relu = relu;
+  if (bias.has_value()) {
+    LMFAST_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == a.columns &&
+                     bias->is_contiguous() && dtype_of(*bias, "bias") == a.dtype,
+                 "bias must be a contiguous vector of ", a.columns, " elements of weight's dtype");
+    a.bias = bias->const_data_ptr();
+  }
+  Tensor out = new_empty(x, {a.rows, a.columns});
+  a.out = out.mutable_data_ptr();
+
+  ScratchMemory wide = allocate_scratch(0);
+  if (a.dtype == DType::kF32) {
+    a.x = static_cast<const float*>(x.const_data_ptr());
+    a.x_stride = x.stride(0);
+  } else {
+    wide = allocate_scratch(a.rows * a.depth * static_cast<int64_t>(sizeof(float)));
+    float* floats = static_cast<float*>(wide.get());
+    linear_few_rows_widen_kernel()({a.dtype, a.depth, x.const_data_ptr(), x.stride(0), floats}, 0,
+                                   a.rows);
+    a.x = floats;
+    a.x_stride = a.depth;
+  }
+  const auto kernel = linear_few_rows_kernel();
+  const int64_t units = (a.columns + kFewRowsColumns - 1) / kFewRowsColumns;
+  parallel_for(0, units, grain_size(kFewRowsColumns * std::max<int64_t>(a.depth, 1)),
+               [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lmfast, CPU, m) {
+  m.impl("linear_few_rows", TORCH_BOX(&linear_few_rows));
+}
+
+}  // namespace lmfast

@@ -1,0 +1,137 @@
+"""A model's matrices as integers, in memory and in files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lmfast.generation.engine.plan import CannotPack, Layer, Linear, Plan, Quantised
+
+_FORMAT = "lmfast quantised weights 1"
+_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclass(frozen=True, eq=False)
+class QuantisedWeights:
+    """The matrices of a model as integers, for ``Generator(model, weights=...)``.
+
+    Norms, biases and what else is small stay with the model, which is still needed to make a
+    `Generator`, and may go afterwards.
+
+    Attributes:
+        kind: "int8" or "int4".
+        group: numbers of a row that share a scale; None: all.
+        matrices: by place: "layers.0.q", "layers.0.down", "head", "embedding".
+
+    Example:
+        >>> import torch
+        >>> from lmfast import Generator, quantise
+        >>> from lmfast.models import DecoderLanguageModel
+        >>> model = DecoderLanguageModel(50, 32, 2, 1, 0)
+        >>> weights = quantise(model, "int4", texts=[torch.randint(1, 50, (64,))])
+        >>> generator = Generator(model, weights=weights)
+        >>> generator.generate(torch.tensor([[3, 4]]), max_new_tokens=5).shape
+        torch.Size([1, 7])
+    """
+
+    kind: Literal["int8", "int4"]
+    group: int | None
+    matrices: dict[str, Quantised]
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a safetensors file; two codes of 4 bits share a byte."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        for name, q in self.matrices.items():
+            codes = q.codes
+            if q.bits == 4:
+                nibbles = (codes + 8).to(torch.uint8)
+                codes = nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
+            tensors[f"{name}.codes"] = codes.contiguous()
+            tensors[f"{name}.scales"] = q.scales.contiguous()
+        groups = {name: [q.bits, q.group] for name, q in self.matrices.items()}
+        about = {"format": _FORMAT, "kind": self.kind, "group": json.dumps(self.group)}
+        save_file(tensors, path, {**about, "matrices": json.dumps(groups)})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> QuantisedWeights:
+        """Read a file that `save` wrote.
+
+        Raises:
+            ValueError: another kind of file.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                about = file.metadata() or {}
+                if about.get("format") != _FORMAT:
+                    raise ValueError(
+                        f"{path} must be a file of QuantisedWeights.save, its format is "
+                        f"{about.get('format')!r}"
+                    )
+                matrices = {}
+                for name, (bits, group) in json.loads(about["matrices"]).items():
+                    codes = file.get_tensor(f"{name}.codes")
+                    if bits == 4:
+                        both = torch.stack((codes & 15, codes >> 4), 2).flatten(1)
+                        codes = both.to(torch.int8) - 8
+                    scales = file.get_tensor(f"{name}.scales")
+                    matrices[name] = Quantised(codes, scales, bits, group)
+        except SafetensorError as error:
+            raise ValueError(f"{path} must be a safetensors file: {error}") from error
+        kind: Any = about["kind"]
+        return cls(kind, json.loads(about["group"]), matrices)
+
+    def memory(self) -> int:
+        """Bytes of codes and scales, as the engine packs them."""
+        return sum(q.codes.numel() * q.bits // 8 + q.scales.nbytes for q in self.matrices.values())
+
+    def into(self, plan: Plan) -> Plan:
+        """A plan with these matrices in the place of its own.
+
+        Raises:
+            CannotPack: they are of a model of another shape.
+        """
+        left = dict(self.matrices)
+
+        def swapped(name: str, linear: Linear) -> Linear:
+            return Linear(_fitting(name, linear.weight, left.pop(name, None)), linear.bias)
+
+        layers = []
+        for index, layer in enumerate(plan.layers):
+            linears = matrices_of(layer, f"layers.{index}.")
+            parts: Any = {n.rsplit(".", 1)[1]: swapped(n, m) for n, m in linears.items()}
+            layers.append(replace(layer, **parts))
+        head = swapped("head", plan.head)
+        embedding = plan.embedding
+        if embedding is not None:
+            embedding = _fitting("embedding", embedding, left.pop("embedding", None))
+        if left:
+            raise CannotPack(f"the quantised weights have {next(iter(left))}, the model has not")
+        return replace(plan, layers=tuple(layers), head=head, embedding=embedding)
+
+
+def matrices_of(layer: Layer, prefix: str) -> dict[str, Linear]:
+    """A layer's matrices by name."""
+    found = {f"{prefix}{name}": getattr(layer, name) for name in _MATRICES}
+    return {name: linear for name, linear in found.items() if linear is not None}
+
+
+def _fitting(name: str, weight: Tensor | Quantised, found: Quantised | None) -> Quantised:
+    shape = tuple((weight.codes if isinstance(weight, Quantised) else weight).shape)
+    if found is None:
+        raise CannotPack(f"the quantised weights have no {name}, the model has")
+    rows, depth = found.codes.shape
+    unit = found.group or 1
+    if (rows, depth) != (shape[0], -(-shape[1] // unit) * unit):
+        raise CannotPack(
+            f"{name} of the quantised weights is {(rows, depth)}, of the model {shape}"
+        )
+    return found

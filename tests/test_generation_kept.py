@@ -1,0 +1,121 @@
+"""`lmfast.generate` packs a model once, and anew when it changed."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from test_engine import OPTIONS, ids_of, model_of
+
+import lmfast
+from lmfast.generation import generator as module
+from lmfast.generation import quantise
+from lmfast.models import RecurrentLanguageModel
+
+pytestmark = pytest.mark.usefixtures("needs_cpu_kernels")
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The weights of every `Generator` that is made."""
+    found: list[str] = []
+
+    class Counted(module.Generator):
+        def __init__(self, model, **options) -> None:
+            super().__init__(model, **options)
+            found.append(self.weights)
+
+    monkeypatch.setattr(module, "Generator", Counted)
+    return found
+
+
+def greedy(model, **options) -> torch.Tensor:
+    return lmfast.generate(model, ids_of(1, 6), 5, **options)
+
+
+def test_packed_once(made: list[str]) -> None:
+    model = model_of(OPTIONS["llama"])
+    first = greedy(model)
+    assert torch.equal(greedy(model), first)
+    greedy(model, do_sample=True)
+    assert made == ["fp32"]
+    greedy(model, weights="int4")
+    greedy(model, weights="int4", group=64)
+    greedy(model, weights="int4", group=64)
+    assert made == ["fp32", "int4", "int4"]
+    weights = quantise(model, "int8")
+    greedy(model, weights=weights)
+    greedy(model, weights=weights)
+    assert made == ["fp32", "int4", "int4", "int8"]
+    greedy(model, weights=quantise(model, "int8"))
+    assert len(made) == 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.layers[0].attn.W_O.mul_(2),
+        lambda m: m.layers[1].mlp.W_D.data.mul_(-1),
+        lambda m: m.load_state_dict({k: v + 0.1 for k, v in m.state_dict().items()}),
+        lambda m: setattr(m, "logit_softcap", 3.0),
+        lambda m: setattr(m.layers[0].norm1, "eps", 0.5),
+        lambda m: setattr(m.layers[0].attn, "W_O", torch.nn.Parameter(m.layers[0].attn.W_O * 3)),
+    ],
+    ids=["in place", "data", "load", "setting", "setting of a layer", "another"],
+)
+def test_changes_are_noticed(change, made: list[str]) -> None:
+    model = model_of(OPTIONS["llama"])
+    greedy(model)
+    with torch.no_grad():
+        change(model)
+    found = lmfast.generate(model, ids_of(1, 6), 12)
+    assert len(made) == 2
+    assert torch.equal(found, lmfast.Generator(model).generate(ids_of(1, 6), max_new_tokens=12))
+
+
+def test_changes_of_inference_tensors_are_noticed(made: list[str]) -> None:
+    with torch.inference_mode():
+        model = model_of(OPTIONS["llama"])
+        greedy(model)
+        greedy(model)
+        assert len(made) == 1
+        model.layers[0].attn.W_O.mul_(2)
+        greedy(model)
+    assert len(made) == 2
+
+
+def test_the_model_may_go() -> None:
+    model = model_of(OPTIONS["llama"])
+    greedy(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_training_mode_with_dropout_is_not_packed(made: list[str]) -> None:
+    model = RecurrentLanguageModel(101, 16, 2, 0, cell="gru", dropout=0.5).train()
+    greedy(model)
+    greedy(model)
+    assert len(made) == 2  # its own modules, which need no packing
+
+
+def test_threads_get_what_one_gets() -> None:
+    model = model_of(OPTIONS["llama"])
+    prompts = [ids_of(1, 4 + i, i) for i in range(6)]
+    expected = [lmfast.generate(model, p, 20) for p in prompts]
+    found: list[torch.Tensor | None] = [None] * 6
+    fresh = model_of(OPTIONS["llama"])
+
+    def run(i: int) -> None:
+        found[i] = lmfast.generate(fresh, prompts[i], 20)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(6)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

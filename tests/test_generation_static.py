@@ -1,0 +1,190 @@
+"""The step on static buffers, run eagerly on the CPU, says what the ordinary loop says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from lmfast.generation import Generator, loop, static_step
+from lmfast.generation.module_runner import ModuleRunner
+from lmfast.models import DecoderLanguageModel, RecurrentLanguageModel
+
+V = 40
+
+
+def model(**options: Any) -> DecoderLanguageModel:
+    torch.manual_seed(1)
+    made = DecoderLanguageModel(V, 32, 4, 2, 0, num_kv_heads=2, final_norm=True, **options)
+    return made.double()  # both ways round differently
+
+
+@pytest.fixture
+def static(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Takes the static step on the CPU as well; how many jobs went that way."""
+    taken: list[int] = []
+    unsupported, steps = static_step.unsupported, static_step._steps
+    monkeypatch.setattr(static_step, "unsupported", lambda job: unsupported(job, on_cpu=True))
+    monkeypatch.setattr(static_step, "_steps", lambda *a: (taken.append(1), steps(*a))[1])
+    return taken
+
+
+def generator_of(model: Any) -> Generator:
+    """By the modules: the engine of the CPU would take the model otherwise."""
+    generator = Generator(model)
+    generator.runner = ModuleRunner(model)
+    return generator
+
+
+def generate(decoder: Any, ids: Tensor, seed: int | None, **options: Any) -> Tensor:
+    if seed is not None:
+        options |= {"do_sample": True, "generator": torch.Generator().manual_seed(seed)}
+    return generator_of(decoder).generate(ids, **options)
+
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int | None]] = {
+    "greedy": ({}, {}, None),
+    "one token": ({}, {"max_new_tokens": 1}, None),
+    "two tokens": ({}, {"max_new_tokens": 2}, None),
+    "drawn": ({}, {"temperature": 1.3, "top_k": 20, "top_p": 0.9}, 7),
+    "penalties": ({}, {"repetition_penalty": 1.4, "frequency_penalty": 0.2}, 8),
+    "ends": ({}, {"eos_token_id": list(range(1, 12))}, 9),
+    "ends late": ({}, {"eos_token_id": list(range(1, 30)), "min_new_tokens": 11}, 10),
+    "ends at once": ({}, {"eos_token_id": list(range(V))}, 11),
+    "stop sequences": ({}, {"stop_sequences": [[i, j] for i in range(9) for j in range(V)]}, 12),
+    "several of each": ({}, {"num_return_sequences": 3}, 13),
+    "half rotation, window": ({"rope_interleaved": False, "window": 500}, {}, None),
+    "capped, normed": ({"softcap": 5.0, "qk_norm": True, "logit_softcap": 9.0}, {}, 14),
+}
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_same_ids_as_the_loop(name: str, ragged: bool, static: list[int]) -> None:
+    made, options, seed = CASES[name]
+    decoder = model(**made)
+    ids = torch.randint(1, V, (3, 70), generator=torch.Generator().manual_seed(2))
+    options = {"max_new_tokens": 30, "eos_token_id": None, **options}
+    if ragged:
+        mask = torch.ones_like(ids)
+        mask[0, :9] = mask[2, :69] = 0
+        options["attention_mask"] = mask
+    found = generate(decoder, ids, seed, **options)
+    assert static == [1]
+    static_step.unsupported = lambda job: "not now"  # the fixture puts it back
+    expected = generate(decoder, ids, seed, **options)
+    assert static == [1]
+    # The host looks every eighth step; on a GPU, `generate` then cuts the padding off.
+    assert torch.equal(found[:, : expected.shape[1]], expected)
+    assert not found[:, expected.shape[1] :].any()
+    assert found.shape[1] - expected.shape[1] < static_step.STEPS_PER_LOOK
+
+
+def test_a_stream_gives_out_every_step(static: list[int]) -> None:
+    decoder, ids = model(), torch.tensor([[3, 4, 5]])
+    steps = list(generator_of(decoder).stream(ids, max_new_tokens=19))
+    assert len(steps) == 19
+    expected = generate(decoder, ids, None, max_new_tokens=19)
+    assert torch.equal(torch.stack(steps, 1), expected[:, 3:])
+
+
+def test_a_window_that_is_not_kept_whole_takes_the_loop(static: list[int]) -> None:
+    decoder, ids = model(window=8), torch.randint(1, V, (1, 400))
+    assert generate(decoder, ids, None, max_new_tokens=3).shape == (1, 403)
+    assert static == []
+
+
+class _Tokens:
+    """What stop strings need."""
+
+    def decode(self, ids: Any) -> str:
+        return "".join(chr(97 + i % 26) for i in ids)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"use_cache": False}, "use_cache=False"),
+        ({"stop_strings": ["abcdef"], "tokenizer": _Tokens()}, "stop strings"),
+    ],
+)
+def test_says_why_not(options: dict[str, Any], reason: str) -> None:
+    said: list[str | None] = []
+    generator = generator_of(model())
+    wanted = loop.GenerationOptions(max_new_tokens=2, **options)
+    job = generator._job(torch.tensor([[3, 4]]), None, wanted)
+    said.append(static_step.unsupported(job, on_cpu=True))
+    assert reason in str(said[0])
+    assert "need a GPU" in str(static_step.unsupported(job))
+
+
+def test_other_models_and_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, ids = loop.GenerationOptions(max_new_tokens=2), torch.tensor([[3, 4]])
+    recurrent = generator_of(RecurrentLanguageModel(V, 8, 1, 0))
+    assert "only decoders" in str(static_step.unsupported(recurrent._job(ids, None, wanted)))
+    job = generator_of(model())._job(ids, None, wanted)
+    assert static_step.unsupported(job, on_cpu=True) is None
+    monkeypatch.setenv("LMFAST_CUDA_GRAPHS", "0")
+    assert "LMFAST_CUDA_GRAPHS" in str(static_step.unsupported(job, on_cpu=True))
+
+
+def made_step() -> static_step.StaticStep:
+    """A step with everything in it: draws, penalties, ids and sequences that end a row."""
+    decoder = model()
+    wanted = loop.GenerationOptions(
+        max_new_tokens=20,
+        eos_token_id=3,
+        stop_sequences=[[5, 6]],
+        frequency_penalty=0.1,
+        do_sample=True,
+        top_k=5,
+    )
+    job = generator_of(decoder)._job(torch.randint(4, V, (2, 5)), None, wanted)
+    sampler = loop.Sampler(wanted, job.prompts, V, job.eos_ids)
+    logits, cache = job.start()
+    stop = static_step.StopOnDevice(2, job.eos_ids, wanted.stop_sequences, logits.device)
+    step = static_step.StaticStep(decoder, cache, sampler, stop, 0, 15, 1)
+    step.begin(logits.argmax(-1))
+    return step
+
+
+@torch.inference_mode()
+def test_a_step_moves_no_tensor() -> None:
+    """What a graph has captured stays where it was: every step writes to the same memory."""
+    step = made_step()
+    places = [t.data_ptr() for t in step.everything()]
+    before = [t.clone() for t in step.everything()]
+    for _ in range(15):
+        step()
+    assert [t.data_ptr() for t in step.everything()] == places
+    assert torch.equal(step.lengths, before[0] + 15)
+    # Put back, a step says the same again: the capture relies on it.
+    torch.manual_seed(6)
+    found = []
+    for _ in range(2):
+        for t, b in zip(step.everything(), before, strict=True):
+            t.copy_(b)
+        torch.manual_seed(6)
+        step()
+        found.append([t.clone() for t in step.everything()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_step_looks_at_no_value(looks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tensors that have no values: whatever would wait for a GPU raises."""
+    with torch.no_grad():
+        step = made_step()
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as on a GPU, unchecked
+        if looks:
+            update = step._stop.update
+            step._stop.update = lambda ids: (bool(ids.any()), update(ids))[1]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            if looks:
+                with pytest.raises(DataDependentOutputException):
+                    step()
+            else:
+                step()
