@@ -111,7 +111,6 @@ struct PairProducts {
       add_pair_columns<kRows, 1>(pairs, v, d, rest, ahead, out, out_stride);
     }
   }
-  static LMFAST_INLINE void of_query(float*, int64_t) {}
   // Of every 8 columns the unpacked vectors have 4 each.
   static LMFAST_INLINE void in_order(float* out, int64_t padded) {
     for (int64_t d = 0; d < padded; d += kStep) {
