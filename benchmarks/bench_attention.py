@@ -1,7 +1,8 @@
 """attention against SDPA, compiled flex_attention and the textbook formula; caches; memory.
 
-Floor: arithmetic, 4 T S D operations per head forward, 10 backward, half of them when causal; for
-decoding, the bytes of the cache.
+Floor: arithmetic, 4 T S D operations per head forward, 10 backward, half of them when causal;
+beside it the share of what `torch.mm` reaches. For decoding, the bytes of the cache, read from
+memory: one run goes through several caches, which together are larger than a processor's.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ SHAPES = [
     (2, 16, 16, 1024, 128),
     (32, 16, 16, 128, 64),
     (1, 8, 8, 8192, 64),
+    (1, 2, 2, 8192, 64),
 ]
 EVERY_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 
@@ -57,6 +59,16 @@ def flex(q: Tensor, k: Tensor) -> Callable[..., Tensor]:
     return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=grouped)
 
 
+def has_room(shape: tuple[int, ...]) -> bool:
+    """Whether the textbook's (T, S) matrices fit: with 8 heads of 8192 tokens each takes 2 GB."""
+    return shape[1] * shape[3] ** 2 <= 2 * 8192**2
+
+
+def pairs_of(shape: tuple[int, ...]) -> int:
+    """Pairs of a query and a key; causality leaves half of them."""
+    return shape[0] * shape[1] * shape[3] ** 2
+
+
 @DTYPES
 @EVERY_SHAPE
 def bench_attention(
@@ -64,13 +76,18 @@ def bench_attention(
 ) -> None:
     q, k, v = inputs(shape, dtype)
     peers = {"sdpa": lambda: sdpa(q, k, v)}
-    if shape[3] <= 1024:  # the (T, S) matrix of the longest shape is 2 GB
+    if has_room(shape):
         peers["textbook"] = lambda: textbook(q, k, v)
-    if shape == SHAPES[0]:
+    if shape in (SHAPES[0], SHAPES[-1]):
         compiled = flex(q, k)
         peers["flex"] = lambda: compiled(q, k, v)
     compare(
-        f"attention {shape} {dtype}", lambda: ops.attention(q, k, v, causal=True), peers, rounds=9
+        f"attention {shape} {dtype}",
+        lambda: ops.attention(q, k, v, causal=True),
+        peers,
+        rounds=7,
+        flops=2 * pairs_of(shape) * shape[4],
+        dtype=dtype,
     )
 
 
@@ -79,23 +96,23 @@ def bench_attention(
 def bench_attention_with_gradients(
     compare: Callable[..., None], shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
+    # flex_attention has no backward on a CPU.
     q, k, v = (t.requires_grad_() for t in inputs(shape, dtype))
     dout = torch.randn(q.shape).to(dtype)
     peers = {"sdpa": lambda: torch.autograd.grad(sdpa(q, k, v), (q, k, v), dout)}
-    if shape[3] <= 1024:  # the (T, S) matrices of the longest shape are 2 GB each
+    if has_room(shape):
         peers["textbook"] = lambda: torch.autograd.grad(textbook(q, k, v), (q, k, v), dout)
     compare(
         f"attention fwd+bwd {shape} {dtype}",
         lambda: torch.autograd.grad(ops.attention(q, k, v), (q, k, v), dout),
         peers,
-        rounds=7,
+        rounds=5,
+        flops=7 * pairs_of(shape) * shape[4],
+        dtype=dtype,
     )
 
 
-def share_of_read(k: Tensor, v: Tensor) -> Callable[[], None]:
-    """Reads the same bytes: the ceiling of decoding."""
-    halves = [t.view(torch.float32) for t in (k, v)]
-    return lambda: [t.sum() for t in halves]
+OUT_OF_CACHE = 128 * 2**20  # bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
@@ -116,32 +133,50 @@ def bench_decode_attention(
     b, h, hkv, keys, d = shape
     int8 = dtype == torch.int8
     q = torch.randn(b, h, 1, d).to(torch.float32 if int8 else dtype)
-    # Bytes of 1 and 63 are small normal numbers as int8 and, for the plain read, as floats.
-    k, v = (
-        torch.randint(1, 64, (b, hkv, keys, d), dtype=dtype)
-        if int8
-        else torch.randn(b, hkv, keys, d).to(dtype)
-        for _ in "kv"
-    )
-    scales = [torch.full((b, hkv, keys), 0.01) if int8 else None for _ in "kv"]
+    size = 2 * b * hkv * keys * d * dtype.itemsize
+
+    def stored() -> Tensor:
+        if int8:  # bytes of 1 to 63 are small normal numbers, also read as floats
+            return torch.randint(1, 64, (b, hkv, keys, d), dtype=dtype)
+        return torch.randn(b, hkv, keys, d).to(dtype)
+
+    caches = [(stored(), stored()) for _ in range(max(2, OUT_OF_CACHE // size))]
+    scales = torch.full((b, hkv, keys), 0.01) if int8 else None
     lengths = torch.full((b,), keys)
-    peers: dict[str, Callable[[], object]] = {"read": share_of_read(k, v)}
+
+    def over_all(f: Callable[[Tensor, Tensor], object]) -> Callable[[], None]:
+        def run() -> None:
+            for k, v in caches:
+                f(k, v)
+
+        return run
+
+    def read(k: Tensor, v: Tensor) -> None:
+        for t in (k, v):
+            t.view(torch.float32).sum()
+
+    def ours(k: Tensor, v: Tensor) -> Tensor:
+        return ops.cached_attention(q, k, v, lengths, key_scales=scales, value_scales=scales)
+
+    peers = {"read": over_all(read)}
     if not int8:
         new = torch.randn(b, hkv, 1, d).to(dtype)
 
         def attend(k: Tensor, v: Tensor) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, enable_gqa=h != hkv)
 
-        peers["sdpa"] = lambda: attend(k, v)
-        peers["cat + sdpa"] = lambda: attend(torch.cat((k, new), 2), torch.cat((v, new), 2))
-    compare(
-        f"decode attention {shape} {dtype}",
-        lambda: ops.cached_attention(
-            q, k, v, lengths, key_scales=scales[0], value_scales=scales[1]
-        ),
-        peers,
-        moved=k.nbytes + v.nbytes,
-    )
+        peers["sdpa"] = over_all(attend)
+        peers["cat + sdpa"] = over_all(
+            lambda k, v: attend(torch.cat((k, new), 2), torch.cat((v, new), 2))
+        )
+    with torch.inference_mode():
+        compare(
+            f"decode attention {shape} {dtype}, {len(caches)} caches",
+            over_all(ours),
+            peers,
+            moved=len(caches) * size,
+            rounds=7,
+        )
 
 
 @DTYPES

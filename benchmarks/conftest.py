@@ -23,6 +23,7 @@ import lmfast
 from lmfast import _extension
 
 ROWS: list[dict[str, Any]] = []
+_MM = 1024
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,6 +51,9 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., dic
         peers: name -> the same work by other means.
         moved: bytes read and written by the work at least; gives GB/s and, beside a measured
             copy of as many bytes, the share of that ceiling.
+        flops: operations of the work; gives GFLOP/s and the share of what `torch.mm` reaches on
+            1024 x 1024 matrices of `dtype`.
+        dtype: of that product.
         rounds: how many times each is run.
 
     It returns the row, to which more may be added; an empty one where nothing is timed.
@@ -61,8 +65,13 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., dic
         peers: dict[str, Callable[[], Any]],
         moved: int | None = None,
         rounds: int = 21,
+        flops: float | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> dict[str, Any]:
         peers = dict(peers)
+        if flops is not None:
+            factor = torch.randn(_MM, _MM).to(dtype)
+            peers["mm"] = lambda: factor @ factor
         if moved is not None:
             source = torch.empty(max(1, moved // 2), dtype=torch.uint8)
             peers["copy"] = source.clone
@@ -87,6 +96,10 @@ def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., dic
             row[f"{peer}_ms"] = statistics.median(values) * 1e3
         if moved is not None:
             row["GB_per_s"] = moved / median / 1e9
+        if flops is not None:
+            row["GFLOP_per_s"] = flops / median / 1e9
+            ceiling = 2 * _MM**3 / statistics.median(times["mm"])
+            row["share_of_mm"] = flops / median / ceiling
         benchmark.extra_info.update(row)
         ROWS.append(row)
         return row
@@ -128,11 +141,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     write = terminalreporter.write_line
     write("")
     write("medians in ms; (x): the peer's time over ours; copy: a plain copy of as many bytes")
+    write("share: of what torch.mm reaches")
     for row in ROWS:
         cells = [f"{row['name']:<42} lmfast {row['lmfast_ms']:8.3f}"]
         for key, value in row.items():
             peer = key.removesuffix("_ms")
-            if key.endswith("_ms") and peer != "lmfast":
+            if key == "share_of_mm":
+                cells.append(f"share {value:.2f}")
+            elif key.endswith("_ms") and peer not in ("lmfast", "mm"):
                 cells.append(f"{peer} {value:8.3f} ({value / row['lmfast_ms']:.2f}x)")
         write("  ".join(cells))
     path = config.getoption("--results")

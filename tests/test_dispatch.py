@@ -36,6 +36,18 @@ def test_automatic_choice_takes_the_kernel(needs_cpu_kernels: None) -> None:
     assert lmfast.explain("rms_norm", X) == "cpu"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "swiglu", "geglu"])
+def test_calls_without_a_choice_are_those_of_the_kernel(
+    needs_cpu_kernels: None, name: str, dtype: torch.dtype
+) -> None:
+    op = _dispatch.ops()[name]
+    for sample in op.sample_inputs("cpu", dtype):
+        found = op.public(*sample.args, **sample.kwargs)
+        expected = op.public(*sample.args, **sample.kwargs, backend="cpu")
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_context_overrides_and_restores() -> None:
     before = lmfast.explain("rms_norm", X)
     with lmfast.use_backend("torch"):

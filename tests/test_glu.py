@@ -96,6 +96,8 @@ def test_messages() -> None:
         ops.swiglu(x, torch.ones(2, 3))
     with pytest.raises(TypeError, match=r"up must have gate's dtype torch.float32, got .*float16"):
         ops.swiglu(x, x.half())
+    with pytest.raises(ValueError, match="up must be on gate's device cpu, got meta"):
+        ops.swiglu(x, x.to("meta"))
     with pytest.raises(ValueError, match="must be even, got 5"):
         ops.geglu(torch.ones(2, 5))
     with pytest.raises(ValueError, match="approximate must be 'tanh' or 'none', got 'erf'"):

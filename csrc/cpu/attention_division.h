@@ -28,6 +28,11 @@ inline bool is_decoding(const AttentionArgs& a) {
   return attention_rows(a) <= (amx ? 5 : kAttentionDecodeRows);
 }
 
+inline attention_decode_fn decode_kernel(const AttentionArgs& a) {
+  const bool pairs = on_tiles(a) && a.stored.type == Stored::kBF16;
+  return pairs ? attention_decode_pairs_kernel() : attention_decode_kernel();
+}
+
 // Ranges of query rows: each repeats the packing of the keys, so not too short.
 inline int64_t query_ranges(const AttentionArgs& a) {
   constexpr int64_t kRowsPerRange = 256;

@@ -24,7 +24,7 @@ void run_attention(AttentionArgs& a) {
     left = std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(pairs));
     for (int64_t i = 0; i < pairs; ++i) left[i] = a.ranges * a.splits;
   }
-  const auto kernel = decoding      ? attention_decode_kernel()
+  const auto kernel = decoding      ? decode_kernel(a)
                       : on_tiles(a) ? attention_fwd_amx_kernel()
                                     : attention_fwd_kernel();
   const auto combine = attention_combine_kernel();

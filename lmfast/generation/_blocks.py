@@ -110,7 +110,7 @@ class BlockTable:
 
     def place(self, new: NewTokens) -> Placement:
         """Finds room for new tokens, copying the shared blocks that are to be appended to."""
-        longest = int(new.reach.max(initial=0))
+        longest = new.longest if new.reach is new.ends else int(new.reach.max(initial=0))
         self.pool.make_room(self._rows if self._table is None else 0, longest)
         columns = self.pool.columns
         if self._table is None:

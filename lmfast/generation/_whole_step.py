@@ -48,15 +48,13 @@ def begin(cache: KVCache, steps: int, counts: Sequence[int] | None) -> WholeStep
             f"layer {cache._next_layer} is the next to append; truncate or reset the cache to "
             "forget a step that was not finished"
         )
-    new = new_tokens(cache._lengths, steps, counts, "right")
-    longest = int(new.ends.max(initial=0))
-    if cache.max_length is not None and longest > cache.max_length:
+    new = new_tokens(cache._lengths, cache._longest, steps, counts, "right")
+    if cache.max_length is not None and new.longest > cache.max_length:
         raise ValueError(
-            f"the cache is full: {longest} tokens, max_length is {cache.max_length}; truncate it, "
-            "or make it longer"
+            f"the cache is full: {new.longest} tokens, max_length is {cache.max_length}; truncate "
+            "it, or make it longer"
         )
-    if new.reach is not new.ends:  # padding is not looked at
-        new = NewTokens(new.starts, new.ends, new.ends, new.positions, new.kept)
+    new.reach = new.ends  # padding is not looked at
     cache._forget_step()
     return WholeStep(new, [group.place(new) for group in cache._groups])
 
@@ -66,7 +64,7 @@ def finish(cache: KVCache, step: WholeStep) -> None:
     for group in cache._groups:
         group.finish()
     cache._lengths = step.new.ends
-    cache._longest = int(step.new.ends.max(initial=0))
+    cache._longest = step.new.longest
 
 
 def storage_of(cache: KVCache, step: WholeStep) -> list[Storage]:

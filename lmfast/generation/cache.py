@@ -320,12 +320,11 @@ class KVCache(CachedRows):
                 f"k must have the {step.shape[2]} tokens of this step's first layer, "
                 f"got {k.shape[2]}"
             )
-        new = new_tokens(self._lengths, k.shape[2], counts, padding)
-        longest = int(new.ends.max(initial=0))
-        if self.max_length is not None and longest > self.max_length:
+        new = new_tokens(self._lengths, self._longest, k.shape[2], counts, padding)
+        if self.max_length is not None and new.longest > self.max_length:
             raise ValueError(
-                f"the cache is full: {longest} tokens, max_length is {self.max_length}; truncate "
-                "it, or make it longer"
+                f"the cache is full: {new.longest} tokens, max_length is {self.max_length}; "
+                "truncate it, or make it longer"
             )
         self._placements = [group.place(new) for group in self._groups]
         self._step = make_step(k.shape, new, self._longest, self.device)
@@ -335,7 +334,7 @@ class KVCache(CachedRows):
         for group in self._groups:
             group.finish()
         self._lengths = step.new.ends
-        self._longest = int(self._lengths.max(initial=0))
+        self._longest = step.new.longest
         self._next_layer = 0
 
     def _look(self, layer: int) -> tuple[Group, Placement]:
@@ -344,7 +343,7 @@ class KVCache(CachedRows):
         index = self._group_of[layer]
         done = self._next_layer == 0
         if self._step is None or (done and layer not in self._placements[index].storage):
-            now = new_tokens(self._lengths, 0, None, "right")
+            now = new_tokens(self._lengths, self._longest, 0, None, "right")
             self._placements = [group.place(now) for group in self._groups]
             self._step = make_step(torch.Size(()), now, self._longest, self.device)
         placement = self._placements[index]

@@ -206,7 +206,8 @@ class MultiHeadAttention(PackedParameters):
         heads, kv_heads = self.num_heads, self.num_kv_heads
         qkv = self.project(x, "W_QKV", "B_QKV")
         qkv = qkv.view(batch, steps, heads + 2 * kv_heads, self.head_dim)
-        q, k, v = qkv.transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)  # (B, H, T, D)
+        sizes = [heads, kv_heads, kv_heads]
+        q, k, v = qkv.transpose(1, 2).split_with_sizes(sizes, dim=1)  # (B, H, T, D)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         options: dict[str, Any] = {
@@ -223,9 +224,11 @@ class MultiHeadAttention(PackedParameters):
             visible = None if mask is None or is_causal_mask(mask) else as_visible(mask)
             if visible is not None:
                 cache.check_mask()
-            cos, sin = self.rope.tables(max(cache.longest + steps, 1), x.device)
-            interleaved = self.rope.interleaved
-            q = cache.rope_append(q, k, v, cos, sin, interleaved=interleaved, positions=positions)
+            rope = self.rope
+            cos, sin = rope.tables(max(cache.longest + steps, 1), x.device)
+            q = cache.rope_append(
+                *(q, k, v, cos, sin), interleaved=rope.interleaved, positions=positions
+            )
             out = cache.attend(q, mask=visible, **options)
         joined = out.transpose(1, 2).reshape(batch, steps, heads * self.head_dim)
         return self.project(joined, "W_O", "B_O")

@@ -55,9 +55,11 @@ class RMSNorm(nn.Module):
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Return `(norm(x + residual), x + residual)` from one pass over both inputs."""
-        # Under autocast a layer's output is bf16 and the residual stream fp32: the sum is fp32.
-        dtype = torch.promote_types(x.dtype, residual.dtype)
-        return ops.add_rms_norm(x.to(dtype), residual.to(dtype), self.scale, self.eps)
+        if x.dtype != residual.dtype:
+            # Under autocast a layer's output is bf16 and the residual stream fp32: the sum is fp32.
+            dtype = torch.promote_types(x.dtype, residual.dtype)
+            x, residual = x.to(dtype), residual.to(dtype)
+        return ops.add_rms_norm(x, residual, self.scale, self.eps)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         if f"{prefix}weight" in state_dict and f"{prefix}scale" not in state_dict:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lmfast import _extension
+from lmfast._dispatch import is_requested
 from lmfast._forward_mode import has_tangent
 
 LIBRARY = torch.library.Library("lmfast", "DEF")
@@ -34,6 +35,33 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
     return has_tangent(*tensors)
+
+
+def may_run_at_once(op: str, backend: str | None) -> bool:
+    """Whether a call may be tried on the C++ operator before its arguments are looked at.
+
+    One token's work takes a microsecond or ten, and so do the checks and the choice of a backend.
+    The operators have their own checks, for memory's sake: only a call that they refuse, or that
+    autograd records, goes the long way, where the argument is named that does not fit.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and backend is None
+        and _extension.cpu.loaded
+        and not is_requested(op)
+    )
+
+
+def on_cpu(*tensors: Tensor | None) -> bool:
+    """Whether all tensors are on the CPU; AttributeError for what is no tensor."""
+    for t in tensors:
+        if t is not None and not t.is_cpu:
+            return False
+    return True
+
+
+# What an operator or the conditions before it raise for arguments that do not fit.
+REFUSALS = (RuntimeError, TypeError, AttributeError)
 
 
 def unsupported_by_cpu_kernels(*tensors: Tensor | None) -> str | None:

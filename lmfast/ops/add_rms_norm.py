@@ -10,7 +10,15 @@ from torch import Tensor
 
 from lmfast._dispatch import Op, implementation, register, register_op, select
 from lmfast.ops._autograd import apply, differentiate, recording_backward
-from lmfast.ops._library import check_same_device, check_tensor, define, needs_grad
+from lmfast.ops._library import (
+    REFUSALS,
+    check_same_device,
+    check_tensor,
+    define,
+    may_run_at_once,
+    needs_grad,
+    on_cpu,
+)
 from lmfast.ops._library import with_unit_last_stride as _rows
 from lmfast.ops.rms_norm import OP as RMS_NORM
 from lmfast.ops.rms_norm import (
@@ -61,6 +69,12 @@ def add_rms_norm(
         >>> s
         tensor([3., 7.])
     """
+    if may_run_at_once("add_rms_norm", backend) and type(eps) is float:
+        try:
+            if on_cpu(x, residual, weight) and not needs_grad(x, residual, weight):
+                return _forward_op(x, residual, weight, eps)
+        except REFUSALS:
+            pass
     args = _check(x, residual, weight, eps)
     chosen = select(OP, args, backend)
     if chosen.backend == "torch":

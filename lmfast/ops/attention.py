@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfast import _extension
 from lmfast._dispatch import (
     Op,
     implementation,
-    is_requested,
     register,
     register_op,
     select,
@@ -23,7 +21,9 @@ from lmfast.ops._attention_samples import samples
 from lmfast.ops._attention_sdpa import preferred, sdpa
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import (
+    REFUSALS,
     define,
+    may_run_at_once,
     needs_grad,
     unsupported_by_cpu_kernels,
     with_unit_last_stride,
@@ -167,16 +167,8 @@ def _plain_call(
     lengths: Tensor | None,
     scale: float | None,
 ) -> Tensor | None:
-    """The result of a call without options and gradients, if the C++ operator takes it as it is.
-
-    One token's attention takes some 10 us, and so do the checks and the choice of a backend. The
-    operator has its own checks, for memory's sake: only a call that it refuses goes the long way,
-    where the argument is named that does not fit.
-    """
-    if (
-        not (_extension.cpu.loaded and not is_requested("attention"))
-        or torch.compiler.is_compiling()
-    ):
+    """The result of a call without options and gradients, if the C++ operator takes it as it is."""
+    if not may_run_at_once("attention", None):
         return None
     offset, offsets = (None, q_offset) if isinstance(q_offset, Tensor) else (q_offset, None)
     try:
@@ -190,7 +182,7 @@ def _plain_call(
         return _forward_op(
             q, k, v, causal, offset, offsets, lengths, None, 0, 0.0, None, None, scale
         )[0]
-    except (RuntimeError, TypeError, AttributeError, IndexError, ZeroDivisionError):
+    except (*REFUSALS, IndexError, ZeroDivisionError):
         return None
 
 

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfast import _extension
-from lmfast._dispatch import Op, is_requested, register, register_op, select
+from lmfast._dispatch import Op, register, register_op, select
 from lmfast.ops._cached_attention_arguments import check
 from lmfast.ops._cached_attention_reference import CacheOptions, peer, reference
 from lmfast.ops._cached_attention_samples import samples
 from lmfast.ops._library import (
+    REFUSALS,
     define,
+    may_run_at_once,
     needs_grad,
     unsupported_by_cpu_kernels,
     with_unit_last_stride,
@@ -90,15 +91,8 @@ def cached_attention(
         >>> torch.allclose(out, dense, atol=1e-6)
         True
     """
-    at_once = (
-        _extension.cpu.loaded
-        and backend is None
-        and not is_requested("cached_attention")
-        and bool not in (type(window), type(softcap), type(scale))
-    )
-    if at_once and not torch.compiler.is_compiling():
-        # One token's attention takes some 10 us, and so do the checks below. The operator has its
-        # own, for memory's sake: only what it refuses is looked at closely, to say what is wrong.
+    plain = bool not in (type(window), type(softcap), type(scale))
+    if plain and may_run_at_once("cached_attention", backend):
         try:
             if q.is_cpu and not needs_grad(q, keys, values, key_scales, value_scales, sinks, alibi):
                 return _operator(
@@ -115,7 +109,7 @@ def cached_attention(
                     alibi,
                     scale,
                 )
-        except (RuntimeError, TypeError, AttributeError):
+        except REFUSALS:
             pass
     args = check(
         q,

@@ -20,7 +20,7 @@ from lmfast.ops._glu import (
     launchers,
     unsupported_by_cpu,
 )
-from lmfast.ops._library import needs_grad
+from lmfast.ops._library import REFUSALS, may_run_at_once, needs_grad, on_cpu
 from lmfast.testing import Sample
 
 
@@ -68,6 +68,12 @@ def geglu(
         >>> lmfast.ops.geglu(torch.tensor([0.0, 1.0, -1.0]), torch.tensor([5.0, 2.0, 2.0]))
         tensor([ 0.0000,  1.6824, -0.3176])
     """
+    if may_run_at_once("geglu", backend) and approximate in ("tanh", "none"):
+        try:
+            if on_cpu(gate, up) and not needs_grad(gate, up):
+                return _forward_op(gate, up, approximate == "tanh")
+        except REFUSALS:
+            pass
     args = _check(gate, up, approximate=approximate)
     chosen = select(OP, args, backend)
     if chosen.backend == "torch":
@@ -98,6 +104,8 @@ def _samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
             yield Sample(f"{sample.name}, exact", sample.args, sample.kwargs)
 
 
+_forward_op, _backward_op = define_glu("geglu", ", bool tanh")
+
 OP = register_op(
     Op(
         name="geglu",
@@ -109,6 +117,4 @@ OP = register_op(
     )
 )
 
-register(
-    "geglu", "cpu", ("cpu",), *launchers(*define_glu("geglu", ", bool tanh")), unsupported_by_cpu
-)
+register("geglu", "cpu", ("cpu",), *launchers(_forward_op, _backward_op), unsupported_by_cpu)

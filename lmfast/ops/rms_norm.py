@@ -11,11 +11,14 @@ from torch import Tensor
 from lmfast._dispatch import Op, implementation, register, register_op, select
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import (
+    REFUSALS,
     accumulation_dtype,
     check_same_device,
     check_tensor,
     define,
+    may_run_at_once,
     needs_grad,
+    on_cpu,
     unsupported_by_cpu_kernels,
     with_unit_last_stride,
 )
@@ -57,6 +60,12 @@ def rms_norm(
         >>> lmfast.ops.rms_norm(torch.tensor([1.0, 2.0, 3.0, 4.0]))
         tensor([0.3651, 0.7303, 1.0954, 1.4606])
     """
+    if may_run_at_once("rms_norm", backend) and type(eps) is float:
+        try:
+            if on_cpu(x, weight) and not needs_grad(x, weight):
+                return _forward_op(x, weight, eps)
+        except REFUSALS:
+            pass
     args = _check(x, weight, eps)
     chosen = select(OP, args, backend)
     if chosen.backend == "torch":

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfast import _extension
-from lmfast._dispatch import Op, is_requested, register, register_op, select
+from lmfast._dispatch import Op, register, register_op, select
 from lmfast.ops._library import (
+    REFUSALS,
     check_range,
     check_same_device,
     check_tensor,
     define,
+    may_run_at_once,
     needs_grad,
     unsupported_by_cpu_kernels,
     with_unit_last_stride,
@@ -97,10 +98,7 @@ def rope_append(
         >>> torch.equal(keys[:, :, 7:8], q), keys[:, :, 8:].any().item()
         (True, False)
     """
-    at_once = _extension.cpu.loaded and backend is None and not is_requested("rope_append")
-    if at_once and not isinstance(positions, bool) and not torch.compiler.is_compiling():
-        # One token's work is below a microsecond, the checks below are 10. The operator has its
-        # own, for memory's sake: only what it refuses is looked at closely, to say what is wrong.
+    if may_run_at_once("rope_append", backend) and not isinstance(positions, bool):
         given = isinstance(positions, Tensor)
         starts, offset = (positions, 0) if given else (None, positions or 0)
         scales = (key_scales, value_scales)
@@ -109,7 +107,7 @@ def rope_append(
                 rotation = (cos, sin, starts, offset, interleaved)
                 _op(q, k, v, keys, values, *scales, slots, tokens, *rotation)
                 return q
-        except (RuntimeError, TypeError, AttributeError):
+        except REFUSALS:
             pass
     args = _check(
         q,

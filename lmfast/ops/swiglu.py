@@ -18,7 +18,7 @@ from lmfast.ops._glu import (
     launchers,
     unsupported_by_cpu,
 )
-from lmfast.ops._library import needs_grad
+from lmfast.ops._library import REFUSALS, may_run_at_once, needs_grad, on_cpu
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -54,6 +54,12 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None
         >>> lmfast.ops.swiglu(torch.tensor([0.0, 1.0, -1.0]), torch.tensor([5.0, 2.0, 2.0]))
         tensor([ 0.0000,  1.4621, -0.5379])
     """
+    if may_run_at_once("swiglu", backend):
+        try:
+            if on_cpu(gate, up) and not needs_grad(gate, up):
+                return _forward_op(gate, up)
+        except REFUSALS:
+            pass
     args = _check(gate, up)
     chosen = select(OP, args, backend)
     if chosen.backend == "torch":
@@ -72,6 +78,8 @@ def _reference(gate: Tensor, up: Tensor | None) -> Tensor:
     return glu_reference(F.silu, gate, up)
 
 
+_forward_op, _backward_op = define_glu("swiglu")
+
 OP = register_op(
     Op(
         name="swiglu",
@@ -83,4 +91,4 @@ OP = register_op(
     )
 )
 
-register("swiglu", "cpu", ("cpu",), *launchers(*define_glu("swiglu")), unsupported_by_cpu)
+register("swiglu", "cpu", ("cpu",), *launchers(_forward_op, _backward_op), unsupported_by_cpu)

@@ -67,23 +67,6 @@ LMFAST_INLINE VecF add_dot(VecF sum, const W& x, const float* q) {
   return fmadd(x.b, VecF::load(q + kVec), fmadd(x.a, VecF::load(q), sum));
 }
 
-#if defined(__AVX512BF16__)
-// The same for bf16 queries too, which need no widening: one instruction per 32 products.
-struct Bf16Pairs {
-  using Query = bf16;
-  __m512i x;
-  static LMFAST_INLINE Bf16Pairs load(const bf16* p) { return {_mm512_loadu_si512(p)}; }
-  static LMFAST_INLINE Bf16Pairs load(const bf16* p, int n) {
-    const __mmask32 mask = n >= 32 ? 0xffffffffu : (1u << n) - 1u;
-    return {_mm512_maskz_loadu_epi16(mask, p)};
-  }
-};
-LMFAST_INLINE VecF add_dot(VecF sum, const Bf16Pairs& x, const bf16* q) {
-  const __m512i y = _mm512_loadu_si512(q);
-  return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(x.x), reinterpret_cast<__m512bh>(y))};
-}
-#endif
-
 // Lane i: the sum over the lanes of x[i].
 #if defined(__AVX512F__)
 LMFAST_INLINE VecF sums_across(VecF (&x)[kVec]) {
@@ -297,6 +280,30 @@ LMFAST_INLINE void from_even_odd(float* x, int64_t padded) {
     }
   }
 }
+
+// Products in fp32, of numbers widened as they are read.
+template <class S>
+struct FloatProducts {
+  using Key = S;
+  using Query = float;
+  static constexpr int kRowsAtOnce = kVec >= 16 ? 8 : (kVec >= 8 ? 4 : 2);
+  template <int kRows>
+  static LMFAST_INLINE void dot(const float* q, int64_t padded, const Keys<S>& k, int64_t width,
+                                float* s) {
+    dot_keys<Wide<S>, kRows>(q, padded, k, width, s);
+  }
+  template <int kRows>
+  static LMFAST_INLINE void add(const float* p, const Keys<S>& v, int64_t width, float* out,
+                                int64_t out_stride) {
+    add_values<kRows>(p, v, width, out, out_stride);
+  }
+  static LMFAST_INLINE void of_query(float* q, int64_t padded) {
+    if constexpr (Wide<S>::kEvenOdd) to_even_odd(q, padded);
+  }
+  static LMFAST_INLINE void in_order(float* out, int64_t padded) {
+    if constexpr (Wide<S>::kEvenOdd) from_even_odd(out, padded);
+  }
+};
 
 }  // namespace
 }  // namespace lmfast::LMFAST_ISA

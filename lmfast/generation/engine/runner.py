@@ -316,7 +316,7 @@ class EngineRunner:
             [s.keys for s in storage],
             [s.values for s in storage],
             scales,
-            self._rotations(int(new.ends.max(initial=0))),
+            self._rotations(new.longest),
             logits,
         )
         _whole_step.finish(cache, step)

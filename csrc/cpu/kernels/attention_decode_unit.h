@@ -1,0 +1,146 @@
+// A unit of decoding: the rows of a group against a split of the keys, by 64 keys.
+#pragma once
+
+#include "attention_by_rows.h"
+#include "attention_decode_dot.h"
+
+namespace lmfast::LMFAST_ISA {
+namespace {
+
+// Calls f with the number of rows as a constant, for all of them in turn.
+template <int kRows, class F>
+LMFAST_INLINE void by_rows(int rows, const F& f, int r = 0) {
+  for (; r + kRows <= rows; r += kRows) f(r, Constant<kRows>());
+  if constexpr (kRows > 1) by_rows<kRows / 2>(rows, f, r);
+}
+
+// p in place of the scores of one row; its maximum, sum and output follow.
+LMFAST_INLINE void row_softmax(float* s, VecF unit, float* m, float* l, float* out,
+                               int64_t padded) {
+  VecF top = VecF::load(s);
+  for (int i = kVec; i < kLanes; i += kVec) top = max(top, VecF::load(s + i));
+  const float largest = hmax(top);
+  if (largest > *m) {
+    float factor[kVec];
+    exp2<6>(VecF::set1(*m - largest) * unit).store(factor);
+    *m = largest;
+    *l *= factor[0];
+    for (int64_t d = 0; d < padded; d += kVec) {
+      (VecF::load(out + d) * VecF::set1(factor[0])).store(out + d);
+    }
+  }
+  const VecF shift = VecF::set1(-*m), normal = VecF::set1(1.17549435e-38f);
+  VecF total = VecF::zero();
+  for (int i = 0; i < kLanes; i += kVec) {
+    const VecF x = exp2<6>((VecF::load(s + i) + shift) * unit);
+    // A product with a denormal number takes some 150 cycles: 2 % of them tripled the time.
+    const VecF p = select_less(x, normal, VecF::zero(), x);
+    p.store(s + i);
+    total = total + p;
+  }
+  *l += sum(total);
+}
+
+LMFAST_INLINE void multiply_lanes(float* s, const float* factors, int n) {
+  for (int i = 0; i < n; i += kVec) {
+    (VecF::load(s + i) * VecF::load(factors + i, n - i)).store(s + i);
+  }
+}
+
+// A query row as fp32, in the order of P's vectors; zeros behind.
+template <class P>
+LMFAST_INLINE void load_query(const AttentionArgs& a, int64_t b, Row row, int64_t padded,
+                              float* q) {
+  memset(q, 0, sizeof(float) * static_cast<size_t>(padded));
+  LMFAST_DISPATCH_DTYPE(a.dtype, scalar_t, {
+    if constexpr (sizeof(scalar_t) <= sizeof(float)) {
+      to_float_row(row_of<scalar_t>(a.q, b, row.head, row.t), a.head_dim, q);
+    }
+  })
+  P::of_query(q, padded);
+}
+
+struct DecodeRows {
+  int count;
+  int64_t lo, hi;  // keys that any of them sees, in this split
+  Row row[kDecodeRows];
+  alignas(64) float q[kDecodeRows * 256];
+};
+
+// P: how queries, keys and values are multiplied.
+template <class P>
+void decode_unit(const AttentionArgs& a, int64_t unit) {
+  using S = typename P::Key;
+  using Query = typename P::Query;
+  constexpr bool kFloatQuery = sizeof(Query) == sizeof(float);
+  const int64_t pair = unit / a.splits, split = unit % a.splits;
+  const Unit u{pair / a.kv_heads, pair % a.kv_heads, 0, split};
+  const int64_t width = a.head_dim, padded = round_up(width, 32);
+  const int64_t record = attention_record_size(a);
+  float* partial = partial_of(a, u);
+  DecodeRows w;
+  w.count = static_cast<int>(attention_rows(a));
+  w.lo = a.keys;
+  w.hi = 0;
+  memset(partial, 0, sizeof(float) * static_cast<size_t>(w.count * record));
+  for (int r = 0; r < w.count; ++r) {
+    partial[r * record + padded] = kLowest;
+    w.row[r] = row_at(a, u, r);
+    const Span seen = visible_in_split(a, u, w.row[r].t);
+    if (seen.lo == seen.hi) continue;
+    w.lo = seen.lo < w.lo ? seen.lo : w.lo;
+    w.hi = seen.hi > w.hi ? seen.hi : w.hi;
+  }
+  if (w.lo >= w.hi) return;
+  Query* q = reinterpret_cast<Query*>(w.q);
+  for (int r = 0; r < w.count; ++r) {
+    if constexpr (kFloatQuery) {
+      load_query<P>(a, u.b, w.row[r], padded, w.q + r * padded);
+    } else {
+      memset(q + r * padded, 0, sizeof(Query) * static_cast<size_t>(padded));
+      memcpy(q + r * padded, row_of<Query>(a.q, u.b, w.row[r].head, w.row[r].t),
+             sizeof(Query) * static_cast<size_t>(width));
+    }
+  }
+  alignas(64) float s[kDecodeRows * kLanes], slope[kDecodeRows * kLanes];
+  const bool options = has_score_options(a);
+  const VecF unit_scale = VecF::set1(exponent_unit(a));
+  const StoredTensor stored_k = stored_keys(a), stored_v = stored_values(a);
+  int64_t row = storage_row(a.stored, u.b, w.lo), end = 0;
+  for (int64_t key = w.lo; key < w.hi; key = end) {
+    end = clamp((key / kLanes + 1) * kLanes, 0, w.hi);
+    const int64_t next = end < w.hi ? storage_row(a.stored, u.b, end) : row;
+    const int n = static_cast<int>(end - key);
+    const Keys<S> k{row_of<S>(a.k, row, u.kv_head, key), a.k.row, n,
+                    row_of<S>(a.k, next, u.kv_head, end)};
+    const Keys<S> v{row_of<S>(a.v, row, u.kv_head, key), a.v.row, n,
+                    row_of<S>(a.v, next, u.kv_head, end)};
+    by_rows<P::kRowsAtOnce>(w.count, [&](int r, auto count) {
+      P::template dot<decltype(count)::value>(q + r * padded, padded, k, width, s + r * kLanes);
+    });
+    for (int r = 0; r < w.count; ++r) {
+      float* scores = s + r * kLanes;
+      if (stored_k.scales != nullptr) {
+        multiply_lanes(scores, scales_at(stored_k, row, u.kv_head, key), n);
+      }
+      const Row at = w.row[r];
+      if (options) apply_options_by_rows(a, u.b, at.head, at.t, 1, key, scores, slope);
+      hide_invisible_by_rows(a, u.b, at.t, 1, key, end, scores);
+      for (int j = n; j < kLanes; ++j) scores[j] = -kInfinity;
+      float* out = partial + r * record;
+      row_softmax(scores, unit_scale, out + padded, out + padded + 1, out, padded);
+      if (stored_v.scales != nullptr) {
+        multiply_lanes(scores, scales_at(stored_v, row, u.kv_head, key), n);
+      }
+    }
+    by_rows<P::kRowsAtOnce>(w.count, [&](int r, auto count) {
+      P::template add<decltype(count)::value>(s + r * kLanes, v, width, partial + r * record,
+                                              record);
+    });
+    row = next;
+  }
+  for (int r = 0; r < w.count; ++r) P::in_order(partial + r * record, padded);
+}
+
+}  // namespace
+}  // namespace lmfast::LMFAST_ISA
