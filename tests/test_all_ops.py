@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,21 +36,15 @@ EXCEPTIONS = {
     "additive_attention gradient": (3.0, 3.0),
     "attention gradient": (2.5, 2.0),
     "elman_rnn gradient": (2.0, 1.5),
+    # Where inputs are so large that few states are not saturated, those few make the error.
+    "elman_rnn output": (2.0, 1.5),
     **{f"{op} gradient": (2.7, 1.5) for op in ("lstm", "gru")},
 }
 
 
-# Over how many draws of the values errors are pooled: where samples are of a few dozen numbers, the
-# largest error of so few scatters by more than the rule's factor. Over 40 draws of the recurrent
-# sample that scatters most, the largest error is 1.2 times PyTorch's, the whole one 1.08 times.
+# Over how many draws of the values errors are pooled. Attention's samples are of a few dozen
+# numbers, and the largest error of so few scatters by more than the rule's factor.
 DRAWS = {"attention gradient": 12}
-_RECURRENT_DRAWS = 8  # in fp32
-
-
-def number_of_draws(op: str, kind: str, dtype: torch.dtype) -> int:
-    if op in ("elman_rnn", "lstm", "gru") and dtype == torch.float32:
-        return _RECURRENT_DRAWS
-    return DRAWS.get(f"{op} {kind}", 1)
 
 
 def check_error(
@@ -169,12 +162,10 @@ def upstream(result: Tensor) -> Tensor:
 def test_values(op: str, index: int, dtype: torch.dtype, cpu_isa: str) -> None:
     sample = samples(op, dtype)[index]
     with_kernel(op, sample)
-    draws = []
-    for draw in range(number_of_draws(op, "output", dtype)):
-        drawn = sample if draw == 0 else redrawn(op, sample, draw)
-        found, plain = call(op, drawn, "cpu"), call_peer(op, named_arguments(op, drawn))
-        draws.append((found, plain, call(op, drawn.to_fp64(), "torch")))
-    for i, (f, p, e) in enumerate(pooled(draws)):
+    found = call(op, sample, "cpu")
+    plain = call_peer(op, named_arguments(op, sample))
+    exact = call(op, sample.to_fp64(), "torch")
+    for i, (f, p, e) in enumerate(zip(found, plain, exact, strict=True)):
         check_error(op, "output", i, f, p, e)
 
 
@@ -185,7 +176,7 @@ def test_gradients(op: str, index: int, dtype: torch.dtype, cpu_isa: str) -> Non
     sample = samples(op, dtype)[index]
     with_kernel(op, sample)
     draws = []
-    for draw in range(number_of_draws(op, "gradient", dtype)):
+    for draw in range(DRAWS.get(f"{op} gradient", 1)):
         drawn = sample if draw == 0 else redrawn(op, sample, draw)
         found = gradients(op, drawn, "cpu")
         arguments, leaves = with_gradients(op, drawn)
@@ -198,31 +189,20 @@ def test_gradients(op: str, index: int, dtype: torch.dtype, cpu_isa: str) -> Non
         draws.append((found, plain, torch.autograd.grad(results, leaves, given)))
     if not draws[0][0]:
         return
-    for i, (f, p, e) in enumerate(pooled(draws)):
+    pooled = (map(torch.stack, zip(*kind, strict=True)) for kind in zip(*draws, strict=True))
+    for i, (f, p, e) in enumerate(zip(*pooled, strict=True)):
         check_error(op, "gradient", i, f, p, e)
 
 
-def pooled(draws: list[Any]) -> Any:
-    """(found, plain, exact) of every result over all draws."""
-    if len(draws) == 1:
-        return zip(*draws[0], strict=True)
-    kinds = (map(torch.stack, zip(*kind, strict=True)) for kind in zip(*draws, strict=True))
-    return zip(*kinds, strict=True)
-
-
 def redrawn(op: str, sample: Sample, seed: int) -> Sample:
-    """The sample with other normal numbers, of its size, in the tensors that have gradients."""
+    """The sample with other normal numbers in the tensors that have gradients."""
     generator = torch.Generator().manual_seed(seed)
     arguments = named_arguments(op, sample)
-
-    def other(t: Tensor) -> Tensor:
-        size = float(t.double().square().mean().sqrt()) if t.numel() else 1.0
-        drawn = torch.randn(t.shape, generator=generator) * 10.0 ** round(math.log10(size or 1.0))
-        return torch.empty_like(t).copy_(drawn)  # in the same memory order
-
     for name in OPS[op].differentiable:
         if name in arguments:
-            arguments[name] = tree_map_only(Tensor, other, arguments[name])
+            t = arguments[name]
+            # In the same memory order.
+            arguments[name] = torch.empty_like(t).copy_(torch.randn(t.shape, generator=generator))
     return Sample(sample.name, (), arguments)
 
 
