@@ -17,6 +17,7 @@ transformers.logging.set_verbosity_error()
 
 from transformers_models import ARCHITECTURES, HEAD, TABLE, make, row  # noqa: E402
 
+from lmfast.integrations import transformers as integration  # noqa: E402
 from lmfast.integrations.transformers import LazyLogits, LMFastCache  # noqa: E402
 
 IDS = torch.randint(1, 96, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -334,7 +335,8 @@ def test_saves_and_loads(tmp_path: Any) -> None:
 def test_a_version_not_known_to_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for version in ("5.16.2", "5.25.0", "6.0.0"):
         model = make("llama")
-        monkeypatch.setattr(transformers, "__version__", version)
+        # The module that lmfast sees: importing transformers may put another one in its place.
+        monkeypatch.setattr(integration.transformers, "__version__", version)
         report = lmfast.patch(model)
         assert not report.replaced
         assert f"transformers {version} is not known to work" in str(report)
