@@ -51,6 +51,7 @@ struct VectorKeys {
   alignas(32) uint32_t keys[kMergeSymbols];
   size_t vectors;
 
+  static constexpr bool kAhead = false;
   uint32_t smallest() const {
     const __m256i* const p = reinterpret_cast<const __m256i*>(keys);
     __m256i half = _mm256_load_si256(p);

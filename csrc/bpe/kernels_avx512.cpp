@@ -51,9 +51,21 @@ template <int N>
 struct RegisterKeys {
   __m512i lanes[N];
 
+  static constexpr bool kAhead = true;
   uint32_t smallest() const {
     __m512i least = lanes[0];
     for (int i = 1; i < N; ++i) least = _mm512_min_epu32(least, lanes[i]);
+    return smallest_of(least);
+  }
+  uint32_t smallest_above(uint32_t key) const {
+    const __m512i than = _mm512_set1_epi32(static_cast<int>(key));
+    __m512i least = _mm512_set1_epi32(-1);
+    for (const __m512i& keys : lanes) {
+      least = _mm512_mask_min_epu32(least, _mm512_cmpgt_epu32_mask(keys, than), least, keys);
+    }
+    return smallest_of(least);
+  }
+  static uint32_t smallest_of(__m512i least) {
     const __m256i half =
         _mm256_min_epu32(_mm512_castsi512_si256(least), _mm512_extracti64x4_epi64(least, 1));
     __m128i quarter =

@@ -29,6 +29,7 @@ size_t narrow(const Unit* units, size_t n, uint8_t* out) {
 struct ArrayKeys {
   uint32_t keys[kMergeSymbols];
   size_t n;
+  static constexpr bool kAhead = false;
   uint32_t smallest() const {
     uint32_t least = kNoRank;
     for (size_t i = 0; i < n; ++i) least = keys[i] < least ? keys[i] : least;

@@ -29,13 +29,30 @@ void first_keys(const RankTable& table, const uint8_t* bytes, uint32_t* ids, siz
   for (size_t i = 0; i + 1 < n; ++i) keys[i] = merge_key(Ops::find(table, ids[i], ids[i + 1]), i);
 }
 
-// `Keys` holds the keys: smallest() and set(at, key).
+// Fetches what merging that pair would look up, if its neighbours stay what they are: the ranks of
+// GPT-2's merges do not stay in an L2 of 1 MB. First passes on a Zen 4: English 7.6 -> 7.1 ms,
+// 200,000 words of random letters 54.9 -> 52.8 ms.
+inline void fetch(const RankTable& table, const uint32_t* ids, uint64_t alive, uint32_t key) {
+  if (key == kNoRank) return;
+  const size_t at = key & 63;
+  const uint32_t id = table.id(key >> 6);
+  uint64_t after = alive & (~1ull << at);
+  after &= after - 1;
+  const size_t right = after == 0 ? at : static_cast<size_t>(__builtin_ctzll(after));
+  const uint64_t before = alive & ~(~0ull << at);
+  const size_t left = before == 0 ? at : 63 - static_cast<size_t>(__builtin_clzll(before));
+  __builtin_prefetch(table.slots + kLineSlots * line_of(table, pair_key(id, ids[right])));
+  __builtin_prefetch(table.slots + kLineSlots * line_of(table, pair_key(ids[left], id)));
+}
+
+// `Keys` holds the keys: smallest(), set(at, key) and, if kAhead, smallest_above(key).
 template <class Ops, class Keys>
 uint64_t merge_loop(const RankTable& table, uint32_t* ids, Keys& keys, size_t n) {
   uint64_t alive = n == 64 ? ~0ull : (1ull << n) - 1;
   for (;;) {
     const uint32_t key = keys.smallest();
     if (key == kNoRank) return alive;
+    if constexpr (Keys::kAhead) fetch(table, ids, alive, keys.smallest_above(key));
     const size_t at = key & 63;
     const uint32_t id = table.id(key >> 6);
     ids[at] = id;
