@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lmfast
+from lmfast.integrations.transformers import LMFastCache
 from lmfast.patching import PatchReport
 
 TABLE = Path(lmfast.__file__).parent / "integrations" / "ARCHITECTURES.md"
@@ -136,6 +139,36 @@ def make(kind: str, **more: Any) -> transformers.PreTrainedModel:
             else:
                 p.copy_(torch.randn(p.shape) * min(0.3, p.shape[-1] ** -0.5))
     return model.eval()
+
+
+IDS = torch.randint(1, _V, (2, 9), generator=torch.Generator().manual_seed(0))
+LEFT = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
+
+CACHES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "none": lambda model: {"use_cache": False},
+    "dynamic": lambda model: {},
+    "static": lambda model: {"cache_implementation": "static", "disable_compile": True},
+    "lmfast": lambda model: {"past_key_values": LMFastCache(model.config)},
+    "lmfast, limited": lambda model: {"past_key_values": LMFastCache(model.config, 40)},
+}
+SEARCHES: dict[str, dict[str, Any]] = {
+    "beams": {"num_beams": 3},
+    "samples": {"do_sample": True, "num_return_sequences": 2},
+}
+
+
+def gradients(model: Any, **inputs: Any) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Loss, logits and gradients of a training step."""
+    model.zero_grad()
+    out = model(IDS, labels=IDS, **inputs)
+    out.loss.backward()
+    return out.loss, out.logits, [None if p.grad is None else p.grad for p in model.parameters()]
+
+
+def assert_close(got: Tensor, expected: Tensor, rtol: float = 2e-5) -> None:
+    """Equal up to fp32 rounding through a few layers, relative to the largest number."""
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= rtol * expected.abs().max()
 
 
 def _cell(report: PatchReport, *labels: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lmfast.generation import KVCache
@@ -23,7 +23,7 @@ class _Layer(CacheLayerMixin):
         self.owner, self.index = owner, index
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.owner.make(key_states)
+        self.owner.make(key_states, value_states)
         self.is_initialized = True
 
     def update(
@@ -33,7 +33,16 @@ class _Layer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         kv = self.owner.kv
         assert kv is not None
-        return kv.append(self.index, key_states, value_states)
+        sizes = key_states.shape[-1], value_states.shape[-1]
+        if sizes[0] == sizes[1]:
+            return kv.append(self.index, key_states, value_states)
+        # The storage has one head size: zeros behind the shorter of the two.
+        keys, values = kv.append(
+            self.index,
+            nn.functional.pad(key_states, (0, kv.head_dim - sizes[0])),
+            nn.functional.pad(value_states, (0, kv.head_dim - sizes[1])),
+        )
+        return keys[..., : sizes[0]], values[..., : sizes[1]]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -57,8 +66,9 @@ class LMFastCache(Cache):
         config: of the model; its text configuration is used.
         max_length: tokens per row there may be; None = without limit.
 
-    Layers with a sliding window keep all tokens here, hidden by the mask. Keys and values of one
-    layer have one head size, the same in all layers; without gradients.
+    Layers with a sliding window keep all tokens here, hidden by the mask. All layers have the same
+    head sizes; where values have another than keys, the storage has the larger one for both.
+    Without gradients.
 
     Raises:
         ValueError: the model's layers do not all attend (state-space or linear attention layers).
@@ -91,10 +101,11 @@ class LMFastCache(Cache):
         self.kv: KVCache | None = None
         super().__init__(layers=[_Layer(self, i) for i in range(text.num_hidden_layers)])
 
-    def make(self, key_states: Tensor) -> None:
+    def make(self, key_states: Tensor, value_states: Tensor) -> None:
         """Makes the storage when the first keys come."""
         if self.kv is None:
             batch, heads, _, size = key_states.shape
+            size = max(size, value_states.shape[-1])
             self.kv = KVCache(
                 len(self.layers),
                 batch,
