@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import dtensor_cases
 import pytest
 import torch
 import training_processes_worker as worker
@@ -56,6 +57,12 @@ def test_a_checkpoint_of_two_processes_is_resumed_by_one(two, tmp_path, name):
     for key, value in expected["model"].items():
         # load_model makes fp32 of what was saved.
         torch.testing.assert_close(run.model.state_dict()[key].float(), value)
+
+
+@pytest.mark.parametrize("name", [*dtensor_cases.OPERATORS, *dtensor_cases.MODELS, "placements"])
+def test_dtensors(two, name):
+    """Values and gradients on whole and divided DTensors are those on plain tensors."""
+    assert json.loads((two / "dtensors.json").read_text())[name] == ""
 
 
 def test_rows_are_divided_without_rest():

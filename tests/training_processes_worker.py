@@ -2,17 +2,20 @@
 
     torchrun --nproc-per-node 2 tests/training_processes_worker.py DIRECTORY
 
-The losses, evaluations and parameters of each go to DIRECTORY/NAME.pt.
+The losses, evaluations and parameters of each go to DIRECTORY/NAME.pt, what is wrong with DTensors
+to DIRECTORY/dtensors.json.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import dtensor_cases
 import torch
 
 from lmfast.models import DecoderLanguageModel, LanguageModel, RecurrentLanguageModel
@@ -116,6 +119,9 @@ def main() -> None:
             result = train(name, directory)
             if Processes.current().first:
                 torch.save(result, directory / f"{name}.pt")
+        problems = dtensor_cases.run()
+        if Processes.current().first:
+            (directory / "dtensors.json").write_text(json.dumps(problems), encoding="utf-8")
 
 
 if __name__ == "__main__":
