@@ -15,7 +15,7 @@ import torch
 import training_processes_worker as worker
 
 from lmfast.cli import main
-from lmfast.training import Processes, latest_checkpoint, load_model
+from lmfast.training import Processes, latest_checkpoint, load_model, process_group
 
 # Neither IPv6 nor a name server is needed to find oneself.
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
@@ -72,6 +72,37 @@ def test_rows_are_divided_without_rest():
             shares = [Processes(rank, count).rows(batch, parts) for rank in range(count)]
             assert all(len(share) == parts for share in shares)
             assert torch.equal(torch.cat([part for share in shares for part in share]), batch)
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "expected"),
+    [
+        ("cpu", 2, ("cpu", "gloo")),
+        ("cuda", 2, ("cuda:1", "nccl")),
+        ("auto", 2, ("cuda:1", "nccl")),
+        ("auto", 0, ("cpu", "gloo")),
+        ("cuda", 1, "process 1 of this machine has no GPU: there are 1"),
+        ("mps", 0, "the device of several processes must be cpu or cuda, got mps"),
+    ],
+)
+def test_gpus_talk_by_nccl_and_cpus_by_gloo(monkeypatch, asked, gpus, expected):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    started = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", started.append)
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda: None)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected), process_group(asked):
+            pass
+        return
+    with process_group(asked) as device:
+        assert (device, *started) == expected
+    assert chosen == ([1] if "cuda" in device else [])
 
 
 @pytest.fixture

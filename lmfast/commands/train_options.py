@@ -145,6 +145,9 @@ def _add_steps(group: argparse._ArgumentGroup) -> None:
         "--clip-norm", type=POSITIVE, metavar="X", help="largest norm of the gradient"
     )
     group.add_argument(
+        "--clip-value", type=POSITIVE, metavar="X", help="largest number in the gradient"
+    )
+    group.add_argument(
         "--seed", type=NATURAL, default=42, metavar="N", help="of parameters and order of the text"
     )
     group.add_argument(
