@@ -3,6 +3,7 @@ bad lines named, changed data refused."""
 
 import json
 import os
+import re
 import threading
 
 import numpy as np
@@ -194,6 +195,21 @@ def test_data_that_changes_while_it_is_read(text_file, how):
         DataError, match=rf"text\.txt has changed .*: it had {before.st_size} bytes"
     ):
         source.read(position)
+
+
+def test_digits_are_replaced(text_file, json_file):
+    expected = [re.sub(r"[0-9]+", r"<n\\1>", line) for line in LINES]
+    options = {"digits": r"<n\1>"}  # no pattern: as it is
+    assert list(TextFiles([text_file], lines=True, **options)) == expected
+    assert list(JsonLines([json_file], field="body", **options)) == expected
+    rows = [{"text": line} for line in LINES]
+    assert list(DatasetTexts(rows, **options)) == expected
+    assert list(open_texts([text_file], lines=True, digits="0"))[12].startswith("line 0: ")
+    state = stream(TextFiles([text_file])).state_dict()
+    with pytest.raises(ValueError, match="training data is not what the checkpoint was trained on"):
+        stream(TextFiles([text_file], digits="0")).load_state_dict(state)
+    # Arabic-Indic digits and superscripts: only the first are digits of a number.
+    assert list(DatasetTexts([{"text": "\u0664\u0662 m\u00b2"}], digits="#")) == ["# m\u00b2"]
 
 
 def test_texts_are_encoded_in_batches_by_workers(text_file):

@@ -79,6 +79,9 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
         "--text-field", default="text", metavar="NAME", help="of JSON lines and data sets"
     )
     group.add_argument(
+        "--digits", metavar="TEXT", help="takes the place of every run of digits, such as <num>"
+    )
+    group.add_argument(
         "--examples",
         choices=["windows", "texts"],
         help="windows: cut from all texts one behind the other; texts: each one, cut at the "
