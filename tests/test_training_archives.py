@@ -100,7 +100,7 @@ def test_damaged_and_foreign_archives_are_told(tmp_path):
     assert not list((tmp_path / "out").rglob("*.partial"))
     for kind in ("gz", "xz"):
         path = tarred(tmp_path / f"a.tar.{kind}", TEXTS, f"w:{kind}")
-        path.write_bytes(path.read_bytes()[:-40])
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         with pytest.raises(DataError, match=rf"a\.tar\.{kind} is not a zip or tar archive, or dam"):
             extract_archive(path, tmp_path / "cut")
     path.write_text("no archive")
