@@ -45,6 +45,8 @@ def test_two_processes_learn_what_one_does(two, tmp_path, name):
         assert a == pytest.approx(b, rel=rel)
     for key, value in expected["model"].items():
         torch.testing.assert_close(result["model"][key], value, rtol=rel, atol=rel)
+    # FSDP2 divides whole rows: 13 of the vocabulary are 7 and 6.
+    assert result["held"] < 0.6 if name.startswith("fsdp") else result["held"] == 1
 
 
 @pytest.mark.parametrize("name", ["ddp", "ddp states", "fsdp", "fsdp tied"])

@@ -109,7 +109,16 @@ def train(name: str, directory: Path) -> dict[str, Any]:
         "losses": report.losses,
         "evaluations": report.evaluations,
         "model": load_model(directory / name / "model").state_dict(),
+        "held": held(run),
     }
+
+
+def held(run: Trainer) -> float:
+    """The share of parameters and optimiser states that this process holds."""
+    states = (t for state in run.optimizer.state.values() for t in state.values())
+    tensors: list[Any] = [*run.model.parameters(), *(t for t in states if t.dim())]
+    local = (t.to_local() if hasattr(t, "to_local") else t for t in tensors)
+    return sum(t.numel() for t in local) / sum(t.numel() for t in tensors)
 
 
 def main() -> None:

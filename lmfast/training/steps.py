@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lmfast.training.batches import Batches
 from lmfast.training.clipping import clip_gradients
 from lmfast.training.objective import Objective
-from lmfast.training.processes import Processes, distribute, gradients_stay, whole
+from lmfast.training.processes import Processes, distribute, gradients_stay, let_go, whole
 from lmfast.training.schedule import Schedule
 
 
@@ -160,6 +160,10 @@ class Stepper:
             return loss * weight
 
         return share
+
+    def evaluated(self) -> None:
+        """End an evaluation."""
+        let_go(self._module)
 
     def _parts(
         self, inputs: Tensor, targets: Tensor, count: int, carries_state: bool

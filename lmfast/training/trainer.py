@@ -233,6 +233,7 @@ class Trainer:
             ignore_index=self.ignore_index,
             max_batches=self.eval_batches,
         )
+        self._stepper.evaluated()
         device = next(self.model.parameters()).device
         loss = torch.tensor(share.loss, dtype=torch.float64, device=device)
         mean = self._processes.sum(loss).item()
