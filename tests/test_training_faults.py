@@ -16,7 +16,7 @@ import torch
 
 from lmfast.cli import main
 from lmfast.models import DecoderLanguageModel
-from lmfast.training import PackedBatches, Trainer, checkpoint, latest_checkpoint, load_model
+from lmfast.training import PackedBatches, Trainer, files, latest_checkpoint, load_model
 
 
 def trainer(directory, steps=9, **options):
@@ -47,13 +47,15 @@ def saved_by_a_child(run, killed_at):
 
         return call
 
-    for name in ("rename", "replace", "fsync", "mkdir", "rmdir", "unlink"):
-        setattr(os, name, counted(getattr(os, name)))
-    checkpoint.save_file = counted(checkpoint.save_file)
+    status = 1  # for whatever else happens: this copy of pytest must not go on
     try:
+        for name in ("rename", "replace", "fsync", "mkdir", "rmdir", "unlink"):
+            setattr(os, name, counted(getattr(os, name)))
+        files.save_file = counted(files.save_file)
         run.save()
+        status = 0
     finally:
-        os._exit(0)
+        os._exit(status)
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -81,6 +83,7 @@ def test_killed_at_any_moment_of_saving(tmp_path, again):
         assert torch.equal(parameters(continued), parameters(whole))
         if status == 0:  # it came to its end
             break
+        assert os.WIFSIGNALED(status), f"the child that saves failed: exit status {status >> 8}"
         assert os.WTERMSIG(status) == signal.SIGKILL
     assert killed_at >= 10
     assert latest_checkpoint(place).name == "step-00000005"
