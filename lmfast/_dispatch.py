@@ -19,6 +19,7 @@ from typing import Any
 
 from lmfast import _measured
 from lmfast._forward_mode import has_tangent
+from lmfast._sharding import prepare_sharding
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 
@@ -195,6 +196,7 @@ def select(op: Op, args: tuple[Any, ...], backend: str | None = None) -> Impleme
         BackendError: a backend was asked for (argument, context or variable) and cannot run it.
         ValueError: ``backend`` is not a backend's name.
     """
+    prepare_sharding(args[0])
     device = args[0].device.type
     if _measured.asked is not None:
         _measured.note(op.name, args)

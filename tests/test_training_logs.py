@@ -1,8 +1,14 @@
 """Early stopping and logs: what a run keeps and writes down."""
 
 import csv
+import io
 import itertools
 import math
+import os
+import re
+import signal
+import sys
+import time
 
 import pytest
 import torch
@@ -118,6 +124,41 @@ def test_tensorboard_log(tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4]
     assert [e.value for e in events.Scalars("loss")] == pytest.approx(report.losses, rel=1e-6)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_bar_shows_rate_and_time_left(monkeypatch):
+    """What it says fits together: time left = steps left / steps per second."""
+
+    def slow(model, x, y, ignore_index):
+        time.sleep(0.11)  # it is drawn ten times a second
+        if len(losses) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        losses.append(model.loss(x, y, ignore_index=ignore_index))
+        return losses[-1]
+
+    losses = []
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    _, report = train(decoder(), ragged(), 1000, loss=slow, progress=True, description="slow")
+    assert report.interrupted
+    last = sys.stderr.getvalue().split("\r")[-1].strip()
+    shown = re.fullmatch(
+        r"slow: +0%\|.*\| (\d+)/1000 \[\d+:\d+<([\d:]+), +([\d.]+)(s/step|step/s), "
+        r"loss ([\d.]+), ([\d,]+) tokens/s\]",
+        last,
+    )
+    assert shown, last
+    done, left, rate, unit, loss, tokens = shown.groups()
+    assert int(done) == report.step == 5
+    seconds = sum(int(x) * 60**i for i, x in enumerate(reversed(left.split(":"))))
+    per_step = float(rate) if unit == "s/step" else 1 / float(rate)
+    assert seconds == pytest.approx((1000 - 5) * per_step, rel=0.05)  # of a rate of 2 digits
+    assert float(loss) == pytest.approx(sum(report.losses) / 5, abs=1e-3)
+    assert int(tokens.replace(",", "")) == pytest.approx(report.rates[-1], abs=1)
 
 
 def test_losses_read_late_are_those_of_every_step(tmp_path):

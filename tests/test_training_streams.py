@@ -2,6 +2,9 @@
 bad lines named, changed data refused."""
 
 import json
+import os
+import re
+import threading
 
 import numpy as np
 import pytest
@@ -171,6 +174,63 @@ def test_changed_data_is_told(text_file, json_file):
     rows[3] = {"text": "changed"}  # as many rows, other texts
     with pytest.raises(ValueError, match="checksum is"):
         stream(DatasetTexts(rows)).load_state_dict(batches.state_dict())
+
+
+@pytest.mark.parametrize("how", ["shorter", "other text", "touched"])
+def test_data_that_changes_while_it_is_read(text_file, how):
+    source = TextFiles([text_file])
+    _, position = source.read(source.start())
+    text, before = text_file.read_text(encoding="utf-8"), text_file.stat()
+    changed = {
+        "shorter": text[:-1],
+        "other text": text.replace("line 299", "line 992"),
+        "touched": text,
+    }[how]
+    text_file.write_text(changed, encoding="utf-8")
+    os.utime(text_file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    if how == "touched":
+        assert "".join(source) == text
+        return
+    with pytest.raises(
+        DataError, match=rf"text\.txt has changed .*: it had {before.st_size} bytes"
+    ):
+        source.read(position)
+
+
+def test_digits_are_replaced(text_file, json_file):
+    expected = [re.sub(r"[0-9]+", r"<n\\1>", line) for line in LINES]
+    options = {"digits": r"<n\1>"}  # no pattern: as it is
+    assert list(TextFiles([text_file], lines=True, **options)) == expected
+    assert list(JsonLines([json_file], field="body", **options)) == expected
+    rows = [{"text": line} for line in LINES]
+    assert list(DatasetTexts(rows, **options)) == expected
+    assert list(open_texts([text_file], lines=True, digits="0"))[12].startswith("line 0: ")
+    state = stream(TextFiles([text_file])).state_dict()
+    with pytest.raises(ValueError, match="training data is not what the checkpoint was trained on"):
+        stream(TextFiles([text_file], digits="0")).load_state_dict(state)
+    # Arabic-Indic digits and superscripts: only the first are digits of a number.
+    assert list(DatasetTexts([{"text": "\u0664\u0662 m\u00b2"}], digits="#")) == ["# m\u00b2"]
+
+
+def test_texts_are_encoded_in_batches_by_workers(text_file):
+    calls = []
+
+    class Watched:
+        def encode_batch(self, texts, *, threads=None):
+            calls.append((threading.current_thread().name, len(texts), threads))
+            return TOKENIZER.encode_batch(texts, threads=threads)
+
+    batches = StreamedBatches(
+        TextFiles([text_file], lines=True), Watched(), 8, context=10, buffer=40, threads=2
+    )
+    for _ in range(40):
+        batches.next_batch()
+    # The first buffer is waited for, the others are filled while there is something to learn from.
+    assert calls[0][0] == threading.main_thread().name
+    workers = {name for name, _, _ in calls if name.startswith("lmfast-data")}
+    assert len(workers) == 1
+    assert sum(name in workers for name, _, _ in calls) > len(calls) / 2
+    assert all(texts > 1 and threads == 2 for _, texts, threads in calls)
 
 
 BAD = [

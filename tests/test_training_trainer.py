@@ -332,6 +332,7 @@ def test_a_directory_that_cannot_be_written_is_an_os_error(tmp_path):
         ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
         ({"eval_every": -1}, "eval_every must be 0 .never. or more, got -1"),
         ({"clip_norm": 0.0}, "clip_norm must be above 0 or None, got 0.0"),
+        ({"clip_value": -1}, "clip_value must be above 0 or None, got -1"),
         ({"save_every": 5}, "save_every needs an output_dir"),
         ({"keep": 0}, "keep must be at least 1"),
     ],

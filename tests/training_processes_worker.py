@@ -2,17 +2,20 @@
 
     torchrun --nproc-per-node 2 tests/training_processes_worker.py DIRECTORY
 
-The losses, evaluations and parameters of each go to DIRECTORY/NAME.pt.
+The losses, evaluations and parameters of each go to DIRECTORY/NAME.pt, what is wrong with DTensors
+to DIRECTORY/dtensors.json.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import dtensor_cases
 import torch
 
 from lmfast.models import DecoderLanguageModel, LanguageModel, RecurrentLanguageModel
@@ -106,7 +109,16 @@ def train(name: str, directory: Path) -> dict[str, Any]:
         "losses": report.losses,
         "evaluations": report.evaluations,
         "model": load_model(directory / name / "model").state_dict(),
+        "held": held(run),
     }
+
+
+def held(run: Trainer) -> float:
+    """The share of parameters and optimiser states that this process holds."""
+    states = (t for state in run.optimizer.state.values() for t in state.values())
+    tensors: list[Any] = [*run.model.parameters(), *(t for t in states if t.dim())]
+    local = (t.to_local() if hasattr(t, "to_local") else t for t in tensors)
+    return sum(t.numel() for t in local) / sum(t.numel() for t in tensors)
 
 
 def main() -> None:
@@ -116,6 +128,9 @@ def main() -> None:
             result = train(name, directory)
             if Processes.current().first:
                 torch.save(result, directory / f"{name}.pt")
+        problems = dtensor_cases.run()
+        if Processes.current().first:
+            (directory / "dtensors.json").write_text(json.dumps(problems), encoding="utf-8")
 
 
 if __name__ == "__main__":

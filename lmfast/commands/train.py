@@ -117,6 +117,7 @@ def _trainer(
             floor=(options.min_learning_rate or 0) / options.learning_rate,
         ),
         clip_norm=options.clip_norm,
+        clip_value=options.clip_value,
         accumulate=options.accumulate,
         autocast=torch.bfloat16 if options.autocast else None,
         recompute=options.recompute,

@@ -90,7 +90,11 @@ def load_data(options: argparse.Namespace, stored_tokenizer: Path | None) -> Dat
 
 def _open(options: argparse.Namespace, paths: list[str]) -> TextSource:
     return open_texts(
-        paths, lines=options.lines, field=options.text_field, bad_lines=options.bad_lines
+        paths,
+        lines=options.lines,
+        field=options.text_field,
+        bad_lines=options.bad_lines,
+        digits=options.digits,
     )
 
 

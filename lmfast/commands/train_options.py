@@ -79,6 +79,9 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
         "--text-field", default="text", metavar="NAME", help="of JSON lines and data sets"
     )
     group.add_argument(
+        "--digits", metavar="TEXT", help="takes the place of every run of digits, such as <num>"
+    )
+    group.add_argument(
         "--examples",
         choices=["windows", "texts"],
         help="windows: cut from all texts one behind the other; texts: each one, cut at the "
@@ -143,6 +146,9 @@ def _add_steps(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--clip-norm", type=POSITIVE, metavar="X", help="largest norm of the gradient"
+    )
+    group.add_argument(
+        "--clip-value", type=POSITIVE, metavar="X", help="largest number in the gradient"
     )
     group.add_argument(
         "--seed", type=NATURAL, default=42, metavar="N", help="of parameters and order of the text"

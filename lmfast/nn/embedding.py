@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmfast._sharding import summed
+
 
 class Embedding(nn.Embedding):
     """`torch.nn.Embedding` whose padding row is zero whatever initialised or loaded the table.
@@ -74,12 +76,14 @@ class Embedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         self.clear_padding()
-        return F.embedding(
-            ids,
-            self.weight,
-            self.padding_idx,
-            self.max_norm,
-            self.norm_type,
-            self.scale_grad_by_freq,
-            self.sparse,
+        return summed(
+            F.embedding(
+                ids,
+                self.weight,
+                self.padding_idx,
+                self.max_norm,
+                self.norm_type,
+                self.scale_grad_by_freq,
+                self.sparse,
+            )
         )

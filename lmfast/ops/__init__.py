@@ -1,7 +1,8 @@
 """The operators: one public function each, several implementations behind it.
 
 Every function takes ``backend=`` and is differentiable wherever its formula is. ``lmfast.explain``
-says which implementation a call would use.
+says which implementation a call would use. DTensors, whole and divided, are taken as PyTorch's own
+operators take them (`lmfast/_sharding.py` says what runs without an exchange between processes).
 """
 
 import lmfast.ops._gpu

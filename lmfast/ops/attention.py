@@ -15,6 +15,7 @@ from lmfast._dispatch import (
     register_op,
     select,
 )
+from lmfast._sharding import in_order
 from lmfast.ops._attention_arguments import check
 from lmfast.ops._attention_reference import Options, peer, reference
 from lmfast.ops._attention_samples import samples
@@ -97,6 +98,7 @@ def attention(
         >>> torch.allclose(out[:, :, 0], v[:, :, 0])  # the first query sees the first key only
         True
     """
+    q, k, v = in_order(q), in_order(k), in_order(v)
     if backend is None and mask is window is softcap is sinks is alibi is None:
         out = _plain_call(q, k, v, causal, q_offset, lengths, scale)
         if out is not None:

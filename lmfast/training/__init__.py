@@ -1,5 +1,6 @@
 """Training: texts, batches, the training loop, evaluation and checkpoints."""
 
+from lmfast.training.archives import extract_archive
 from lmfast.training.batches import Batches, ContiguousBatches, PackedBatches, PaddedBatches
 from lmfast.training.chat_format import CHAT_FORMATS, ChatFormat
 from lmfast.training.checkpoint import latest_checkpoint, load_model, save_model
@@ -73,6 +74,7 @@ __all__ = [
     "encode_text",
     "encode_texts",
     "evaluate",
+    "extract_archive",
     "latest_checkpoint",
     "load_model",
     "lora",

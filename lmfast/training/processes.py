@@ -184,6 +184,13 @@ def gradients_stay(module: nn.Module) -> Iterator[None]:
         yield
 
 
+def let_go(module: nn.Module) -> None:
+    """Give back the parameters that FSDP2 gathered for a forward pass without a backward pass."""
+    if hasattr(module, "reshard"):
+        sharded: Any = module
+        sharded.reshard()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor in one piece; all processes must ask for a sharded one."""
     divided: Any = tensor

@@ -12,17 +12,18 @@ from lmfast.training.processes import Processes
 
 
 def check_numbers(
-    counts: dict[str, int | None], intervals: dict[str, int], clip_norm: float | None
+    counts: dict[str, int | None], intervals: dict[str, int], bounds: dict[str, float | None]
 ) -> None:
-    """Raise ValueError for a count below 1 (None will do), a negative interval, or a norm of 0."""
+    """Raise ValueError for a count below 1 (None will do), a negative interval, or a bound of 0."""
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
     for name, interval in intervals.items():
         if interval < 0:
             raise ValueError(f"{name} must be 0 (never) or more, got {interval}")
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"clip_norm must be above 0 or None, got {clip_norm}")
+    for name, bound in bounds.items():
+        if bound is not None and not bound > 0:
+            raise ValueError(f"{name} must be above 0 or None, got {bound}")
 
 
 def check_saving(

@@ -7,6 +7,7 @@ one before ended; reading from the same position gives the same texts.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 import zlib
 from abc import ABC, abstractmethod
@@ -20,10 +21,11 @@ Position = dict[str, int]
 BLOCK_BYTES = 1 << 20
 _BLOCK_ROWS = 1024
 _JSON_LINES = (".jsonl", ".ndjson")
+_DIGITS = re.compile(r"\d+")
 
 
 class DataError(ValueError):
-    """A text that cannot be used; names the file and the line, or the row."""
+    """A text that cannot be used, named by file and line or by row; or a file that changed."""
 
 
 class TextSource(ABC):
@@ -31,13 +33,15 @@ class TextSource(ABC):
 
     Attributes:
         bad_lines: "error" or "skip", what happens at a text that cannot be used.
+        digits: takes the place of every run of digits, such as "<num>"; None: they stay.
         skipped: places of the texts left out so far, such as "a.jsonl:17".
     """
 
-    def __init__(self, bad_lines: str) -> None:
+    def __init__(self, bad_lines: str, digits: str | None = None) -> None:
         if bad_lines not in ("error", "skip"):
             raise ValueError(f'bad_lines must be "error" or "skip", got {bad_lines!r}')
         self.bad_lines = bad_lines
+        self.digits = digits
         self.skipped: dict[str, None] = {}
 
     @abstractmethod
@@ -67,6 +71,16 @@ class TextSource(ABC):
             texts, position = self.read(position)
             yield from texts
 
+    def _replaced(self, texts: list[str]) -> list[str]:
+        """Put the placeholder in."""
+        placeholder = self.digits
+        if placeholder is None:
+            return texts
+        return [_DIGITS.sub(lambda run: placeholder, text) for text in texts]
+
+    def _told(self, identity: dict[str, Any]) -> dict[str, Any]:
+        return identity if self.digits is None else {**identity, "digits": self.digits}
+
     def _bad(self, place: str, reason: str) -> None:
         """Raise, or note a text that is left out and say so once."""
         if self.bad_lines == "error":
@@ -79,11 +93,12 @@ class TextSource(ABC):
 class _Files(TextSource):
     """Texts in files that are read by blocks of whole lines."""
 
-    def __init__(self, paths: Sequence[str | Path], bad_lines: str) -> None:
-        super().__init__(bad_lines)
+    def __init__(self, paths: Sequence[str | Path], bad_lines: str, digits: str | None) -> None:
+        super().__init__(bad_lines, digits)
         self.paths = [Path(path) for path in paths]
         if not self.paths:
             raise ValueError("paths must name at least one file, got none")
+        self._stamps = [_stamp(path) for path in self.paths]
         self._identity = [_file_identity(path) for path in self.paths]
 
     def start(self) -> Position:
@@ -92,6 +107,7 @@ class _Files(TextSource):
     def read(self, position: Position) -> tuple[list[str], Position | None]:
         index, offset, line = position["file"], position["offset"], position["line"]
         path = self.paths[index]
+        self._check_unchanged(index)
         with path.open("rb") as file:
             file.seek(offset)
             data = file.read(BLOCK_BYTES)
@@ -99,7 +115,7 @@ class _Files(TextSource):
                 data += file.readline()
             end = file.tell()
             last = not file.read(1)
-        texts = self._texts(path, data, line, last)
+        texts = self._replaced(self._texts(path, data, line, last))
         if not last:
             return texts, {"file": index, "offset": end, "line": line + data.count(b"\n")}
         following = index + 1 < len(self.paths)
@@ -109,7 +125,22 @@ class _Files(TextSource):
         return f"{self.paths[position['file']]}:{position['line']}"
 
     def identity(self) -> dict[str, Any]:
-        return {"kind": type(self).__name__, "files": self._identity}
+        return self._told({"kind": type(self).__name__, "files": self._identity})
+
+    def _check_unchanged(self, index: int) -> None:
+        """Raise DataError if a file is another one than before: positions in it mean nothing now.
+
+        Looking at size and time takes 2 us of the 2 ms that a block takes to read.
+        """
+        path, stamp = self.paths[index], _stamp(self.paths[index])
+        if stamp == self._stamps[index]:
+            return
+        if _file_identity(path) != self._identity[index]:
+            raise DataError(
+                f"{path} has changed while it was read: "
+                f"it had {self._identity[index]['bytes']} bytes, now {stamp[0]}"
+            )
+        self._stamps[index] = stamp  # touched, not changed
 
     @abstractmethod
     def _texts(self, path: Path, data: bytes, line: int, last: bool) -> list[str]:
@@ -133,6 +164,7 @@ class TextFiles(_Files):
         lines: each line that is not blank is a text of its own; otherwise each file is one long
             text, given in blocks that end with a line.
         bad_lines: at a line that is not UTF-8, "error" or "skip".
+        digits: takes the place of every run of digits.
 
     Raises:
         OSError: a file cannot be read.
@@ -146,9 +178,14 @@ class TextFiles(_Files):
     """
 
     def __init__(
-        self, paths: Sequence[str | Path], *, lines: bool = False, bad_lines: str = "error"
+        self,
+        paths: Sequence[str | Path],
+        *,
+        lines: bool = False,
+        bad_lines: str = "error",
+        digits: str | None = None,
     ) -> None:
-        super().__init__(paths, bad_lines)
+        super().__init__(paths, bad_lines, digits)
         self.lines = lines
 
     def identity(self) -> dict[str, Any]:
@@ -174,6 +211,7 @@ class JsonLines(_Files):
         paths: UTF-8 files, read in this order.
         field: where the text is.
         bad_lines: at a line that is not UTF-8, not JSON, or has no text there, "error" or "skip".
+        digits: takes the place of every run of digits in a text.
 
     Raises:
         OSError: a file cannot be read.
@@ -187,9 +225,14 @@ class JsonLines(_Files):
     """
 
     def __init__(
-        self, paths: Sequence[str | Path], *, field: str = "text", bad_lines: str = "error"
+        self,
+        paths: Sequence[str | Path],
+        *,
+        field: str = "text",
+        bad_lines: str = "error",
+        digits: str | None = None,
     ) -> None:
-        super().__init__(paths, bad_lines)
+        super().__init__(paths, bad_lines, digits)
         self.field = field
 
     def identity(self) -> dict[str, Any]:
@@ -226,6 +269,7 @@ class DatasetTexts(TextSource):
         dataset: rows are mappings.
         field: where a row has its text.
         bad_lines: at a row without a text there, "error" or "skip".
+        digits: takes the place of every run of digits.
 
     Example:
         >>> rows = [{"text": "one"}, {"text": "two"}]
@@ -233,8 +277,15 @@ class DatasetTexts(TextSource):
         ['one', 'two']
     """
 
-    def __init__(self, dataset: Any, *, field: str = "text", bad_lines: str = "error") -> None:
-        super().__init__(bad_lines)
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        field: str = "text",
+        bad_lines: str = "error",
+        digits: str | None = None,
+    ) -> None:
+        super().__init__(bad_lines, digits)
         self.dataset = dataset
         self.field = field
         self._rows: Iterator[Any] = iter(())
@@ -252,14 +303,14 @@ class DatasetTexts(TextSource):
         self._next_row = first + len(rows)
         texts = [self._text(row, number) for number, row in enumerate(rows, first)]
         following = {"row": self._next_row} if len(rows) == _BLOCK_ROWS else None
-        return [text for text in texts if text.strip()], following
+        return self._replaced([text for text in texts if text.strip()]), following
 
     def describe(self, position: Position) -> str:
         return f"row {position['row']}"
 
     def identity(self) -> dict[str, Any]:
         rows = len(self.dataset) if hasattr(self.dataset, "__len__") else None
-        return {"kind": "DatasetTexts", "field": self.field, "rows": rows}
+        return self._told({"kind": "DatasetTexts", "field": self.field, "rows": rows})
 
     def _text(self, row: Any, number: int) -> str:
         try:
@@ -282,13 +333,14 @@ def open_texts(
     lines: bool = False,
     field: str = "text",
     bad_lines: str = "error",
+    digits: str | None = None,
 ) -> TextSource:
     """Return the source for what is at some paths: all text, all JSON lines, or one data set.
 
     Args:
         paths: files ending in .jsonl or .ndjson; or other files, taken as plain text; or one
             directory that `datasets.Dataset.save_to_disk` wrote.
-        lines, field, bad_lines: as in `TextFiles`, `JsonLines` and `DatasetTexts`.
+        lines, field, bad_lines, digits: as in `TextFiles`, `JsonLines` and `DatasetTexts`.
 
     Raises:
         ValueError: the paths are of several kinds.
@@ -299,22 +351,29 @@ def open_texts(
     if len(kinds) > 1:
         raise ValueError(f"data must be of one kind, got {' and '.join(sorted(kinds))}")
     if kinds == {"JSON lines"}:
-        return JsonLines(paths, field=field, bad_lines=bad_lines)
+        return JsonLines(paths, field=field, bad_lines=bad_lines, digits=digits)
     if kinds != {"a data set"}:
-        return TextFiles(paths, lines=lines, bad_lines=bad_lines)
+        return TextFiles(paths, lines=lines, bad_lines=bad_lines, digits=digits)
     if len(paths) > 1:
         raise ValueError(f"data must be one data set, got {len(paths)}")
     try:
         from datasets import load_from_disk
     except ImportError:
         raise ImportError(f"{paths[0]} is a data set: to read it, pip install datasets") from None
-    return DatasetTexts(load_from_disk(str(paths[0])), field=field, bad_lines=bad_lines)
+    dataset = load_from_disk(str(paths[0]))
+    return DatasetTexts(dataset, field=field, bad_lines=bad_lines, digits=digits)
 
 
 def _kind(path: Path) -> str:
     if (path / "dataset_info.json").is_file():
         return "a data set"
     return "JSON lines" if path.suffix in _JSON_LINES else "text"
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Return size and time of the last change."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _file_identity(path: Path) -> dict[str, Any]:

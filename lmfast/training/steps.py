@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lmfast.training.batches import Batches
+from lmfast.training.clipping import clip_gradients
 from lmfast.training.objective import Objective
-from lmfast.training.processes import Processes, distribute, gradients_stay, whole
+from lmfast.training.processes import Processes, distribute, gradients_stay, let_go, whole
 from lmfast.training.schedule import Schedule
 
 
@@ -59,7 +60,7 @@ class Stepper:
         objective: of the model.
         processes: that train together.
         ignore_index: targets that do not count.
-        schedule, clip_norm, accumulate: as in `Trainer`.
+        schedule, clip_norm, clip_value, accumulate: as in `Trainer`.
         shard: divide the parameters among the processes.
     """
 
@@ -71,6 +72,7 @@ class Stepper:
         ignore_index: int,
         schedule: Schedule,
         clip_norm: float | None,
+        clip_value: float | None,
         accumulate: int,
         shard: bool,
     ) -> None:
@@ -80,6 +82,7 @@ class Stepper:
         self._ignore_index = ignore_index
         self._schedule = schedule
         self._clip_norm = clip_norm
+        self._clip_value = clip_value
         self._accumulate = accumulate
         self._device = next(model.parameters()).device
         self._module: Any = objective
@@ -117,8 +120,7 @@ class Stepper:
         step = Step(number, batches.where(), self._tokens(targets), sum(losses[1:], losses[0]))
         if self.settles_at_once:
             self.settle([step])
-        if self._clip_norm is not None:  # never waits for the device
-            step.norm = nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+        step.norm = clip_gradients(self._parameters, norm=self._clip_norm, value=self._clip_value)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self._schedule.factor(number)
         step.learning_rate = optimizer.param_groups[0]["lr"]
@@ -158,6 +160,10 @@ class Stepper:
             return loss * weight
 
         return share
+
+    def evaluated(self) -> None:
+        """End an evaluation."""
+        let_go(self._module)
 
     def _parts(
         self, inputs: Tensor, targets: Tensor, count: int, carries_state: bool

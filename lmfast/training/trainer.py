@@ -54,10 +54,12 @@ class Trainer:
         max_steps: number of optimiser steps in all, earlier ones of a resumed run included.
         evaluation: batches to evaluate on.
         loss: mean loss of (model, inputs, targets, ignore_index), the model's own by default.
-        optimizer: AdamW (betas 0.9 and 0.999, eps 1e-8, fused) by default.
+        optimizer: AdamW (betas 0.9 and 0.999, eps 1e-8, fused) by default. One that takes sparse
+            gradients saves the dense one of a table with `model.embedding.sparse = True`.
         learning_rate, weight_decay: of the default optimiser.
         schedule: multiplies the learning rates; constant by default.
         clip_norm: scale gradients down to this global norm; None = never.
+        clip_value: before that, limit each number of them to this size; None = never.
         accumulate: each batch goes through the model in so many parts, one after the other; the
             step is that of the whole batch, in less memory.
         autocast: torch.bfloat16: compute in bf16 where PyTorch's autocast does; parameters,
@@ -113,6 +115,7 @@ class Trainer:
         weight_decay: float = 0.01,
         schedule: Schedule | None = None,
         clip_norm: float | None = None,
+        clip_value: float | None = None,
         accumulate: int = 1,
         autocast: torch.dtype | None = None,
         recompute: bool = False,
@@ -137,7 +140,7 @@ class Trainer:
                 "patience": patience,
             },
             {"eval_every": eval_every, "save_every": save_every},
-            clip_norm,
+            {"clip_norm": clip_norm, "clip_value": clip_value},
         )
         settings.check_saving(save_every, patience, output_dir, evaluation, eval_every)
         settings.check_model(model, recompute, autocast)
@@ -168,6 +171,7 @@ class Trainer:
             ignore_index=ignore_index,
             schedule=schedule or Schedule(total_steps=max_steps),
             clip_norm=clip_norm,
+            clip_value=clip_value,
             accumulate=accumulate,
             shard=shard,
         )
@@ -229,6 +233,7 @@ class Trainer:
             ignore_index=self.ignore_index,
             max_batches=self.eval_batches,
         )
+        self._stepper.evaluated()
         device = next(self.model.parameters()).device
         loss = torch.tensor(share.loss, dtype=torch.float64, device=device)
         mean = self._processes.sum(loss).item()
