@@ -48,6 +48,7 @@ def saved_by_a_child(run, killed_at):
 
     status = 1  # for whatever else happens: this copy of pytest must not go on
     try:
+        torch.set_num_threads(1)  # the threads of the pool are not in the child
         for name in ("rename", "replace", "fsync", "mkdir", "rmdir", "unlink"):
             setattr(os, name, counted(getattr(os, name)))
         files.save_file = counted(files.save_file)
