@@ -47,19 +47,6 @@ LMFAST_INLINE void multiply_lanes(float* s, const float* factors, int n) {
   }
 }
 
-// A query row as fp32, in the order of P's vectors; zeros behind.
-template <class P>
-LMFAST_INLINE void load_query(const AttentionArgs& a, int64_t b, Row row, int64_t padded,
-                              float* q) {
-  memset(q, 0, sizeof(float) * static_cast<size_t>(padded));
-  LMFAST_DISPATCH_DTYPE(a.dtype, scalar_t, {
-    if constexpr (sizeof(scalar_t) <= sizeof(float)) {
-      to_float_row(row_of<scalar_t>(a.q, b, row.head, row.t), a.head_dim, q);
-    }
-  })
-  P::of_query(q, padded);
-}
-
 struct DecodeRows {
   int count;
   int64_t lo, hi;  // keys that any of them sees, in this split
@@ -72,7 +59,6 @@ template <class P>
 void decode_unit(const AttentionArgs& a, int64_t unit) {
   using S = typename P::Key;
   using Query = typename P::Query;
-  constexpr bool kFloatQuery = sizeof(Query) == sizeof(float);
   const int64_t pair = unit / a.splits, split = unit % a.splits;
   const Unit u{pair / a.kv_heads, pair % a.kv_heads, 0, split};
   const int64_t width = a.head_dim, padded = round_up(width, 32);
@@ -94,13 +80,7 @@ void decode_unit(const AttentionArgs& a, int64_t unit) {
   if (w.lo >= w.hi) return;
   Query* q = reinterpret_cast<Query*>(w.q);
   for (int r = 0; r < w.count; ++r) {
-    if constexpr (kFloatQuery) {
-      load_query<P>(a, u.b, w.row[r], padded, w.q + r * padded);
-    } else {
-      memset(q + r * padded, 0, sizeof(Query) * static_cast<size_t>(padded));
-      memcpy(q + r * padded, row_of<Query>(a.q, u.b, w.row[r].head, w.row[r].t),
-             sizeof(Query) * static_cast<size_t>(width));
-    }
+    P::load_query(a, u.b, w.row[r], padded, q + r * padded);
   }
   alignas(64) float s[kDecodeRows * kLanes], slope[kDecodeRows * kLanes];
   const bool options = has_score_options(a);
