@@ -314,6 +314,7 @@ struct FloatProducts {
   using Key = S;
   using Query = float;
   static constexpr int kRowsAtOnce = kVec >= 16 ? 8 : (kVec >= 8 ? 4 : 2);
+  static LMFAST_INLINE int64_t query_stride(int64_t width) { return round_up(width, 32); }
   template <int kRows>
   static LMFAST_INLINE void dot(const float* q, int64_t padded, const Keys<S>& k, int64_t width,
                                 float* s) {

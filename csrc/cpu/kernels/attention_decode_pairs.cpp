@@ -53,6 +53,7 @@ struct PairProducts {
   using Key = bf16;
   using Query = bf16;
   static constexpr int kRowsAtOnce = 8;
+  static LMFAST_INLINE int64_t query_stride(int64_t width) { return round_up(width, 32); }
   template <int kRows>
   static LMFAST_INLINE void dot(const bf16* q, int64_t padded, const Keys<bf16>& k, int64_t width,
                                 float* s) {

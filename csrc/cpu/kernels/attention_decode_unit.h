@@ -79,8 +79,9 @@ void decode_unit(const AttentionArgs& a, int64_t unit) {
   }
   if (w.lo >= w.hi) return;
   Query* q = reinterpret_cast<Query*>(w.q);
+  const int64_t q_stride = P::query_stride(width);
   for (int r = 0; r < w.count; ++r) {
-    P::load_query(a, u.b, w.row[r], padded, q + r * padded);
+    P::load_query(a, u.b, w.row[r], padded, q + r * q_stride);
   }
   alignas(64) float s[kDecodeRows * kLanes], slope[kDecodeRows * kLanes];
   const bool options = has_score_options(a);
@@ -96,7 +97,7 @@ void decode_unit(const AttentionArgs& a, int64_t unit) {
     const Keys<S> v{row_of<S>(a.v, row, u.kv_head, key), a.v.row, n,
                     row_of<S>(a.v, next, u.kv_head, end)};
     by_rows<P::kRowsAtOnce>(w.count, [&](int r, auto count) {
-      P::template dot<decltype(count)::value>(q + r * padded, padded, k, width, s + r * kLanes);
+      P::template dot<decltype(count)::value>(q + r * q_stride, q_stride, k, width, s + r * kLanes);
     });
     for (int r = 0; r < w.count; ++r) {
       float* scores = s + r * kLanes;
