@@ -100,8 +100,8 @@ def rope_append(
         (True, False)
     """
     if may_run_at_once("rope_append", backend) and not isinstance(positions, bool):
-        given = isinstance(positions, Tensor)
-        starts, offset = (positions, 0) if given else (None, positions or 0)
+        starts = positions if isinstance(positions, Tensor) else None
+        offset = 0 if starts is not None else positions or 0
         scales = (key_scales, value_scales)
         try:
             data = (q, k, v, keys, values)
