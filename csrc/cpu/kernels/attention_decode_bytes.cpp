@@ -12,9 +12,9 @@
 // get 128 added, and 128 times the sum of the query is taken off. Values: bytes of four keys become
 // neighbours by 2 shuffles for 64 numbers; probabilities are the unsigned side.
 //
-// Zen 4, one core, in its cache, against widening: four rows of 128 with queries of 16 bits 1.33
-// times as fast, eight 1.42; in fp32 1.08 and 1.12. What is left are the shuffles, and softmax with
-// the cutting of probabilities, 0.1 us a row for every 64 keys.
+// Zen 4, one core, in its cache, against widening: four rows of 128 with queries of 16 bits 1.32
+// times as fast, eight 1.6; in fp32 1.08 and 1.25; one row as fast or 1.1 times. What is left are
+// the shuffles, and softmax with the cutting of probabilities, 0.1 us a row for every 64 keys.
 //
 // What integers cannot hold (NaN, infinity, scales below zero) is left to the products in fp32.
 #include "../simd_transpose.h"
@@ -175,7 +175,6 @@ template <int kParts>
 struct ByteProducts {
   using Key = int8_t;
   using Query = int8_t;
-  static constexpr int kRowsAtOnce = 4;
   static constexpr float kMostOfQuery = kParts == 3 ? 127.0f * 65536 : 127.0f * 256;
   static constexpr int32_t kMostOfWeight = kParts == 3 ? 0xffffff : 0xffff;
 
@@ -225,38 +224,46 @@ struct ByteProducts {
     memcpy(q, &head, sizeof(head));
   }
 
-  template <int kRows>
-  static LMFAST_INLINE void dot(const int8_t* q, int64_t q_stride, const Keys<int8_t>& k,
+  static LMFAST_INLINE void dot(int rows, const int8_t* q, int64_t q_stride, const Keys<int8_t>& k,
                                 int64_t width, float* s) {
-    const int64_t bytes = query_bytes(width);
-    const int ahead = rows_ahead<int8_t>(width), words = static_cast<int>((width + 3) / 4);
+    const int ahead = rows_ahead<int8_t>(width);
     __m512i lanes[256 / 4];
     for (int j = 0; j < k.count; j += 16) {
       keys_to_lanes(k, j, width, ahead, lanes);
-      __m512i sums[kRows][kParts];
+      by_rows<4>(rows, [&](int r, auto count) {
+        dot_lanes<decltype(count)::value>(q + r * q_stride, q_stride, lanes, width,
+                                          s + r * kLanes + j);
+      });
+    }
+  }
+  template <int kRows>
+  static LMFAST_INLINE void dot_lanes(const int8_t* q, int64_t q_stride, const __m512i* lanes,
+                                      int64_t width, float* s) {
+    const int64_t bytes = query_bytes(width);
+    const int words = static_cast<int>((width + 3) / 4);
+    __m512i sums[kRows][kParts];
 #pragma GCC unroll 12
-      for (int i = 0; i < kRows * kParts; ++i) {
-        sums[i / kParts][i % kParts] = _mm512_setzero_si512();
-      }
-      const int8_t* at = q + sizeof(QueryHead);
-      for (int w = 0; w < words; ++w, at += 4) {
-        const __m512i key = _mm512_load_si512(lanes + w);
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 3
-          for (int part = 0; part < kParts; ++part) {
-            add_products(sums[r][part], key, at + r * q_stride + part * bytes);
-          }
-        }
-      }
+    for (int i = 0; i < kRows * kParts; ++i) {
+      sums[i / kParts][i % kParts] = _mm512_setzero_si512();
+    }
+    const int8_t* at = q + sizeof(QueryHead);
+    for (int w = 0; w < words; ++w, at += 4) {
+      const __m512i key = _mm512_load_si512(lanes + w);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        QueryHead head;
-        memcpy(&head, q + r * q_stride, sizeof(head));
-        const VecF x = whole<kParts>(sums[r], _mm512_set1_epi32(head.high_offset),
-                                     _mm512_set1_epi32(head.low_offset));
-        (x * VecF::set1(head.factor)).store(s + r * kLanes + j);
+#pragma GCC unroll 3
+        for (int part = 0; part < kParts; ++part) {
+          add_products(sums[r][part], key, at + r * q_stride + part * bytes);
+        }
       }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      QueryHead head;
+      memcpy(&head, q + r * q_stride, sizeof(head));
+      const VecF x = whole<kParts>(sums[r], _mm512_set1_epi32(head.high_offset),
+                                   _mm512_set1_epi32(head.low_offset));
+      (x * VecF::set1(head.factor)).store(s + r * kLanes);
     }
   }
 
@@ -288,25 +295,25 @@ struct ByteProducts {
     return true;
   }
 
-  template <int kRows>
-  static LMFAST_INLINE void add(const float* p, const Keys<int8_t>& v, int64_t width, float* out,
-                                int64_t out_stride) {
-    alignas(64) uint8_t bytes[kRows * kParts * kBytes];
-    float factor[kRows];
-    for (int r = 0; r < kRows; ++r) {
+  static LMFAST_INLINE void add(int rows, const float* p, const Keys<int8_t>& v, int64_t width,
+                                float* out, int64_t out_stride) {
+    constexpr int kTogether = kParts == 2 ? 4 : 2;  // rows whose sums fit into registers
+    alignas(64) uint8_t bytes[kDecodeRows * kParts * kBytes];
+    float factor[kDecodeRows];
+    for (int r = 0; r < rows; ++r) {
       if (!weights_as_bytes(p + r * kLanes, bytes + r * kParts * kBytes, factor + r)) {
-        return FloatProducts<int8_t>::add<kRows>(p, v, width, out, out_stride);
+        return FloatProducts<int8_t>::add(rows, p, v, width, out, out_stride);
       }
     }
-    constexpr int kTogether = kRows * kParts <= 8 ? kRows : 2;  // whose sums fit into registers
     const int ahead = rows_ahead<int8_t>(width);
     __m512i fours[kLanes];
     for (int64_t d = 0; d < width; d += kBytes) {
       values_to_fours(v, d, width, ahead, fours);
-      for (int r = 0; r < kRows; r += kTogether) {
-        add_fours<kParts, kTogether>(bytes + r * kParts * kBytes, factor + r, fours, v.count,
-                                     width - d, out + r * out_stride + d, out_stride);
-      }
+      by_rows<kTogether>(rows, [&](int r, auto count) {
+        add_fours<kParts, decltype(count)::value>(bytes + r * kParts * kBytes, factor + r, fours,
+                                                  v.count, width - d, out + r * out_stride + d,
+                                                  out_stride);
+      });
     }
   }
 

@@ -143,6 +143,13 @@ LMFAST_INLINE int rows_ahead(int64_t width) {
   return static_cast<int>(clamp(round_up(kBytes / bytes, 16), 16, kLanes));
 }
 
+// Calls f with the number of rows as a constant, for all of them in turn.
+template <int kRows, class F>
+LMFAST_INLINE void by_rows(int rows, const F& f, int r = 0) {
+  for (; r + kRows <= rows; r += kRows) f(r, Constant<kRows>());
+  if constexpr (kRows > 1) by_rows<kRows / 2>(rows, f, r);
+}
+
 // Scores of kRows query rows (`padded` apart) against all keys: s[r][j].
 template <class V, int kRows, class S>
 LMFAST_INLINE void dot_keys(const typename V::Query* q, int64_t padded, const Keys<S>& k,
@@ -315,15 +322,21 @@ struct FloatProducts {
   using Query = float;
   static constexpr int kRowsAtOnce = kVec >= 16 ? 8 : (kVec >= 8 ? 4 : 2);
   static LMFAST_INLINE int64_t query_stride(int64_t width) { return round_up(width, 32); }
-  template <int kRows>
-  static LMFAST_INLINE void dot(const float* q, int64_t padded, const Keys<S>& k, int64_t width,
-                                float* s) {
-    dot_keys<Wide<S>, kRows>(q, padded, k, width, s);
+  // s[r][j]: the products of `rows` query rows with all keys.
+  static LMFAST_INLINE void dot(int rows, const float* q, int64_t q_stride, const Keys<S>& k,
+                                int64_t width, float* s) {
+    by_rows<kRowsAtOnce>(rows, [&](int r, auto count) {
+      constexpr int kRows = decltype(count)::value;
+      dot_keys<Wide<S>, kRows>(q + r * q_stride, q_stride, k, width, s + r * kLanes);
+    });
   }
-  template <int kRows>
-  static LMFAST_INLINE void add(const float* p, const Keys<S>& v, int64_t width, float* out,
-                                int64_t out_stride) {
-    add_values<SingleValues<S>, kRows>(p, v, width, out, out_stride);
+  // out[r] += the sum of p[r][j] v[j] over all j.
+  static LMFAST_INLINE void add(int rows, const float* p, const Keys<S>& v, int64_t width,
+                                float* out, int64_t out_stride) {
+    by_rows<kRowsAtOnce>(rows, [&](int r, auto count) {
+      add_values<SingleValues<S>, decltype(count)::value>(p + r * kLanes, v, width,
+                                                          out + r * out_stride, out_stride);
+    });
   }
   // A query row as fp32, in the order of the vectors of a key; zeros behind.
   static LMFAST_INLINE void load_query(const AttentionArgs& a, int64_t b, Row row, int64_t padded,

@@ -54,19 +54,23 @@ struct PairProducts {
   using Query = bf16;
   static constexpr int kRowsAtOnce = 8;
   static LMFAST_INLINE int64_t query_stride(int64_t width) { return round_up(width, 32); }
-  template <int kRows>
-  static LMFAST_INLINE void dot(const bf16* q, int64_t padded, const Keys<bf16>& k, int64_t width,
-                                float* s) {
-    dot_keys<Pairs32, kRows>(q, padded, k, width, s);
+  static LMFAST_INLINE void dot(int rows, const bf16* q, int64_t q_stride, const Keys<bf16>& k,
+                                int64_t width, float* s) {
+    by_rows<kRowsAtOnce>(rows, [&](int r, auto count) {
+      constexpr int kRows = decltype(count)::value;
+      dot_keys<Pairs32, kRows>(q + r * q_stride, q_stride, k, width, s + r * kLanes);
+    });
   }
-  template <int kRows>
-  static LMFAST_INLINE void add(const float* p, const Keys<bf16>& v, int64_t width, float* out,
-                                int64_t out_stride) {
-    alignas(64) int32_t pairs[kRows * kLanes / 2];
-    for (int i = 0; i < kRows * kLanes; i += 32) {
-      _mm512_store_si512(pairs + i / 2, load_pairs(p + i));
-    }
-    add_values<PairedValues, kRows>(pairs, v, width, out, out_stride);
+  static LMFAST_INLINE void add(int rows, const float* p, const Keys<bf16>& v, int64_t width,
+                                float* out, int64_t out_stride) {
+    by_rows<kRowsAtOnce>(rows, [&](int r, auto count) {
+      constexpr int kRows = decltype(count)::value;
+      alignas(64) int32_t pairs[kRows * kLanes / 2];
+      for (int i = 0; i < kRows * kLanes; i += 32) {
+        _mm512_store_si512(pairs + i / 2, load_pairs(p + r * kLanes + i));
+      }
+      add_values<PairedValues, kRows>(pairs, v, width, out + r * out_stride, out_stride);
+    });
   }
   static LMFAST_INLINE void load_query(const AttentionArgs& a, int64_t b, Row row, int64_t padded,
                                        bf16* q) {

@@ -7,13 +7,6 @@
 namespace lmfast::LMFAST_ISA {
 namespace {
 
-// Calls f with the number of rows as a constant, for all of them in turn.
-template <int kRows, class F>
-LMFAST_INLINE void by_rows(int rows, const F& f, int r = 0) {
-  for (; r + kRows <= rows; r += kRows) f(r, Constant<kRows>());
-  if constexpr (kRows > 1) by_rows<kRows / 2>(rows, f, r);
-}
-
 // p in place of the scores of one row; its maximum, sum and output follow.
 LMFAST_INLINE void row_softmax(float* s, VecF unit, float* m, float* l, float* out,
                                int64_t padded) {
@@ -96,9 +89,7 @@ void decode_unit(const AttentionArgs& a, int64_t unit) {
                     row_of<S>(a.k, next, u.kv_head, end)};
     const Keys<S> v{row_of<S>(a.v, row, u.kv_head, key), a.v.row, n,
                     row_of<S>(a.v, next, u.kv_head, end)};
-    by_rows<P::kRowsAtOnce>(w.count, [&](int r, auto count) {
-      P::template dot<decltype(count)::value>(q + r * q_stride, q_stride, k, width, s + r * kLanes);
-    });
+    P::dot(w.count, q, q_stride, k, width, s);
     for (int r = 0; r < w.count; ++r) {
       float* scores = s + r * kLanes;
       if (stored_k.scales != nullptr) {
@@ -114,10 +105,7 @@ void decode_unit(const AttentionArgs& a, int64_t unit) {
         multiply_lanes(scores, scales_at(stored_v, row, u.kv_head, key), n);
       }
     }
-    by_rows<P::kRowsAtOnce>(w.count, [&](int r, auto count) {
-      P::template add<decltype(count)::value>(s + r * kLanes, v, width, partial + r * record,
-                                              record);
-    });
+    P::add(w.count, s, v, width, partial, record);
     row = next;
   }
   for (int r = 0; r < w.count; ++r) P::in_order(partial + r * record, padded);
