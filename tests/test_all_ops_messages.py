@@ -6,10 +6,12 @@ import inspect
 
 import pytest
 import torch
-from test_all_ops import EVERY_OP, OPS, call, samples
+from test_all_ops import EVERY_OP, OPS, call, named_arguments, samples
+from torch import Tensor
 
 import lmfast
 from lmfast import _dispatch
+from lmfast.ops.sample import SETTINGS
 
 
 @EVERY_OP
@@ -39,3 +41,24 @@ def test_non_tensor_and_integer_tensors_are_type_errors(op: str) -> None:
         OPS[op].public(first.tolist(), *rest, **sample.kwargs)
     with pytest.raises(TypeError, match=name):
         OPS[op].public(first.long(), *rest, **sample.kwargs)
+
+
+# Small tensors that are read on the host, and may lie there or on the device.
+ANYWHERE = {
+    **{op: {"lengths"} for op in ("elman_rnn", "lstm", "gru")},
+    "sample": {"suppress", *SETTINGS},
+}
+
+
+@EVERY_OP
+def test_a_tensor_on_another_device_is_named(op: str) -> None:
+    tried = set(ANYWHERE.get(op, ()))
+    for sample in samples(op, torch.float32):
+        arguments = named_arguments(op, sample)
+        first = next(iter(arguments))
+        for name, value in arguments.items():
+            if name == first or name in tried or not isinstance(value, Tensor):
+                continue
+            tried.add(name)
+            with pytest.raises(ValueError, match=f"{name} must be on .* device cpu, got meta"):
+                OPS[op].public(**{**arguments, name: value.to("meta")})

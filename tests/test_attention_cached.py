@@ -177,6 +177,61 @@ def test_threads_and_splits_change_nothing(stored: torch.dtype, cpu_isa: str) ->
         torch.set_num_threads(threads)
 
 
+@pytest.mark.usefixtures("needs_cpu_kernels")
+@pytest.mark.parametrize(
+    "change",
+    ["zero query", "tiny query", "huge query", "nan query", "inf query", "negative scales"]
+    + ["nan scale", "inf scale", "tiny scales", "huge scale", "all numbers -128"],
+)
+def test_int8_with_numbers_of_every_kind(change: str, cpu_isa: str) -> None:
+    """Kernels that multiply bytes must notice what integers of 16 or 24 bits cannot hold."""
+    for dtype in (torch.float32, torch.bfloat16):
+        q = torch.randn(2, 6, 2, 40)
+        keys, values = (torch.randint(-127, 128, (2, 2, 150, 40), dtype=torch.int8) for _ in "kv")
+        key_scales, value_scales = (torch.rand(2, 2, 150) / 50 for _ in "kv")
+        match change.split():
+            case ["zero", _]:
+                q[0] = 0
+            case ["tiny", "query"]:
+                q[:, 2] *= 1e-36
+                key_scales *= 1e30
+            case ["huge", "query"]:
+                q[:, 2] *= 1e30
+                key_scales *= 1e-30
+            case ["nan", "query"]:
+                q[1, 3, 1, 7] = math.nan
+            case ["inf", "query"]:
+                q[1, 3, 1, 7] = math.inf
+            case ["negative", _]:
+                value_scales[:, :, ::3] *= -1
+                key_scales[:, :, ::5] *= -1
+            case ["nan", "scale"]:
+                value_scales[0, 0, 20] = key_scales[1, 1, 99] = math.nan
+            case ["inf", "scale"]:
+                value_scales[0, 0, 20] = math.inf
+            case ["tiny", "scales"]:
+                value_scales *= 1e-33
+            case ["huge", "scale"]:
+                value_scales[:, :, 77] = 1e30
+            case _:
+                keys.fill_(-128)
+                values.fill_(-128)
+        scales = {"key_scales": key_scales, "value_scales": value_scales}
+        given = (q.to(dtype), keys, values, torch.tensor([150, 97]))
+        found, expected = (
+            ops.cached_attention(*given, **scales, backend=backend) for backend in ("cpu", "torch")
+        )
+        eps = torch.finfo(dtype).eps
+        largest = expected.nan_to_num(0, 0, 0).abs().max().item()
+        torch.testing.assert_close(
+            found,
+            expected,
+            rtol=2e-5 if eps < 1e-6 else eps,
+            atol=16 * eps * largest,
+            equal_nan=True,
+        )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -30,7 +30,9 @@ inline bool is_decoding(const AttentionArgs& a) {
 
 inline attention_decode_fn decode_kernel(const AttentionArgs& a) {
   const bool pairs = on_tiles(a) && a.stored.type == Stored::kBF16;
-  return pairs ? attention_decode_pairs_kernel() : attention_decode_kernel();
+  if (pairs) return attention_decode_pairs_kernel();
+  const bool bytes = a.stored.type == Stored::kI8 && has_byte_products();
+  return bytes ? attention_decode_bytes_kernel() : attention_decode_kernel();
 }
 
 // Ranges of query rows: each repeats the packing of the keys, so not too short.

@@ -6,4 +6,7 @@ namespace lmfast {
 // AVX512-BF16 and VBMI, which the avx512 level does not imply and tiles_avx512.h needs.
 bool has_bf16_products();
 
+// AVX512-VNNI at the current level.
+bool has_byte_products();
+
 }  // namespace lmfast

@@ -5,30 +5,13 @@
 
 #include "bf16_products.h"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 namespace lmfast {
 
 using torch::headeronly::ScalarType;
 
-static bool has_avx512_vnni() {
-  if (static_cast<int>(current_isa()) < static_cast<int>(Isa::kAvx512)) return false;
-#if defined(__x86_64__)
-  static const bool present = [] {
-    uint32_t a = 0, b = 0, c = 0, d = 0;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (c & (1u << 11)) != 0;
-  }();
-  return present;
-#else
-  return false;
-#endif
-}
-
 void set_instructions(EngineArgs& a) {
   const Isa isa = current_isa();
-  a.vnni = has_avx512_vnni();
+  a.vnni = has_byte_products();
   a.bf16 = isa == Isa::kAmx || (isa == Isa::kAvx512 && has_bf16_products());
 }
 

@@ -29,7 +29,7 @@ struct Feature {
 
 struct Probe {
   Isa best = Isa::kDefault;
-  bool bf16_products = false;
+  bool bf16_products = false, byte_products = false;
   std::string features;
 };
 
@@ -86,6 +86,7 @@ Probe probe() {
   if (!(os_zmm && avx512)) return result;
   result.best = Isa::kAvx512;
   result.bf16_products = bf16 && vbmi;
+  result.byte_products = vnni;
   if (!(os_tile && amx && bf16 && vnni && vbmi)) return result;
   if (!request_amx_permission()) {
     result.features += " (amx: permission refused by the operating system)";
@@ -132,6 +133,8 @@ Isa best_isa() { return probed().best; }
 Isa current_isa() { return static_cast<Isa>(level().load(std::memory_order_relaxed)); }
 
 bool has_bf16_products() { return probed().bf16_products; }
+
+bool has_byte_products() { return current_isa() >= Isa::kAvx512 && probed().byte_products; }
 
 bool set_isa(Isa isa) {
   if (static_cast<int>(isa) > static_cast<int>(best_isa())) return false;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <vector>
 
 #include "scratch.h"
 
@@ -15,16 +16,24 @@ using torch::stable::parallel_for;
 Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                        bool relu) {
   check_rows(x, "x");
-  LMFAST_CHECK(x.dim() == 2 && weight.dim() == 2 && weight.is_cpu(),
-               "x and weight must be CPU matrices");
+  LMFAST_CHECK(x.dim() > 0 && weight.dim() == 2 && weight.is_cpu(),
+               "weight must be a CPU matrix, and x have a last dimension");
   LinearFewRowsArgs a{};
   a.dtype = dtype_of(weight, "weight");
   LMFAST_CHECK(a.dtype != DType::kF64 && dtype_of(x, "x") == a.dtype,
                "x must have weight's dtype, float32, bfloat16 or float16");
-  a.rows = x.size(0);
+  const int64_t last = x.dim() - 1;
   a.columns = weight.size(0);
   a.depth = weight.size(1);
-  LMFAST_CHECK(x.size(1) == a.depth, "x and weight must have rows of one length");
+  LMFAST_CHECK(x.size(last) == a.depth, "x and weight must have rows of one length");
+  LMFAST_CHECK(x.dim() == 2 || x.is_contiguous(), "x must be contiguous, or a matrix");
+  std::vector<int64_t> shape;
+  a.rows = 1;
+  for (int64_t d = 0; d < last; ++d) {
+    shape.push_back(x.size(d));
+    a.rows *= x.size(d);
+  }
+  shape.push_back(a.columns);
   LMFAST_CHECK(a.rows <= kFewRows, "x must have at most ", kFewRows, " rows, got ", a.rows);
   a.by_columns = a.depth > 1 && weight.stride(1) != 1;
   LMFAST_CHECK(!a.by_columns || a.columns <= 1 || weight.stride(0) == 1,
@@ -38,17 +47,18 @@ Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const std::optiona
                  "bias must be a contiguous vector of ", a.columns, " elements of weight's dtype");
     a.bias = bias->const_data_ptr();
   }
-  Tensor out = new_empty(x, {a.rows, a.columns});
+  Tensor out = new_empty(x, shape);
   a.out = out.mutable_data_ptr();
 
+  const int64_t x_stride = x.dim() == 2 ? x.stride(0) : a.depth;
   ScratchMemory wide = allocate_scratch(0);
   if (a.dtype == DType::kF32) {
     a.x = static_cast<const float*>(x.const_data_ptr());
-    a.x_stride = x.stride(0);
+    a.x_stride = x_stride;
   } else {
     wide = allocate_scratch(a.rows * a.depth * static_cast<int64_t>(sizeof(float)));
     float* floats = static_cast<float*>(wide.get());
-    linear_few_rows_widen_kernel()({a.dtype, a.depth, x.const_data_ptr(), x.stride(0), floats}, 0,
+    linear_few_rows_widen_kernel()({a.dtype, a.depth, x.const_data_ptr(), x_stride, floats}, 0,
                                    a.rows);
     a.x = floats;
     a.x_stride = a.depth;

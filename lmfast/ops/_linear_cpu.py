@@ -35,7 +35,7 @@ _plain_product = define(
 
 
 def _few_fake(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]))
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 _few_rows = define(
@@ -101,11 +101,10 @@ def linear_of_few_rows(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False
 ) -> Tensor:
     """`linear` for CPU tensors of which `few_rows` holds: no checks, no autograd, no choice."""
-    rows = x.reshape(-1, x.shape[-1])
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    if not x.is_contiguous() and (x.dim() != 2 or x.stride(1) != 1):
+        x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
-    y = _few_rows(rows, _matrix(weight), bias, relu)
-    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
+    return _few_rows(x, _matrix(weight), bias, relu)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, rounded: bool) -> Tensor:

@@ -26,6 +26,7 @@ from lmfast.ops._library import (
     define,
     may_run_at_once,
     needs_grad,
+    on_cpu,
     unsupported_by_cpu_kernels,
     with_unit_last_stride,
 )
@@ -174,7 +175,7 @@ def _plain_call(
         return None
     offset, offsets = (None, q_offset) if isinstance(q_offset, Tensor) else (q_offset, None)
     try:
-        if not q.is_cpu:
+        if not on_cpu(q, k, v, offsets, lengths):
             return None
         # bool and int pass for each other in an operator.
         if isinstance(q_offset, bool) or not isinstance(causal, bool) or needs_grad(q, k, v):

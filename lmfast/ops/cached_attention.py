@@ -17,6 +17,7 @@ from lmfast.ops._library import (
     define,
     may_run_at_once,
     needs_grad,
+    on_cpu,
     unsupported_by_cpu_kernels,
     with_unit_last_stride,
 )
@@ -94,7 +95,8 @@ def cached_attention(
     plain = bool not in (type(window), type(softcap), type(scale))
     if plain and may_run_at_once("cached_attention", backend):
         try:
-            if q.is_cpu and not needs_grad(q, keys, values, key_scales, value_scales, sinks, alibi):
+            given = (q, keys, values, key_scales, value_scales, sinks, alibi)
+            if on_cpu(*given, lengths, table) and not needs_grad(*given):
                 return _operator(
                     q,
                     keys,

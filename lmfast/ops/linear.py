@@ -9,17 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmfast import _extension
 from lmfast._dispatch import (
     Op,
     implementation,
-    is_requested,
     register,
     register_op,
     select,
 )
 from lmfast.ops._autograd import apply, differentiate, recording_backward
-from lmfast.ops._library import check_same_device, check_tensor, define, needs_grad
+from lmfast.ops._library import (
+    REFUSALS,
+    check_same_device,
+    check_tensor,
+    define,
+    may_run_at_once,
+    needs_grad,
+    on_cpu,
+)
 from lmfast.ops._linear_cpu import backward, few_rows, forward, linear_of_few_rows, unsupported
 from lmfast.ops._linear_cross_entropy_arguments import bf16_products_allowed
 from lmfast.testing import Sample
@@ -70,8 +76,12 @@ def linear(
         >>> lmfast.ops.linear(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -4.0]]), relu=True)
         tensor([[0.]])
     """
-    if backend is None and _is_plain(x, weight, bias) and not is_requested("linear"):
-        return linear_of_few_rows(x, weight, bias, bool(relu))
+    if may_run_at_once("linear", backend):
+        try:
+            if _is_for_few_rows(x, weight, bias):
+                return linear_of_few_rows(x, weight, bias, bool(relu))
+        except REFUSALS:
+            pass
     args = _check(x, weight, bias, relu=relu)
     chosen = select(OP, args, backend)
     if chosen.backend == "torch":
@@ -84,33 +94,15 @@ def linear(
 _TENSORS = (Tensor, torch.nn.Parameter)
 
 
-def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether a call is right and one for the kernel of few rows, found out in two microseconds.
-
-    While a model generates, the checks below would take as long as a small product.
-    """
+def _is_for_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the operator for few rows, which has checks of its own, is to be tried."""
     return (
         type(x) in _TENSORS
         and type(weight) in _TENSORS
-        and x.dtype == weight.dtype
-        and weight.dim() == 2
-        and x.dim() > 0
-        and x.shape[-1] == weight.shape[1]
         and few_rows(x, weight)
-        and x.device.type == weight.device.type == "cpu"
-        and (
-            bias is None
-            or (
-                type(bias) in _TENSORS
-                and bias.shape == weight.shape[:1]
-                and bias.dtype == x.dtype
-                and bias.device.type == "cpu"
-            )
-        )
-        and _extension.cpu.loaded
+        and on_cpu(x, weight, bias)
         and not torch.is_autocast_enabled("cpu")
         and not needs_grad(x, weight, bias)
-        and x.layout == weight.layout == torch.strided
     )
 
 

@@ -17,6 +17,7 @@ from lmfast.ops._library import (
     define,
     may_run_at_once,
     needs_grad,
+    on_cpu,
     unsupported_by_cpu_kernels,
     with_unit_last_stride,
 )
@@ -99,13 +100,14 @@ def rope_append(
         (True, False)
     """
     if may_run_at_once("rope_append", backend) and not isinstance(positions, bool):
-        given = isinstance(positions, Tensor)
-        starts, offset = (positions, 0) if given else (None, positions or 0)
+        starts = positions if isinstance(positions, Tensor) else None
+        offset = 0 if starts is not None else positions or 0
         scales = (key_scales, value_scales)
         try:
-            if q.is_cpu and not needs_grad(q, k, v, keys, values):
-                rotation = (cos, sin, starts, offset, interleaved)
-                _op(q, k, v, keys, values, *scales, slots, tokens, *rotation)
+            data = (q, k, v, keys, values)
+            indices = (slots, tokens)
+            if on_cpu(*data, *scales, *indices, cos, sin, starts) and not needs_grad(*data):
+                _op(*data, *scales, *indices, cos, sin, starts, offset, interleaved)
                 return q
         except REFUSALS:
             pass

@@ -143,6 +143,13 @@ LMFAST_INLINE int rows_ahead(int64_t width) {
   return static_cast<int>(clamp(round_up(kBytes / bytes, 16), 16, kLanes));
 }
 
+// Calls f with the number of rows as a constant, for all of them in turn.
+template <int kRows, class F>
+LMFAST_INLINE void by_rows(int rows, const F& f, int r = 0) {
+  for (; r + kRows <= rows; r += kRows) f(r, Constant<kRows>());
+  if constexpr (kRows > 1) by_rows<kRows / 2>(rows, f, r);
+}
+
 // Scores of kRows query rows (`padded` apart) against all keys: s[r][j].
 template <class V, int kRows, class S>
 LMFAST_INLINE void dot_keys(const typename V::Query* q, int64_t padded, const Keys<S>& k,
@@ -195,11 +202,29 @@ LMFAST_INLINE void dot_keys(const typename V::Query* q, int64_t padded, const Ke
   }
 }
 
+// Values one key at a time, and their weights.
+template <class S>
+struct SingleValues {
+  using Key = S;
+  using Weight = float;
+  static constexpr int kAtOnce = 1;
+  Wide<S> x;
+  static LMFAST_INLINE SingleValues load(const S* p, int64_t, bool, int n) {
+    return {n < kStep ? Wide<S>::load(p, n) : Wide<S>::load(p)};
+  }
+  static LMFAST_INLINE VecF weight(const Weight* p) { return VecF::set1(*p); }
+  LMFAST_INLINE void add_to(VecF weight, VecF& a, VecF& b) const {
+    a = fmadd(weight, x.a, a);
+    b = fmadd(weight, x.b, b);
+  }
+};
+
 // out[r] += sum over j of p[r][j] v[j], for kSteps steps of columns; `rest` of the last one.
-template <int kRows, int kSteps, class S>
-LMFAST_INLINE void add_columns(const float* p, const Keys<S>& v, int64_t d, int rest, int ahead,
-                               float* out, int64_t out_stride) {
-  using V = Wide<S>;
+// M: how values are taken, kAtOnce of them together, with one weight.
+template <class M, int kRows, int kSteps>
+LMFAST_INLINE void add_columns(const typename M::Weight* p, const Keys<typename M::Key>& v,
+                               int64_t d, int rest, int ahead, float* out, int64_t out_stride) {
+  using S = typename M::Key;
   VecF a[kRows][kSteps], b[kRows][kSteps];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -207,23 +232,24 @@ LMFAST_INLINE void add_columns(const float* p, const Keys<S>& v, int64_t d, int 
     for (int i = 0; i < kSteps; ++i) a[r][i] = b[r][i] = VecF::zero();
   }
   const S* row = v.rows + d;
-  for (int j = 0; j < v.count; ++j, row += v.stride) {
-    const S* later = v.ahead(j + ahead) + d;
-    V x[kSteps];
+  for (int j = 0; j < v.count; j += M::kAtOnce, row += M::kAtOnce * v.stride) {
+    const S* later[M::kAtOnce];
+    for (int i = 0; i < M::kAtOnce; ++i) later[i] = v.ahead(j + i + ahead) + d;
+    const bool all = j + M::kAtOnce <= v.count;
+    M x[kSteps];
 #pragma GCC unroll 4
     for (int i = 0; i < kSteps; ++i) {
-      prefetch(later + i * kStep);
-      if constexpr (sizeof(S) * kStep > 64) prefetch(later + i * kStep + kVec);
-      x[i] = kSteps == 1 && rest < kStep ? V::load(row, rest) : V::load(row + i * kStep);
+      for (const S* next : later) {
+        prefetch(next + i * kStep);
+        if constexpr (sizeof(S) * kStep > 64) prefetch(next + i * kStep + kVec);
+      }
+      x[i] = M::load(row + i * kStep, v.stride, all, kSteps == 1 ? rest : kStep);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const VecF weight = VecF::set1(p[r * kLanes + j]);
+      const auto weight = M::weight(p + (r * kLanes + j) / M::kAtOnce);
 #pragma GCC unroll 4
-      for (int i = 0; i < kSteps; ++i) {
-        a[r][i] = fmadd(weight, x[i].a, a[r][i]);
-        b[r][i] = fmadd(weight, x[i].b, b[r][i]);
-      }
+      for (int i = 0; i < kSteps; ++i) x[i].add_to(weight, a[r][i], b[r][i]);
     }
   }
 #pragma GCC unroll 8
@@ -237,25 +263,25 @@ LMFAST_INLINE void add_columns(const float* p, const Keys<S>& v, int64_t d, int 
   }
 }
 // All columns; outputs take up to 16 registers (8 where there are 16).
-template <int kRows, class S>
-LMFAST_INLINE void add_values(const float* p, const Keys<S>& v, int64_t width, float* out,
-                              int64_t out_stride) {
+template <class M, int kRows>
+LMFAST_INLINE void add_values(const typename M::Weight* p, const Keys<typename M::Key>& v,
+                              int64_t width, float* out, int64_t out_stride) {
   constexpr int kMost = (kVec >= 16 ? 8 : 4) / kRows;
   constexpr int kSteps = kMost < 1 ? 1 : (kMost > 4 ? 4 : kMost);
-  const int ahead = rows_ahead<S>(width);
+  const int ahead = rows_ahead<typename M::Key>(width);
   int64_t d = 0;
   for (; d + kSteps * kStep <= width; d += kSteps * kStep) {
-    add_columns<kRows, kSteps>(p, v, d, kStep, ahead, out, out_stride);
+    add_columns<M, kRows, kSteps>(p, v, d, kStep, ahead, out, out_stride);
   }
   if constexpr (kSteps > 2) {
     if (d + 2 * kStep <= width) {
-      add_columns<kRows, 2>(p, v, d, kStep, ahead, out, out_stride);
+      add_columns<M, kRows, 2>(p, v, d, kStep, ahead, out, out_stride);
       d += 2 * kStep;
     }
   }
   for (; d < width; d += kStep) {
     const int rest = static_cast<int>(width - d < kStep ? width - d : kStep);
-    add_columns<kRows, 1>(p, v, d, rest, ahead, out, out_stride);
+    add_columns<M, kRows, 1>(p, v, d, rest, ahead, out, out_stride);
   }
 }
 
@@ -281,23 +307,42 @@ LMFAST_INLINE void from_even_odd(float* x, int64_t padded) {
   }
 }
 
+LMFAST_INLINE void to_float_query(const AttentionArgs& a, int64_t b, Row row, float* q) {
+  LMFAST_DISPATCH_DTYPE(a.dtype, scalar_t, {
+    if constexpr (sizeof(scalar_t) <= sizeof(float)) {
+      to_float_row(row_of<scalar_t>(a.q, b, row.head, row.t), a.head_dim, q);
+    }
+  })
+}
+
 // Products in fp32, of numbers widened as they are read.
 template <class S>
 struct FloatProducts {
   using Key = S;
   using Query = float;
   static constexpr int kRowsAtOnce = kVec >= 16 ? 8 : (kVec >= 8 ? 4 : 2);
-  template <int kRows>
-  static LMFAST_INLINE void dot(const float* q, int64_t padded, const Keys<S>& k, int64_t width,
-                                float* s) {
-    dot_keys<Wide<S>, kRows>(q, padded, k, width, s);
+  static LMFAST_INLINE int64_t query_stride(int64_t width) { return round_up(width, 32); }
+  // s[r][j]: the products of `rows` query rows with all keys.
+  static LMFAST_INLINE void dot(int rows, const float* q, int64_t q_stride, const Keys<S>& k,
+                                int64_t width, float* s) {
+    by_rows<kRowsAtOnce>(rows, [&](int r, auto count) {
+      constexpr int kRows = decltype(count)::value;
+      dot_keys<Wide<S>, kRows>(q + r * q_stride, q_stride, k, width, s + r * kLanes);
+    });
   }
-  template <int kRows>
-  static LMFAST_INLINE void add(const float* p, const Keys<S>& v, int64_t width, float* out,
-                                int64_t out_stride) {
-    add_values<kRows>(p, v, width, out, out_stride);
+  // out[r] += the sum of p[r][j] v[j] over all j.
+  static LMFAST_INLINE void add(int rows, const float* p, const Keys<S>& v, int64_t width,
+                                float* out, int64_t out_stride) {
+    by_rows<kRowsAtOnce>(rows, [&](int r, auto count) {
+      add_values<SingleValues<S>, decltype(count)::value>(p + r * kLanes, v, width,
+                                                          out + r * out_stride, out_stride);
+    });
   }
-  static LMFAST_INLINE void of_query(float* q, int64_t padded) {
+  // A query row as fp32, in the order of the vectors of a key; zeros behind.
+  static LMFAST_INLINE void load_query(const AttentionArgs& a, int64_t b, Row row, int64_t padded,
+                                       float* q) {
+    memset(q, 0, sizeof(float) * static_cast<size_t>(padded));
+    to_float_query(a, b, row, q);
     if constexpr (Wide<S>::kEvenOdd) to_even_odd(q, padded);
   }
   static LMFAST_INLINE void in_order(float* out, int64_t padded) {

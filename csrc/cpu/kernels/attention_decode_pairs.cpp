@@ -31,85 +31,52 @@ LMFAST_INLINE VecF add_dot(VecF sum, const Pairs32& x, const bf16* q) {
   return dot_pairs(x.x, load_pairs(q), sum);
 }
 
-// out[r] += sum over j of p[r][j] v[j] for kSteps steps of 32 columns, `rest` of the last one; p as
-// pairs of two keys. Each step's two vectors are in the order of the unpacking instructions.
-template <int kRows, int kSteps>
-LMFAST_INLINE void add_pair_columns(const int32_t* p, const Keys<bf16>& v, int64_t d, int rest,
-                                    int ahead, float* out, int64_t out_stride) {
-  VecF a[kRows][kSteps], b[kRows][kSteps];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kSteps; ++i) a[r][i] = b[r][i] = VecF::zero();
+// Values of two keys, as pairs in the order of the unpacking instructions.
+struct PairedValues {
+  using Key = bf16;
+  using Weight = int32_t;  // two of bf16
+  static constexpr int kAtOnce = 2;
+  __m512i low, high;
+  static LMFAST_INLINE PairedValues load(const bf16* p, int64_t stride, bool two, int n) {
+    const __m512i x = load_pairs(p, n);
+    const __m512i y = two ? load_pairs(p + stride, n) : _mm512_setzero_si512();
+    return {_mm512_unpacklo_epi16(x, y), _mm512_unpackhi_epi16(x, y)};
   }
-  const bf16* row = v.rows + d;
-  for (int j = 0; j < v.count; j += 2, row += 2 * v.stride) {
-    const bf16 *later = v.ahead(j + ahead) + d, *after = v.ahead(j + 1 + ahead) + d;
-    const bool two = j + 1 < v.count;
-    __m512i low[kSteps], high[kSteps];
-#pragma GCC unroll 4
-    for (int i = 0; i < kSteps; ++i) {
-      prefetch(later + i * kStep);
-      prefetch(after + i * kStep);
-      const int n = kSteps == 1 ? rest : kStep;
-      const __m512i x = load_pairs(row + i * kStep, n);
-      const __m512i y = two ? load_pairs(row + v.stride + i * kStep, n) : _mm512_setzero_si512();
-      low[i] = _mm512_unpacklo_epi16(x, y);
-      high[i] = _mm512_unpackhi_epi16(x, y);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const __m512i weight = _mm512_set1_epi32(p[r * kLanes / 2 + j / 2]);
-#pragma GCC unroll 4
-      for (int i = 0; i < kSteps; ++i) {
-        a[r][i] = dot_pairs(low[i], weight, a[r][i]);
-        b[r][i] = dot_pairs(high[i], weight, b[r][i]);
-      }
-    }
+  static LMFAST_INLINE __m512i weight(const Weight* p) { return _mm512_set1_epi32(*p); }
+  LMFAST_INLINE void add_to(__m512i weight, VecF& a, VecF& b) const {
+    a = dot_pairs(low, weight, a);
+    b = dot_pairs(high, weight, b);
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kSteps; ++i) {
-      float* at = out + r * out_stride + d + i * kStep;
-      (VecF::load(at) + a[r][i]).store(at);
-      (VecF::load(at + kVec) + b[r][i]).store(at + kVec);
-    }
-  }
-}
+};
 
 struct PairProducts {
   using Key = bf16;
   using Query = bf16;
   static constexpr int kRowsAtOnce = 8;
-  template <int kRows>
-  static LMFAST_INLINE void dot(const bf16* q, int64_t padded, const Keys<bf16>& k, int64_t width,
-                                float* s) {
-    dot_keys<Pairs32, kRows>(q, padded, k, width, s);
+  static LMFAST_INLINE int64_t query_stride(int64_t width) { return round_up(width, 32); }
+  static LMFAST_INLINE void dot(int rows, const bf16* q, int64_t q_stride, const Keys<bf16>& k,
+                                int64_t width, float* s) {
+    by_rows<kRowsAtOnce>(rows, [&](int r, auto count) {
+      constexpr int kRows = decltype(count)::value;
+      dot_keys<Pairs32, kRows>(q + r * q_stride, q_stride, k, width, s + r * kLanes);
+    });
   }
-  template <int kRows>
-  static LMFAST_INLINE void add(const float* p, const Keys<bf16>& v, int64_t width, float* out,
-                                int64_t out_stride) {
-    constexpr int kMost = 8 / kRows, kSteps = kMost > 4 ? 4 : kMost;
-    alignas(64) int32_t pairs[kRows * kLanes / 2];
-    for (int i = 0; i < kRows * kLanes; i += 32) {
-      _mm512_store_si512(pairs + i / 2, load_pairs(p + i));
-    }
-    const int ahead = rows_ahead<bf16>(width);
-    int64_t d = 0;
-    for (; d + kSteps * kStep <= width; d += kSteps * kStep) {
-      add_pair_columns<kRows, kSteps>(pairs, v, d, kStep, ahead, out, out_stride);
-    }
-    if constexpr (kSteps > 2) {
-      if (d + 2 * kStep <= width) {
-        add_pair_columns<kRows, 2>(pairs, v, d, kStep, ahead, out, out_stride);
-        d += 2 * kStep;
+  static LMFAST_INLINE void add(int rows, const float* p, const Keys<bf16>& v, int64_t width,
+                                float* out, int64_t out_stride) {
+    by_rows<kRowsAtOnce>(rows, [&](int r, auto count) {
+      constexpr int kRows = decltype(count)::value;
+      alignas(64) int32_t pairs[kRows * kLanes / 2];
+      for (int i = 0; i < kRows * kLanes; i += 32) {
+        _mm512_store_si512(pairs + i / 2, load_pairs(p + r * kLanes + i));
       }
-    }
-    for (; d < width; d += kStep) {
-      const int rest = static_cast<int>(width - d < kStep ? width - d : kStep);
-      add_pair_columns<kRows, 1>(pairs, v, d, rest, ahead, out, out_stride);
-    }
+      add_values<PairedValues, kRows>(pairs, v, width, out + r * out_stride, out_stride);
+    });
+  }
+  static LMFAST_INLINE void load_query(const AttentionArgs& a, int64_t b, Row row, int64_t padded,
+                                       bf16* q) {
+    memset(q, 0, sizeof(bf16) * static_cast<size_t>(padded));
+    memcpy(q, row_of<bf16>(a.q, b, row.head, row.t),
+           sizeof(bf16) * static_cast<size_t>(a.head_dim));
   }
   // Of every 8 columns the unpacked vectors have 4 each.
   static LMFAST_INLINE void in_order(float* out, int64_t padded) {

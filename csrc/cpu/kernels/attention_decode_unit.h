@@ -7,13 +7,6 @@
 namespace lmfast::LMFAST_ISA {
 namespace {
 
-// Calls f with the number of rows as a constant, for all of them in turn.
-template <int kRows, class F>
-LMFAST_INLINE void by_rows(int rows, const F& f, int r = 0) {
-  for (; r + kRows <= rows; r += kRows) f(r, Constant<kRows>());
-  if constexpr (kRows > 1) by_rows<kRows / 2>(rows, f, r);
-}
-
 // p in place of the scores of one row; its maximum, sum and output follow.
 LMFAST_INLINE void row_softmax(float* s, VecF unit, float* m, float* l, float* out,
                                int64_t padded) {
@@ -47,19 +40,6 @@ LMFAST_INLINE void multiply_lanes(float* s, const float* factors, int n) {
   }
 }
 
-// A query row as fp32, in the order of P's vectors; zeros behind.
-template <class P>
-LMFAST_INLINE void load_query(const AttentionArgs& a, int64_t b, Row row, int64_t padded,
-                              float* q) {
-  memset(q, 0, sizeof(float) * static_cast<size_t>(padded));
-  LMFAST_DISPATCH_DTYPE(a.dtype, scalar_t, {
-    if constexpr (sizeof(scalar_t) <= sizeof(float)) {
-      to_float_row(row_of<scalar_t>(a.q, b, row.head, row.t), a.head_dim, q);
-    }
-  })
-  P::of_query(q, padded);
-}
-
 struct DecodeRows {
   int count;
   int64_t lo, hi;  // keys that any of them sees, in this split
@@ -72,7 +52,6 @@ template <class P>
 void decode_unit(const AttentionArgs& a, int64_t unit) {
   using S = typename P::Key;
   using Query = typename P::Query;
-  constexpr bool kFloatQuery = sizeof(Query) == sizeof(float);
   const int64_t pair = unit / a.splits, split = unit % a.splits;
   const Unit u{pair / a.kv_heads, pair % a.kv_heads, 0, split};
   const int64_t width = a.head_dim, padded = round_up(width, 32);
@@ -93,14 +72,9 @@ void decode_unit(const AttentionArgs& a, int64_t unit) {
   }
   if (w.lo >= w.hi) return;
   Query* q = reinterpret_cast<Query*>(w.q);
+  const int64_t q_stride = P::query_stride(width);
   for (int r = 0; r < w.count; ++r) {
-    if constexpr (kFloatQuery) {
-      load_query<P>(a, u.b, w.row[r], padded, w.q + r * padded);
-    } else {
-      memset(q + r * padded, 0, sizeof(Query) * static_cast<size_t>(padded));
-      memcpy(q + r * padded, row_of<Query>(a.q, u.b, w.row[r].head, w.row[r].t),
-             sizeof(Query) * static_cast<size_t>(width));
-    }
+    P::load_query(a, u.b, w.row[r], padded, q + r * q_stride);
   }
   alignas(64) float s[kDecodeRows * kLanes], slope[kDecodeRows * kLanes];
   const bool options = has_score_options(a);
@@ -115,9 +89,7 @@ void decode_unit(const AttentionArgs& a, int64_t unit) {
                     row_of<S>(a.k, next, u.kv_head, end)};
     const Keys<S> v{row_of<S>(a.v, row, u.kv_head, key), a.v.row, n,
                     row_of<S>(a.v, next, u.kv_head, end)};
-    by_rows<P::kRowsAtOnce>(w.count, [&](int r, auto count) {
-      P::template dot<decltype(count)::value>(q + r * padded, padded, k, width, s + r * kLanes);
-    });
+    P::dot(w.count, q, q_stride, k, width, s);
     for (int r = 0; r < w.count; ++r) {
       float* scores = s + r * kLanes;
       if (stored_k.scales != nullptr) {
@@ -133,10 +105,7 @@ void decode_unit(const AttentionArgs& a, int64_t unit) {
         multiply_lanes(scores, scales_at(stored_v, row, u.kv_head, key), n);
       }
     }
-    by_rows<P::kRowsAtOnce>(w.count, [&](int r, auto count) {
-      P::template add<decltype(count)::value>(s + r * kLanes, v, width, partial + r * record,
-                                              record);
-    });
+    P::add(w.count, s, v, width, partial, record);
     row = next;
   }
   for (int r = 0; r < w.count; ++r) P::in_order(partial + r * record, padded);

@@ -6,7 +6,11 @@
 // packed once per unit (4 % of the time at T = 1024).
 //
 // Without AMX, on AVX512-BF16, products have twice the rate of fp32: (4, 16, 1024, 64) on two cores
-// of a Zen 4 takes 26 ms instead of 44 by the fp32 kernel; the products alone would take 20.
+// of a Zen 4 takes 26 ms instead of 44 by the fp32 kernel; the products alone would take 20, at the
+// processor's rate of 0.27 ns each. In tiles_avx512.h's loops they take 0.31 two steps deep, as
+// scores of 64 columns are, and 0.28 eight deep, as outputs are: what is lost is the loading and
+// storing of sums, which a register block of another shape repeats; the inner loop is at 96 %. The
+// exponentials, 16 vectors beside every 1024 products, are another 12 %.
 #include "attention_softmax.h"
 #include "attention_tiles.h"
 
