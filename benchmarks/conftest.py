@@ -167,7 +167,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             if key == "share_of_mm":
                 cells.append(f"share {value:.2f}")
             elif peer != key and peer not in ("lmfast", "mm"):
-                cells.append(f"{peer} {value:8.3f} ({value / ours:.2f}x)")
+                cells.append(f"{peer} {value:8.3f}" + (f" ({value / ours:.2f}x)" if ours else ""))
         write("  ".join(cells))
     path = config.getoption("--results")
     if path is not None:
