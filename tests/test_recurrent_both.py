@@ -128,5 +128,5 @@ def test_opcheck(cell: str, needs_cpu_kernels: None) -> None:
         _recurrent_both._backward_op,
         (grads, [], [], y, kept, cells, w_hh, *states, None, 3, index),
     )
-    with pytest.raises(RuntimeError, match="w_hh must have one tensor for each direction, got 1"):
+    with pytest.raises(RuntimeError, match="w_hh must have 2 tensors, got 1"):
         _recurrent_both._forward_op(gates, w_hh[:1], [], *states, None, 3, index, True)

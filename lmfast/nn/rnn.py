@@ -13,6 +13,7 @@ from lmfast._dispatch import Op, select
 from lmfast.ops._recurrent import cpu_layer
 from lmfast.ops._recurrent_both import cpu_both_ways
 from lmfast.ops._recurrent_reference import CELLS
+from lmfast.ops._recurrent_stack import cpu_stack, runs_as_wavefront
 from lmfast.ops._recurrent_step import MAX_ROWS, is_plain, may_step, step_op
 from lmfast.ops.elman_rnn import OP as ELMAN
 from lmfast.ops.gru import OP as GRU_OP
@@ -169,15 +170,21 @@ class _FusedLayers(nn.RNNBase):
         """All layers over rows; returns the top's rows and the final states (L, B, H)."""
         cell = _CELLS[self.mode][1]
         directions = 2 if self.bidirectional else 1
+        dropout = self.dropout if self.training else 0.0
+        all_ways: list[tuple[Any, ...]] = []
+        for index in range(self.num_layers * directions):
+            given = [] if states is None else [s[index] for s in states]
+            all_ways.append((*(*given, None, None)[:2], *self._weights_of(index)))
         finals: list[tuple[Tensor, ...]] = []
+        if directions == 1 and not dropout and runs_as_wavefront(x, all_ways, sizes, batch, cell):
+            x, stack = cpu_stack(x, all_ways, sizes, batch, cell)
+            finals = [final if cell == "lstm" else final[:1] for final in stack]
+            return x, [torch.stack(s) for s in zip(*finals, strict=True)]
         for layer in range(self.num_layers):
-            if layer and self.dropout and self.training:
-                x = F.dropout(x, self.dropout)
-            ways: list[tuple[Any, ...]] = []
+            if layer and dropout:
+                x = F.dropout(x, dropout)
+            ways = all_ways[layer * directions : (layer + 1) * directions]
             found: tuple[tuple[Tensor, Tensor, Tensor], ...]
-            for index in range(layer * directions, (layer + 1) * directions):
-                given = [] if states is None else [s[index] for s in states]
-                ways.append((*(*given, None, None)[:2], *self._weights_of(index)))
             if directions == 2:
                 found = cpu_both_ways(x, ways[0], ways[1], sizes, batch, cell)
                 x = torch.cat((found[0][0], found[1][0]), 1)

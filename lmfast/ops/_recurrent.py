@@ -16,7 +16,12 @@ from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import define, needs_grad, unsupported_by_cpu_kernels
 from lmfast.ops._linear_cpu import fp32_product
 from lmfast.ops._recurrent_bf16 import bf16_layer, runs_in_bf16
-from lmfast.ops._recurrent_products import GATE_GRADIENTS, KEPT_GATES, gradients_of_products
+from lmfast.ops._recurrent_products import (
+    GATE_GRADIENTS,
+    KEPT_GATES,
+    gradients_of_products,
+    split_biases,
+)
 from lmfast.ops._recurrent_reference import CELLS, reference_layer
 from lmfast.ops._recurrent_step import MAX_ROWS, step_op
 
@@ -95,13 +100,7 @@ def input_product(
     cell: str,
 ) -> tuple[Tensor, Tensor | None]:
     """The input products with every bias that can be added beforehand, and the one that cannot."""
-    hidden_bias = None
-    if b_hh is not None and cell == "gru":
-        # n's hidden bias is multiplied by the reset gate.
-        hidden = w_hh.shape[1]
-        hidden_bias = b_hh[2 * hidden :]
-        b_hh = torch.cat((b_hh[: 2 * hidden], torch.zeros_like(hidden_bias)))
-    bias = b_ih if b_hh is None else b_hh if b_ih is None else b_ih + b_hh
+    bias, hidden_bias = split_biases(b_ih, b_hh, w_hh, cell)
     return fp32_product(x, w_ih, bias), hidden_bias
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lmfast._dispatch import Op, register, register_op
+from lmfast._dispatch import Op, register, register_op, select
 from lmfast.ops._library import check_same_device, check_tensor
 from lmfast.ops._recurrent import (
     backward_op,
@@ -22,6 +22,7 @@ from lmfast.ops._recurrent_bf16 import runs_in_bf16
 from lmfast.ops._recurrent_cudnn import cudnn_layer, unsupported_by_cudnn
 from lmfast.ops._recurrent_gpu import persistent_layer, unsupported_by_persistent_kernels
 from lmfast.ops._recurrent_reference import GATES, reference_layer
+from lmfast.ops._recurrent_stack import cpu_stack, runs_as_wavefront
 from lmfast.testing import Sample
 
 Layer = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -184,6 +185,30 @@ def cpu_forward(*args: Any) -> Any:
 def cudnn_forward(*args: Any) -> Any:
     """The op with cuDNN's layer on normalised arguments; differentiable."""
     return _over_batch(cudnn_layer, *args)
+
+
+def stack_forward(
+    op: Op, x: Tensor, layers: Sequence[tuple[Any, ...]], cell: str
+) -> tuple[Tensor, Tensor] | None:
+    """All layers of a stack in one call where that is the fastest way, else None.
+
+    Args:
+        op: the op that one layer is.
+        x: (B, T, D).
+        layers: h0, c0, w_ih, w_hh, b_ih, b_hh of each, the lowest first; all of one width.
+        cell: "tanh", "relu", "gru" or "gru_textbook".
+
+    Returns:
+        y (B, T, H) of the highest layer and the final states (L, B, H).
+    """
+    batch, steps, width = x.shape
+    if select(op, (x, *layers[0], None, cell, False)).backend != "cpu":
+        return None
+    rows = x.transpose(0, 1).reshape(steps * batch, width)
+    if not runs_as_wavefront(rows, layers, None, batch, cell):
+        return None
+    y, finals = cpu_stack(rows, layers, None, batch, cell)
+    return y.view(steps, batch, -1).transpose(0, 1), torch.stack([h for h, _ in finals])
 
 
 def gpu_forward(*args: Any) -> Any:

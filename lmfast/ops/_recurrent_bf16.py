@@ -16,7 +16,12 @@ from torch import Tensor
 from lmfast import _extension
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import define, needs_grad
-from lmfast.ops._recurrent_products import GATE_GRADIENTS, KEPT_GATES, gradients_of_products
+from lmfast.ops._recurrent_products import (
+    GATE_GRADIENTS,
+    KEPT_GATES,
+    gradients_of_products,
+    split_biases,
+)
 from lmfast.ops._recurrent_reference import CELLS, reference_layer
 
 # Rows of a tile: fewer leave it unused, and the products over all steps small.
@@ -118,17 +123,11 @@ def _float(t: Tensor | None) -> Tensor | None:
 
 
 def _biases(
-    b_ih: Tensor | None, b_hh: Tensor | None, cell: str
+    b_ih: Tensor | None, b_hh: Tensor | None, w_hh: Tensor, cell: str
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What is added to the input's product, and to the hidden part of the GRU's n."""
-    b_ih, b_hh, hidden_bias = _float(b_ih), _float(b_hh), None
-    if b_hh is not None and cell == "gru":
-        hidden = b_hh.shape[0] // 3
-        hidden_bias = b_hh[2 * hidden :]
-        b_hh = torch.cat((b_hh[: 2 * hidden], torch.zeros_like(hidden_bias)))
-    if b_ih is None or b_hh is None:
-        return (b_hh if b_ih is None else b_ih), _float(hidden_bias)
-    return b_ih + b_hh, _float(hidden_bias)
+    """`split_biases` in fp32."""
+    bias, hidden_bias = split_biases(_float(b_ih), _float(b_hh), w_hh, cell)
+    return bias, _float(hidden_bias)
 
 
 class _Layer(torch.autograd.Function):
@@ -150,7 +149,7 @@ class _Layer(torch.autograd.Function):
         """y, h_n, c_n in x's dtype; then what the backward needs: x and y in bf16, gates, cells."""
         x16 = x.to(torch.bfloat16)
         projected = torch.mm(x16, w_ih.to(torch.bfloat16).t())
-        bias, hidden_bias = _biases(b_ih, b_hh, cell)
+        bias, hidden_bias = _biases(b_ih, b_hh, w_hh, cell)
         wide = x.dtype == torch.float32
         y16, y, h_n, c_n, gates, cells = _forward_op(
             projected,

@@ -85,14 +85,12 @@ _backward_op = define(
 )
 
 
-def _pair(first: Tensor | None, second: Tensor | None) -> list[Tensor]:
-    """Both contiguous, zeros for a missing one; none if both are missing."""
-    if first is None or second is None:
-        if first is None and second is None:
-            return []
-        there: Any = second if first is None else first
-        first, second = (torch.zeros_like(there) if t is None else t for t in (first, second))
-    return [first.contiguous(), second.contiguous()]
+def listed(*tensors: Tensor | None) -> list[Tensor]:
+    """All of them contiguous, zeros for a missing one; none if all are missing."""
+    there = next((t for t in tensors if t is not None), None)
+    if there is None:
+        return []
+    return [torch.zeros_like(there) if t is None else t.contiguous() for t in tensors]
 
 
 class _BothWays(torch.autograd.Function):
@@ -106,9 +104,9 @@ class _BothWays(torch.autograd.Function):
         results: list[Tensor] = _forward_op(
             [p for p, _ in products],
             [way[3] for way in ways],
-            _pair(*(bias for _, bias in products)),
-            _pair(*(way[0] for way in ways)),
-            _pair(*(way[1] for way in ways)),
+            listed(*(bias for _, bias in products)),
+            listed(*(way[0] for way in ways)),
+            listed(*(way[1] for way in ways)),
             sizes,
             batch,
             CELLS.index(cell),
@@ -144,13 +142,13 @@ class _BothWays(torch.autograd.Function):
         x, ways = inputs[0], (inputs[1:7], inputs[7:13])
         with torch.autocast("cpu", enabled=False):
             results = _backward_op(
-                _pair(*dy),
-                _pair(*dh),
-                _pair(*dc),
+                listed(*dy),
+                listed(*dh),
+                listed(*dc),
                 *([o[k] for o in outputs] for k in (0, 3, 4)),
                 [way[3] for way in ways],
-                _pair(*(way[0] for way in ways)),
-                _pair(*(way[1] for way in ways)),
+                listed(*(way[0] for way in ways)),
+                listed(*(way[1] for way in ways)),
                 sizes,
                 ctx.batch,
                 CELLS.index(ctx.cell),

@@ -1,4 +1,6 @@
-"""What the loops over time leave to whole matrix products: every gradient but the gates'."""
+"""What the loops over time leave to whole matrix products: every gradient but the gates', and the
+biases that can be added to the input's product.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,19 @@ from lmfast.ops._linear_cpu import fp32_product
 # Vectors of H per row: what the forward keeps besides y, and the gradients of the gates.
 KEPT_GATES = {"tanh": 0, "relu": 0, "lstm": 4, "gru": 4, "gru_textbook": 3}
 GATE_GRADIENTS = {"tanh": 1, "relu": 1, "lstm": 4, "gru": 4, "gru_textbook": 3}
+
+
+def split_biases(
+    b_ih: Tensor | None, b_hh: Tensor | None, w_hh: Tensor, cell: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to the input's product, and to the hidden part of the GRU's n."""
+    hidden_bias = None
+    if b_hh is not None and cell == "gru":
+        # n's hidden bias is multiplied by the reset gate.
+        hidden = w_hh.shape[1]
+        hidden_bias = b_hh[2 * hidden :]
+        b_hh = torch.cat((b_hh[: 2 * hidden], torch.zeros_like(hidden_bias)))
+    return b_ih if b_hh is None else b_hh if b_ih is None else b_ih + b_hh, hidden_bias
 
 
 def gradients_of_products(
