@@ -13,7 +13,7 @@ import lmfast
 import lmfast.nn
 from lmfast.ops import _recurrent_stack
 from lmfast.ops._recurrent import cpu_layer
-from lmfast.ops._recurrent_reference import CELLS, GATES
+from lmfast.ops._recurrent_reference import CELLS, GATES, Layer, Loop
 from lmfast.ops._recurrent_stack import cpu_stack, runs_as_wavefront
 
 EVERY_CELL = pytest.mark.parametrize("cell", CELLS)
@@ -23,8 +23,8 @@ SHAPES = [(1, 70, 3, 33, 2), (3, 40, 64, 20, 3), (2, 5, 7, 16, 4), (1, 36, 64, 6
 
 def arguments(
     cell: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, list[list[Any]]]:
-    """x, and h0, c0, w_ih, w_hh, b_ih, b_hh of each layer; right-multiplied weights in one."""
+) -> tuple[Tensor, list[Layer]]:
+    """x and the layers; right-multiplied weights in one."""
     batch, steps, width, hidden, count = shape
 
     def normal(*size: int) -> Tensor:
@@ -36,11 +36,11 @@ def arguments(
         w_hh = normal(hidden, gates).t() if i == 1 else normal(gates, hidden)
         states = [normal(batch, hidden), normal(batch, hidden) if cell == "lstm" else None]
         tensors = [*states, w_ih, w_hh, normal(gates), normal(gates)]
-        layers.append([None if t is None else t.requires_grad_() for t in tensors])
+        layers.append(Layer(*(None if t is None else t.requires_grad_() for t in tensors)))
     return normal(steps * batch, width).requires_grad_(), layers
 
 
-def leaves(x: Tensor, layers: list[list[Any]]) -> list[Tensor]:
+def leaves(x: Tensor, layers: list[Layer]) -> list[Tensor]:
     return [x, *(t for layer in layers for t in layer if t is not None)]
 
 
@@ -51,11 +51,11 @@ def with_gradients(y: Tensor, finals: Any, wanted: list[Tensor], cell: str) -> l
 
 
 def layer_by_layer(
-    x: Tensor, layers: list[list[Any]], sizes: Tensor | None, batch: int, cell: str
+    x: Tensor, layers: list[Layer], loop: Loop
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     finals = []
     for layer in layers:
-        x, h, c = cpu_layer(x, *layer, sizes, batch, cell, False)
+        x, h, c = cpu_layer(x, layer, loop)
         finals.append((h, c))
     return x, finals
 
@@ -83,14 +83,15 @@ def test_equals_layer_by_layer_for_any_threads(
     sizes = torch.arange(shape[1], 0, -1).clamp_max(batch) if batch > 2 else None
     if sizes is not None:
         x = x.detach()[: int(sizes.sum())].requires_grad_()
+    loop = Loop(sizes, batch, cell, False)
     wanted, runs, threads = leaves(x, layers), [], torch.get_num_threads()
     try:
         for n in (1, 2, 5):
             torch.set_num_threads(n)
-            runs.append(with_gradients(*cpu_stack(x, layers, sizes, batch, cell), wanted, cell))
+            runs.append(with_gradients(*cpu_stack(x, layers, loop), wanted, cell))
     finally:
         torch.set_num_threads(threads)
-    found = layer_by_layer(x, layers, sizes, batch, cell)
+    found = layer_by_layer(x, layers, loop)
     equal_for_any_threads(runs, with_gradients(*found, wanted, cell))
 
 
@@ -98,14 +99,16 @@ def plain(cell: str, missing: list[int], asked: slice, exact: bool) -> list[Tens
     """Results and gradients without some operands, of some results; by the formulas in fp64."""
     torch.manual_seed(3)
     x, layers = arguments(cell, (2, 11, 3, 9, 2), torch.float64 if exact else torch.float32)
-    layers = [[None if i in missing else t for i, t in enumerate(layer)] for layer in layers]
-    wanted = leaves(x, layers)
+    layers = [
+        Layer(*(None if i in missing else t for i, t in enumerate(layer))) for layer in layers
+    ]
+    wanted, loop = leaves(x, layers), Loop(None, 2, cell, False)
     if exact:
         flat = [t for layer in layers for t in layer]
-        y, *finals = _recurrent_stack._reference(x, *flat, batch_sizes=None, batch=2, cell=cell)
+        y, *finals = _recurrent_stack._reference(x, *flat, loop=loop)
         pairs = list(zip(finals[:2], finals[2:], strict=True))
     else:
-        y, pairs = cpu_stack(x, layers, None, 2, cell)
+        y, pairs = cpu_stack(x, layers, loop)
     results = [y, *(t for pair in pairs for t in (pair if cell == "lstm" else pair[:1]))][asked]
     loss = sum((r * torch.linspace(-1, 1, r.numel()).view_as(r)).sum() for r in results)
     grads = torch.autograd.grad(loss, wanted, allow_unused=True)
@@ -125,15 +128,15 @@ def test_missing_operands_and_gradients(cell: str, asked: slice, needs_cpu_kerne
 
 @EVERY_CELL
 def test_gradients_of_gradients(cell: str, needs_cpu_kernels: None) -> None:
-    found = []
+    found, loop = [], Loop(None, 2, cell, False)
     for exact in (False, True):
         torch.manual_seed(4)
         x, layers = arguments(cell, (2, 6, 3, 5, 2), torch.float64 if exact else torch.float32)
         flat = [t for layer in layers for t in layer]
         if exact:
-            y = _recurrent_stack._reference(x, *flat, batch_sizes=None, batch=2, cell=cell)[0]
+            y = _recurrent_stack._reference(x, *flat, loop=loop)[0]
         else:
-            y = cpu_stack(x, layers, None, 2, cell)[0]
+            y = cpu_stack(x, layers, loop)[0]
         (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         wanted = [layer[k] for layer in layers for k in (2, 3)]
         found.append(torch.autograd.grad(dx.square().sum(), wanted))
@@ -166,7 +169,7 @@ def test_opcheck(cell: str, needs_cpu_kernels: None) -> None:
 def test_which_stacks_run_as_one(needs_cpu_kernels: None) -> None:
     def asked(batch: int, hidden: int, count: int = 2, cell: str = "tanh", steps: int = 64) -> bool:
         x, layers = arguments(cell, (batch, steps, 4, hidden, count))
-        return runs_as_wavefront(x, layers, None, batch, cell)
+        return runs_as_wavefront(x, layers, Loop(None, batch, cell, False))
 
     own = lmfast._extension.cpu_isa() != "default"
     assert asked(1, 128) is own

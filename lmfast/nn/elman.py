@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lmfast import ops
 from lmfast.ops._recurrent_batch import stack_forward
-from lmfast.ops._recurrent_reference import CELLS
+from lmfast.ops._recurrent_reference import CELLS, Layer
 from lmfast.ops._recurrent_step import MAX_ROWS, is_plain, may_step, step_op
 from lmfast.ops.elman_rnn import OP
 
@@ -130,7 +130,7 @@ class ElmanRNN(nn.Module):
                 return stepped[0], stepped[1]
         if lengths is None:
             layers = [
-                (h, None, unit.Wh.t(), unit.Uh.t(), unit.b, None)
+                Layer(h, None, unit.Wh.t(), unit.Uh.t(), unit.b, None)
                 for unit, h in zip(self.units(), h0.unbind(0))
             ]
             found = stack_forward(OP, x, layers, "tanh")

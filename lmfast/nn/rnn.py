@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from lmfast._dispatch import Op, select
 from lmfast.ops._recurrent import cpu_layer
 from lmfast.ops._recurrent_both import cpu_both_ways
-from lmfast.ops._recurrent_reference import CELLS
+from lmfast.ops._recurrent_reference import CELLS, Layer, Loop, made_layer
 from lmfast.ops._recurrent_stack import cpu_stack, runs_as_wavefront
 from lmfast.ops._recurrent_step import MAX_ROWS, is_plain, may_step, step_op
 from lmfast.ops.elman_rnn import OP as ELMAN
@@ -171,13 +171,14 @@ class _FusedLayers(nn.RNNBase):
         cell = _CELLS[self.mode][1]
         directions = 2 if self.bidirectional else 1
         dropout = self.dropout if self.training else 0.0
-        all_ways: list[tuple[Any, ...]] = []
+        loop = Loop(sizes, batch, cell, False)
+        all_ways: list[Layer] = []
         for index in range(self.num_layers * directions):
             given = [] if states is None else [s[index] for s in states]
-            all_ways.append((*(*given, None, None)[:2], *self._weights_of(index)))
+            all_ways.append(made_layer((*(*given, None, None)[:2], *self._weights_of(index))))
         finals: list[tuple[Tensor, ...]] = []
-        if directions == 1 and not dropout and runs_as_wavefront(x, all_ways, sizes, batch, cell):
-            x, stack = cpu_stack(x, all_ways, sizes, batch, cell)
+        if directions == 1 and not dropout and runs_as_wavefront(x, all_ways, loop):
+            x, stack = cpu_stack(x, all_ways, loop)
             finals = [final if cell == "lstm" else final[:1] for final in stack]
             return x, [torch.stack(s) for s in zip(*finals, strict=True)]
         for layer in range(self.num_layers):
@@ -186,13 +187,11 @@ class _FusedLayers(nn.RNNBase):
             ways = all_ways[layer * directions : (layer + 1) * directions]
             found: tuple[tuple[Tensor, Tensor, Tensor], ...]
             if directions == 2:
-                found = cpu_both_ways(x, ways[0], ways[1], sizes, batch, cell)
+                found = cpu_both_ways(x, ways[0], ways[1], loop)
                 x = torch.cat((found[0][0], found[1][0]), 1)
             else:
-                h0, c0, w_ih, w_hh, b_ih, b_hh = ways[0]
-                one = cpu_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, sizes, batch, cell, False)
-                found = (one,)
-                x = one[0]
+                found = (cpu_layer(x, ways[0], loop),)
+                x = found[0][0]
             finals += [way[1 : 3 if cell == "lstm" else 2] for way in found]
         return x, [torch.stack(s) for s in zip(*finals, strict=True)]
 

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from lmfast import ops
 from lmfast.ops._recurrent_batch import stack_forward
+from lmfast.ops._recurrent_reference import made_layer
 from lmfast.ops.gru import OP
 
 
@@ -84,9 +85,7 @@ class TextbookGRU(nn.RNNBase):
         all_weights = [tuple(w) for w in self.all_weights]
         states = [None] * len(all_weights) if hx is None else hx.unbind(0)
         if directions == 1 and not dropout and lengths is None:
-            layers = [
-                (h, None, *(*w, None, None)[:4]) for h, w in zip(states, all_weights, strict=True)
-            ]
+            layers = [made_layer((h, None, *w)) for h, w in zip(states, all_weights, strict=True)]
             found = stack_forward(OP, x, layers, "gru_textbook")
             if found is not None:
                 return found

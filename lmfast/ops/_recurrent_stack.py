@@ -12,62 +12,27 @@ from torch import Tensor
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import define, needs_grad
 from lmfast.ops._linear_cpu import has_plain_product, longest_chain, matrix
-from lmfast.ops._recurrent import backward_fake, forward_fake
-from lmfast.ops._recurrent_both import listed
-from lmfast.ops._recurrent_products import gradients_of_products, split_biases
-from lmfast.ops._recurrent_reference import CELLS, GATES, reference_layer
+from lmfast.ops._recurrent import forward_fake
+from lmfast.ops._recurrent_both import layers_of, listed
+from lmfast.ops._recurrent_products import gradients_fake, gradients_of_products, split_biases
+from lmfast.ops._recurrent_reference import GATES, Layer, Loop, loop_arguments, reference_layer
 
 # Recurrent weights of a layer, and times rows, up to which one thread is as fast as two with a
 # barrier to a step. Asked of the shape alone: results do not depend on the number of threads.
 _MOST_WEIGHTS, _MOST_WORK = 1 << 16, 1 << 17
 _LEAST_STEPS = 32
 
-_PER_LAYER = 6  # h0, c0, w_ih, w_hh, b_ih, b_hh
 
-
-def _forward_fake(
-    x: Tensor,
-    w_ih: Sequence[Tensor],
-    w_hh: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    hidden_bias: Sequence[Tensor],
-    h0: Sequence[Tensor],
-    c0: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    batch: int,
-    cell: int,
-    keep: bool,
-    chunks: Sequence[int],
-) -> list[Tensor]:
+def _forward_fake(x: Tensor, *args: Any) -> list[Tensor]:
+    w_hh, (sizes, batch, cell, keep, _) = args[1], args[6:]
     none = (None, None, None)
-    return [
-        t for w in w_hh for t in forward_fake(x, w, *none, batch_sizes, batch, cell, False, keep)
-    ]
+    return [t for w in w_hh for t in forward_fake(x, w, *none, sizes, batch, cell, False, keep)]
 
 
-def _backward_fake(
-    dy: Tensor | None,
-    dh_n: Sequence[Tensor],
-    dc_n: Sequence[Tensor],
-    y: Sequence[Tensor],
-    gates: Sequence[Tensor],
-    cells: Sequence[Tensor],
-    w_ih: Sequence[Tensor],
-    w_hh: Sequence[Tensor],
-    h0: Sequence[Tensor],
-    c0: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    batch: int,
-    cell: int,
-    chunk: int,
-) -> list[Tensor]:
-    none = (None, None, None)
+def _backward_fake(*args: Any) -> list[Tensor]:
+    y, w_hh, (batch, cell) = args[3], args[7], args[11:13]
     return [
-        t
-        for i, w in enumerate(w_hh)
-        for t in backward_fake(
-            *none, y[i], gates[i], cells[i], w, None, None, batch_sizes, batch, cell, False
-        )
+        t for rows, w in zip(y, w_hh, strict=True) for t in gradients_fake(rows, w, batch, cell)
     ]
 
 
@@ -86,18 +51,14 @@ _backward_op = define(
 )
 
 
-def _by_layer(args: Sequence[Any]) -> list[tuple[Any, ...]]:
-    return [tuple(args[i : i + _PER_LAYER]) for i in range(0, len(args), _PER_LAYER)]
-
-
 class _Stack(torch.autograd.Function):
-    """x, then h0, c0, w_ih, w_hh, b_ih, b_hh of each layer, then batch_sizes, batch, cell, keep."""
+    """x, the fields of the layers and of the loop, and whether a backward will follow."""
 
     @staticmethod
     def forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        layers, (sizes, batch, cell, keep) = _by_layer(args[:-4]), args[-4:]
-        h0, c0, w_ih, w_hh, b_ih, b_hh = zip(*layers, strict=True)
-        biases = [split_biases(b_ih[i], b_hh[i], w_hh[i], cell) for i in range(len(layers))]
+        layers, loop, keep = layers_of(args[:-5]), Loop(*args[-5:-1]), args[-1]
+        h0, c0, w_ih, w_hh, _, _ = zip(*layers, strict=True)
+        biases = [split_biases(layer.b_ih, layer.b_hh, loop.cell) for layer in layers]
         chunks = [longest_chain(x.shape[1]), longest_chain(w_hh[0].shape[1])]
         results: list[Tensor] = _forward_op(
             x.contiguous(),
@@ -106,9 +67,7 @@ class _Stack(torch.autograd.Function):
             *(listed(*b) for b in zip(*biases, strict=True)),
             listed(*h0),
             listed(*c0),
-            sizes,
-            batch,
-            CELLS.index(cell),
+            *loop_arguments(loop)[:3],
             keep,
             chunks,
         )
@@ -116,30 +75,31 @@ class _Stack(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        sizes, ctx.batch, ctx.cell, _ = inputs[-4:]
+        sizes, *ctx.loop = inputs[-5:-1]
         ctx.set_materialize_grads(False)
         # Of each layer y, h_n, c_n, gates, cells: only the highest layer's y is a result.
         inner = [t for i, t in enumerate(output[:-5]) if i % 5 == 0]
-        kept = [t for i, t in enumerate(output) if i % 5 > (2 if ctx.cell == "lstm" else 1)]
+        kept = [t for i, t in enumerate(output) if i % 5 > (2 if ctx.loop[1] == "lstm" else 1)]
         ctx.mark_non_differentiable(*inner, *kept)
-        ctx.inputs = len(inputs) - 4
-        ctx.save_for_backward(*inputs[:-4], sizes, *output)
+        ctx.inputs = len(inputs) - 5
+        ctx.save_for_backward(*inputs[:-5], sizes, *output)
 
     @staticmethod
     def backward(ctx: Any, *given: Any) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         inputs, sizes, outputs = saved[: ctx.inputs], saved[ctx.inputs], saved[ctx.inputs + 1 :]
+        loop = Loop(sizes, *ctx.loop)
         y, _, _, gates, cells = (outputs[k::5] for k in range(5))
         dy, dh, dc = given[-5], given[1::5], given[2::5]
-        if ctx.cell != "lstm":
+        if loop.cell != "lstm":
             dc = (None,) * len(dh)  # torch.compile hands in zeros for a result without a gradient
-        nothing = (None,) * 4
+        nothing = (None,) * 5
         if dy is None and all(g is None for g in (*dh, *dc)):
-            return (None,) * (ctx.inputs + 4)
+            return *(None for _ in inputs), *nothing
         if recording_backward():
-            stack = partial(_reference, batch_sizes=sizes, batch=ctx.batch, cell=ctx.cell)
+            stack = partial(_reference, loop=loop)
             return *differentiate(stack, inputs, (dy, *dh, *dc)), *nothing
-        x, layers = inputs[0], _by_layer(inputs[1:])
+        x, layers = inputs[0], layers_of(inputs[1:])
         h0, c0, w_ih, w_hh, _, _ = zip(*layers, strict=True)
         with torch.autocast("cpu", enabled=False):
             found: list[Tensor] = _backward_op(
@@ -153,20 +113,19 @@ class _Stack(torch.autograd.Function):
                 w_hh,
                 listed(*h0),
                 listed(*c0),
-                sizes,
-                ctx.batch,
-                CELLS.index(ctx.cell),
+                *loop_arguments(loop)[:3],
                 longest_chain(w_hh[0].shape[0]),
             )
-            needed, how = ctx.needs_input_grad, (sizes, ctx.batch, ctx.cell, False)
+            needed = ctx.needs_input_grad
             dx: Tensor | None = None
             grads: list[Tensor | None] = []
             for i, layer in enumerate(layers):
-                first = 1 + i * _PER_LAYER
+                fields = len(layer)
                 of_layer = gradients_of_products(
-                    (needed[0] and i == 0, *needed[first : first + _PER_LAYER]),
-                    (x if i == 0 else y[i - 1], layer[0], layer[2], layer[3]),
-                    how,
+                    (needed[0] and i == 0, *needed[1 + i * fields : 1 + (i + 1) * fields]),
+                    x if i == 0 else y[i - 1],
+                    layer,
+                    loop,
                     (y[i], cells[i]),
                     found[2 * i],
                     found[2 * i + 1],
@@ -177,24 +136,20 @@ class _Stack(torch.autograd.Function):
         return dx, *grads, *nothing
 
 
-def _reference(x: Tensor, *args: Any, **how: Any) -> tuple[Tensor, ...]:
+def _reference(x: Tensor, *args: Any, loop: Loop) -> tuple[Tensor, ...]:
     """y, then h_n of each layer, then c_n of each."""
-    layer: Any = reference_layer
     finals = []
-    for given in _by_layer(args):
-        x, h_n, c_n = layer(x, *given, reverse=False, **how)
+    for layer in layers_of(args):
+        x, h_n, c_n = reference_layer(x, layer, loop)
         finals.append((h_n, c_n))
     return x, *(h for h, _ in finals), *(c for _, c in finals)
 
 
-def runs_as_wavefront(
-    x: Tensor, layers: Sequence[tuple[Any, ...]], batch_sizes: Tensor | None, batch: int, cell: str
-) -> bool:
+def runs_as_wavefront(x: Tensor, layers: Sequence[Layer], loop: Loop) -> bool:
     """Whether `cpu_stack` takes a stack, and is at least as fast as one layer after the other."""
-    w_hh = layers[0][3]
-    weights = w_hh.shape[1] ** 2 * GATES[cell]
-    steps = len(batch_sizes) if batch_sizes is not None else x.shape[0] // max(1, batch)
-    if len(layers) < 2 or steps < _LEAST_STEPS or weights * max(1, batch) > _MOST_WORK:
+    weights, batch = layers[0].w_hh.shape[1] ** 2 * GATES[loop.cell], max(1, loop.batch)
+    steps = x.shape[0] // batch if loop.batch_sizes is None else len(loop.batch_sizes)
+    if len(layers) < 2 or loop.reverse or steps < _LEAST_STEPS or weights * batch > _MOST_WORK:
         return False
     if weights > _MOST_WEIGHTS or torch.is_autocast_enabled("cpu") or x.shape[1] == 0:
         return False
@@ -203,14 +158,14 @@ def runs_as_wavefront(
 
 
 def cpu_stack(
-    x: Tensor, layers: Sequence[tuple[Any, ...]], batch_sizes: Tensor | None, batch: int, cell: str
+    x: Tensor, layers: Sequence[Layer], loop: Loop
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """`cpu_layer` forward in time, once for each layer on the rows of the one below it.
 
     Args:
         x: (N, D).
-        layers: h0, c0, w_ih, w_hh, b_ih, b_hh of each, the lowest first; all of one width.
-        batch_sizes, batch, cell: as in ``reference_layer``.
+        layers: the lowest first, all of one width.
+        loop: see there.
 
     Returns:
         y of the highest layer, and (h_n, c_n) of each.
@@ -218,5 +173,5 @@ def cpu_stack(
     tensors = (x, *(t for layer in layers for t in layer))
     keep = needs_grad(*tensors)
     run: Any = (lambda *args: apply(_Stack, *args)) if keep else _Stack.forward
-    found = run(*tensors, batch_sizes, batch, cell, keep)
+    found = run(*tensors, *loop, keep)
     return found[-5], list(zip(found[1::5], found[2::5], strict=True))
