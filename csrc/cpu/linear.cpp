@@ -15,7 +15,7 @@ using torch::stable::parallel_for;
 
 LinearOperand operand(const Tensor& t, const char* name) {
   const ProductOperand m = product_operand(t, name);
-  return {m.data, m.stride, m.by_columns};
+  return {m.data, m.by_columns, m.stride};
 }
 
 Tensor linear_amx(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
