@@ -5,6 +5,7 @@
 # make clean   remove everything these made
 PYTHON ?= python3
 VENV := .venv
+TEST_WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
@@ -36,7 +37,7 @@ demo: install
 	$(BIN)/python -m lmfast demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 lint: install $(VENV)/.lint
 	$(BIN)/ruff check .

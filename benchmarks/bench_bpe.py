@@ -292,15 +292,12 @@ def bench_train(compare: Any, size: int, corpus: str) -> None:
 
 
 @pytest.mark.parametrize("size", [5000, 32_000])
-def bench_train_on_all_threads(
-    size: int, capsys: pytest.CaptureFixture[str], benchmark: Any
-) -> None:
+def bench_train_on_all_threads(size: int, keep: Any, benchmark: Any) -> None:
     """In a process of its own: tokenizers reads the number of threads once."""
     pytest.importorskip("tokenizers")
     seconds = json.loads(in_new_process(f"json.dumps(bench_bpe.on_all_threads({size}))"))
-    with capsys.disabled():
-        ours, theirs = (statistics.median(seconds[k]) * 1e3 for k in ("lmfast", "tokenizers"))
-        print(f"\ntrain V={size}, english, all threads: {ours:.1f} ms, x{theirs / ours:.1f}")
+    row = {f"{k}_ms": statistics.median(s) * 1e3 for k, s in seconds.items()}
+    keep({"name": f"train V={size}, english, all threads", **row})
     benchmark.pedantic(lambda: None)
 
 
@@ -351,21 +348,26 @@ def in_new_process(expression: str, *args: str) -> str:
 
 
 @pytest.mark.parametrize("what", ["encode", "train"])
-@pytest.mark.parametrize("who", ["lmfast", "gigatoken", "tiktoken", "tokenizers"])
 def bench_peak_memory(
-    what: str, who: str, folder: Path, installed: dict[str, Any], benchmark: Any, capsys: Any
+    what: str, folder: Path, installed: dict[str, Any], keep: Any, benchmark: Any
 ) -> None:
     """Megabytes that making a tokenizer and encoding, or training, adds to a process that has the
     text."""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("only Linux tells the peak of a part of a process's life")
-    if who != "lmfast" and (who not in installed or (what == "train" and who != "tokenizers")):
-        pytest.skip(f"{who} is absent or does not train")
-    megabytes = float(in_new_process("bench_bpe.memory_of(*args)", what, who, str(folder)))
-    with capsys.disabled():
-        print(f"\npeak memory, {what}, {who}: {megabytes:.0f} MB")
-    benchmark.extra_info["peak_MB"] = megabytes
+    row: dict[str, Any] = {"name": f"peak memory, {what}"}
+    for who in ("lmfast", "gigatoken", "tiktoken", "tokenizers"):
+        if who == "lmfast" or (who in installed and (what, who) in MEASURED_FOR_MEMORY):
+            call = "bench_bpe.memory_of(*args)"
+            row[f"{who}_MB"] = float(in_new_process(call, what, who, str(folder)))
+    keep(row)
     benchmark.pedantic(lambda: None)
+
+
+MEASURED_FOR_MEMORY = [
+    *(("encode", who) for who in ("gigatoken", "tiktoken", "tokenizers")),
+    ("train", "tokenizers"),
+]
 
 
 def memory_of(what: str, who: str, folder: str) -> float:

@@ -33,7 +33,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="tuned",
         help="tuned: lmfast.tune_allocator() first, for ours and the peers; default: glibc's own",
     )
-    parser.addoption("--results", type=Path, help="write the rows as JSON to this file")
+    parser.addoption(
+        "--results", type=Path, help="write the rows as JSON to this file, beside those it has"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -135,6 +137,20 @@ def _lines(path: str) -> list[str]:
         return []
 
 
+@pytest.fixture
+def keep(request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], None]:
+    """Takes a row measured by other means, for instance in a process of its own: `name`, then
+    `lmfast_ms` and `<peer>_ms`, or `lmfast_MB` and `<peer>_MB`."""
+
+    option = request.config.getoption
+
+    def add(row: dict[str, Any]) -> None:
+        if option("benchmark_enable") or not option("benchmark_disable"):
+            ROWS.append(row)
+
+    return add
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if not ROWS:
         return
@@ -143,17 +159,34 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     write("medians in ms; (x): the peer's time over ours; copy: a plain copy of as many bytes")
     write("share: of what torch.mm reaches")
     for row in ROWS:
-        cells = [f"{row['name']:<42} lmfast {row['lmfast_ms']:8.3f}"]
+        unit = "ms" if "lmfast_ms" in row else "MB"
+        ours = row[f"lmfast_{unit}"]
+        cells = [f"{row['name']:<42} lmfast {ours:8.3f}{' MB' if unit == 'MB' else ''}"]
         for key, value in row.items():
-            peer = key.removesuffix("_ms")
+            peer = key.removesuffix(f"_{unit}")
             if key == "share_of_mm":
                 cells.append(f"share {value:.2f}")
-            elif key.endswith("_ms") and peer not in ("lmfast", "mm"):
-                cells.append(f"{peer} {value:8.3f} ({value / row['lmfast_ms']:.2f}x)")
+            elif peer != key and peer not in ("lmfast", "mm"):
+                cells.append(f"{peer} {value:8.3f} ({value / ours:.2f}x)")
         write("  ".join(cells))
     path = config.getoption("--results")
     if path is not None:
-        rows = [{k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()} for r in ROWS]
-        lines = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in rows)
-        path.write_text(f'{{"machine": {json.dumps(machine(config))},\n "rows": [\n{lines}\n]}}\n')
+        here = machine(config)
+        rows = {row["name"]: _rounded(row) for row in [*_earlier_rows(path, here), *ROWS]}
+        lines = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in rows.values())
+        path.write_text(f'{{"machine": {json.dumps(here)},\n "rows": [\n{lines}\n]}}\n')
         write(f"rows written to {path}")
+
+
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+
+
+def _earlier_rows(path: Path, here: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a file that this machine wrote with the same settings: parts of a benchmark can
+    be measured one by one."""
+    if not path.exists():
+        return []
+    file = json.loads(path.read_text())
+    same = ("processor", "threads", "cpu_level", "torch", "allocator")
+    return file["rows"] if all(file["machine"].get(k) == here[k] for k in same) else []

@@ -18,6 +18,14 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "reproduci
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Workers share the cores: threads that wait for each other on a busy core wait for its time
+    # slices. Tests of threads set how many they want.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        threads = max(1, torch.get_num_threads() // workers)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start
+
     # A silent fallback must not turn tests of the kernels into tests of nothing.
     if os.environ.get("LMFAST_REQUIRE_EXT") == "1":
         for extension in (_extension.cpu, _extension.bpe):

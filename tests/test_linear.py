@@ -122,8 +122,9 @@ def test_few_rows_alone_and_together_give_the_same_bits() -> None:
         assert torch.equal(ops.linear(x[r], weight), together[r])
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
-        assert torch.equal(ops.linear(x, weight), together)
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            assert torch.equal(ops.linear(x, weight), together)
     finally:
         torch.set_num_threads(threads)
 

@@ -49,6 +49,30 @@ def test_short_texts_are_counted_as_if_alone(pattern):
 
 
 @needs_engine
+@pytest.mark.parametrize("pattern", ["gpt2", "cl100k", "whitespace", "words"])
+def test_texts_of_every_kind_in_one_list(pattern):
+    """Short and long, ASCII and not, str and bytes, over more than one block of any size."""
+    draw = random.Random(1)
+    kinds = [
+        lambda: " ".join(draw.choices(["the", "cat", "sat", "mat,"], k=draw.randint(1, 9))) + "\n",
+        lambda: " " * draw.randint(1, 20) + f"x = {draw.randint(0, 99)}\n",
+        lambda: "\n",
+        lambda: "",
+        lambda: "naïve café\n",
+        lambda: "long " * draw.randint(400, 900),
+        lambda: b"of bytes \xff\n",
+    ]
+    weights = [40, 20, 10, 1, 0.1, 0.05, 0.1]
+    corpus = [kind() for kind in draw.choices(kinds, weights, k=9_000)]
+    mode = "char" if pattern == "words" else "byte"
+    one, three, slow = (
+        list(count_words(corpus, mode=mode, pattern=pattern, threads=n, backend=b).items())
+        for n, b in ((1, "cpu"), (3, "cpu"), (1, "reference"))
+    )
+    assert one == three == slow
+
+
+@needs_engine
 @pytest.mark.parametrize("threads", [1, 3])
 def test_indented_lines_are_counted_as_if_alone(threads):
     """More lines than are looked at together, and indentations beyond those that have a place."""

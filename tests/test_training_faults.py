@@ -16,7 +16,7 @@ import torch
 
 from lmfast.cli import main
 from lmfast.models import DecoderLanguageModel
-from lmfast.training import PackedBatches, Trainer, checkpoint, latest_checkpoint, load_model
+from lmfast.training import PackedBatches, Trainer, files, latest_checkpoint, load_model
 
 
 def trainer(directory, steps=9, **options):
@@ -36,7 +36,6 @@ def saved_by_a_child(run, killed_at):
     child = os.fork()
     if child != 0:
         return os.waitpid(child, 0)[1]
-    torch.set_num_threads(1)  # the threads of the pool are not in the child
     count = itertools.count()
 
     def counted(function):
@@ -47,13 +46,16 @@ def saved_by_a_child(run, killed_at):
 
         return call
 
-    for name in ("rename", "replace", "fsync", "mkdir", "rmdir", "unlink"):
-        setattr(os, name, counted(getattr(os, name)))
-    checkpoint.save_file = counted(checkpoint.save_file)
-    try:
+    status = 1
+    try:  # whatever happens here, no second process goes on with the tests
+        torch.set_num_threads(1)  # the threads of the pool are not in the child
+        for name in ("rename", "replace", "fsync", "mkdir", "rmdir", "unlink"):
+            setattr(os, name, counted(getattr(os, name)))
+        files.save_file = counted(files.save_file)
         run.save()
+        status = 0
     finally:
-        os._exit(0)
+        os._exit(status)
 
 
 @pytest.mark.parametrize("again", [False, True])

@@ -19,7 +19,8 @@ struct Candidate {
   uint32_t pair;
 };
 
-// Order: key(pair) and before(a, b), the latter deciding between pairs of equal count and key.
+// Order: key(pair) and before(a, b), the latter deciding between pairs of equal count and key;
+// fetch(pair) and then fetch_positions(pair) bring what is known of a pair to the cache.
 template <class Order>
 class MergeQueue {
  public:
@@ -75,9 +76,14 @@ class MergeQueue {
     run_.clear();
     taken_ = 0;
     for (uint32_t pair = first_[count]; pair != kNone; pair = next_[pair]) {
-      run_.push_back({count, order_.key(pair), pair});
+      order_.fetch(pair);
+      run_.push_back({count, 0, pair});
     }
+    for (Candidate& c : run_) c.key = order_.key(c.pair);
     sort_run();
+    // High counts have lists of one pair: what comes next is in the next lists.
+    if (count > 2 && first_[count - 2] != kNone) order_.fetch(first_[count - 2]);
+    if (count > 1 && first_[count - 1] != kNone) order_.fetch_positions(first_[count - 1]);
   }
 
   void sort_run() {

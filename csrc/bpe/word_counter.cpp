@@ -198,6 +198,11 @@ bool solid(uint8_t c) { return c > ' ' && c < 0x7F; }
 
 }  // namespace
 
+bool WordCounter::joins_lines(Pattern pattern) {
+  return pattern == Pattern::kWords || pattern == Pattern::kGpt2 || pattern == Pattern::kCl100k ||
+         pattern == Pattern::kLlama3 || pattern == Pattern::kO200k;
+}
+
 // Whether the pieces of joined_ followed by the text are the pieces of both.
 bool WordCounter::joins(const uint8_t* text, size_t n) const {
   const size_t size = joined_.size();
@@ -261,7 +266,7 @@ size_t WordCounter::add_unusual_blank(const uint8_t* text, size_t n, uint64_t pl
 }
 
 void WordCounter::add_line(const uint8_t* text, size_t n, uint64_t place) {
-  constexpr size_t kLine = 2048, kJoined = 1u << 15;
+  constexpr size_t kJoined = 1u << 16;
   if (n == 0) return;
   if (place != joined_end_) flush();
   joined_end_ = place + n;

@@ -24,6 +24,10 @@ class WordCounter {
   // flush() at last.
   void add_line(const uint8_t* text, size_t n, uint64_t place);
   void flush();
+  static constexpr size_t kLine = 2048;  // a longer text is not joined, nor copied
+  // Whether texts are joined as a rule, and how many bytes are.
+  static bool joins_lines(Pattern pattern);
+  size_t joined() const { return joined_.size(); }
   void add_word(const uint8_t* word, size_t size, uint64_t count, uint64_t place);
   void add(const WordCounter& other);
 
