@@ -84,7 +84,7 @@ def gradients_of_products(
     if need_x:
         grads[0] = fp32_product(from_input, w_ih.t())
     if need_h0:
-        first = from_state[_first_rows(sizes, batch, reverse, x.shape[0])]
+        first = from_state[first_rows(sizes, batch, reverse, x.shape[0])]
         if x.shape[0] == 0:
             grads[1] = dh_n
         elif cell == "gru":
@@ -118,7 +118,7 @@ def gradients_of_products(
     return grads
 
 
-def _first_rows(sizes: Tensor | None, batch: int, reverse: bool, rows: int) -> slice | Tensor:
+def first_rows(sizes: Tensor | None, batch: int, reverse: bool, rows: int) -> slice | Tensor:
     """The row of every sequence's first step in the order of the loop."""
     if not reverse:
         return slice(0, batch)
@@ -160,5 +160,5 @@ def _state_weight_gradient(
         later, earlier = earlier, later
     dw = _sum_over_rows(dgates[later], y[earlier], batch)
     if h0 is not None and rows:
-        dw += fp32_product(dgates[_first_rows(sizes, batch, reverse, rows)].t(), h0.t())
+        dw += fp32_product(dgates[first_rows(sizes, batch, reverse, rows)].t(), h0.t())
     return dw
