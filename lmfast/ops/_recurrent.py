@@ -28,6 +28,7 @@ from lmfast.ops._recurrent_reference import (
     Loop,
     flat_reference,
     loop_arguments,
+    made_layer,
 )
 from lmfast.ops._recurrent_step import MAX_ROWS, step_op
 
@@ -158,6 +159,44 @@ def is_one_step(tensors: tuple[Any, ...], batch: int) -> bool:
     return 0 < batch <= MAX_ROWS and tensors[0].shape[-1] > 0 and not needs_grad(*tensors)
 
 
+# Bytes of input products that a call without a backward makes at a time, so that it does not need
+# G times the memory of its output. It costs nothing and wins nothing: on two cores of Zen 4 LSTM
+# (B 32, T 256, H 512) takes 191 ms so and 205 whole, GRU (64, 70, 512) 73 and 74, while pieces of
+# 2 MB, which would stay in L2, take 218 and 85: each reads W_ih and W_hh (4 MB each) once more.
+_MOST_PRODUCTS = 1 << 25
+
+
+def _pieces(x: Tensor, layer: Layer, loop: Loop) -> list[tuple[int, int]]:
+    """The steps in pieces of at most `_MOST_PRODUCTS`, in the order of the loop."""
+    row = 4 * layer.w_hh.shape[0] * max(1, loop.batch)
+    steps = x.shape[0] // max(1, loop.batch)
+    if loop.batch_sizes is not None:
+        steps = loop.batch_sizes.shape[0]
+    length = max(1, _MOST_PRODUCTS // row)
+    found = [(first, min(steps, first + length)) for first in range(0, steps, length)]
+    return found[::-1] if loop.reverse else found
+
+
+def _by_pieces(
+    x: Tensor, layer: Layer, loop: Loop, pieces: list[tuple[int, int]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward alone, some steps after the other."""
+    sizes, batch, hidden = loop.batch_sizes, loop.batch, layer.w_hh.shape[1]
+    ends = None if sizes is None else [0, *sizes.cumsum(0).tolist()]
+    y = x.new_empty(x.shape[0], hidden)
+    state = [x.new_zeros(batch, hidden) if s is None else s.clone() for s in (layer.h0, layer.c0)]
+    for first, past in pieces:
+        begin, end = (first * batch, past * batch) if ends is None else (ends[first], ends[past])
+        n = batch if sizes is None else int(sizes[first])
+        piece = loop._replace(batch_sizes=None if sizes is None else sizes[first:past], batch=n)
+        given = layer._replace(h0=state[0][:n], c0=state[1][:n] if loop.cell == "lstm" else None)
+        y[begin:end], *new = LayerFunction.forward(x[begin:end], *given, *piece, False)[:3]
+        for old, now in zip(state, new, strict=True):
+            if now.shape[0]:
+                old[:n] = now
+    return y, state[0], state[1] if loop.cell == "lstm" else state[1][:0]
+
+
 def cpu_layer(x: Tensor, layer: Layer, loop: Loop) -> tuple[Tensor, Tensor, Tensor]:
     """``reference_layer`` by the C++ loop. Narrow dtypes are widened: the state is fp32."""
     batch, cell = loop.batch, loop.cell
@@ -175,6 +214,11 @@ def cpu_layer(x: Tensor, layer: Layer, loop: Loop) -> tuple[Tensor, Tensor, Tens
         y, h_n, c_n = one_step(tensors, cell)
         return y.to(dtype), h_n.to(dtype), c_n.to(dtype)
     keep = needs_grad(*tensors)
+    pieces = [] if keep or torch.compiler.is_compiling() else _pieces(x, layer, loop)
+    if len(pieces) > 1:
+        given = made_layer(tensors[1:])
+        y, h_n, c_n = _by_pieces(tensors[0], given, loop, pieces)
+        return y.to(dtype), h_n.to(dtype), c_n.to(dtype)
     run: Any = (lambda *args: apply(LayerFunction, *args)) if keep else LayerFunction.forward
     y, h_n, c_n, *_ = run(*tensors, *loop, keep)
     if dtype == torch.float32:
