@@ -1,9 +1,11 @@
 // lmfast::recurrent_forward_stack and recurrent_backward_stack on the CPU: all layers of a stack in
 // one call, as a wavefront. While one thread works on some steps of a layer, another works on the
 // steps before them of the layer above; backward, below. No thread waits within a step, so that few
-// rows keep two threads busy which one layer cannot (two Elman or GRU layers of H = 128, one row:
-// both loops in the time of one). Each piece of steps begins with its own input products, which
-// stay in L2. What is computed does not depend on who runs what: one thread runs the same pieces.
+// rows keep two threads busy which one layer cannot: two layers of H = 128, one row of 256 steps,
+// on two cores of Zen 4 against one after the other, forward Elman 0.63 -> 0.45 ms, GRU 1.61 ->
+// 1.08; with gradients, of which those of the weights stay as they are, Elman 1.95 -> 1.60. Each
+// piece of steps begins with its own input products, which stay in L2. What is computed does not
+// depend on who runs what: one thread runs the same pieces.
 #include <algorithm>
 #include <atomic>
 #include <deque>

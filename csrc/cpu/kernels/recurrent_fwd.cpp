@@ -11,7 +11,8 @@
 // core keeps its own part: few weights (below L2) are used by all cores and the rows divided,
 // without any barrier; many are divided by units of the state, with one barrier per step.
 // What a cell adds to the product lies a row apart for each row of a tile; asked for before the
-// product it is there behind it (one core of Zen 4, 64 steps of 32 rows, H = 128: LSTM 4 of 8 ms).
+// product it is there behind it (one core of Zen 4: LSTM of 64 steps, 32 rows, H = 128 3.9 -> 3.3
+// ms; 20 steps, 64 rows, H = 256: GRU 6.3 -> 5.3, Elman 2.0 -> 1.7).
 // The state lives in y: step t reads the rows that step t - 1 wrote. The textbook's GRU needs all
 // of r before the product of n, so its steps are two rounds.
 #include "recurrent_cells.h"
