@@ -189,13 +189,20 @@ def test_lstm_projections(
 
 
 def test_lstm_projections_are_as_exact_as_torchs(cpu_isa: str) -> None:
-    theirs, ours = pair("LSTM", 24, 48, 1, proj_size=12)
-    exact = copy.deepcopy(theirs).double()
-    x, state = torch.randn(100, 3, 24), [torch.randn(1, 3, n) for n in (12, 48)]
-    found, plain = (results(m, [x], False, state) for m in (ours, theirs))
-    wide = results(exact, [x.double()], False, [s.double() for s in state])
-    for i, (f, p, e) in enumerate(zip(found, plain, wide, strict=True)):
-        assert_within_error_rule(f, p, e, f"{i}")
+    draws = []
+    for seed in range(12):
+        torch.manual_seed(seed)
+        theirs, ours = pair("LSTM", 24, 48, 1, proj_size=12)
+        exact = copy.deepcopy(theirs).double()
+        x, state = torch.randn(100, 3, 24), [torch.randn(1, 3, n) for n in (12, 48)]
+        found, plain = (results(m, [x], False, state) for m in (ours, theirs))
+        wide = results(exact, [x.double()], False, [s.double() for s in state])
+        draws.append((found, plain, wide))
+    pooled = (map(torch.stack, zip(*kind, strict=True)) for kind in zip(*draws, strict=True))
+    for i, (f, p, e) in enumerate(zip(*pooled, strict=True)):
+        # The whole tensor obeys the rule. The largest error of an output has been seen at 1.8
+        # times PyTorch's: W_hh W_hr is rounded once for all steps, theirs at each of them.
+        assert_within_error_rule(f, p, e, f"{i}", largest=2.5)
 
 
 def test_large_lstm_projections_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,8 @@
 // 1.08; with gradients, of which those of the weights stay as they are, Elman 1.95 -> 1.60. Each
 // piece of steps begins with its own input products, which stay in L2. What is computed does not
 // depend on who runs what: one thread runs the same pieces.
+#include <sched.h>
+
 #include <algorithm>
 #include <atomic>
 #include <deque>
