@@ -26,7 +26,14 @@ MODES = pytest.mark.parametrize("mode", ["RNN", "LSTM", "GRU"])
 # (B, T, H, layers)
 SHAPES = pytest.mark.parametrize(
     "shape",
-    [(128, 30, 128, 2), (64, 35, 512, 2), (32, 128, 1024, 1), (1, 256, 512, 1), (1, 256, 128, 1)],
+    [
+        (128, 30, 128, 2),
+        (64, 35, 512, 2),
+        (32, 128, 1024, 1),
+        (1, 256, 512, 1),
+        (1, 256, 128, 1),
+        (1, 256, 128, 2),
+    ],
     ids=lambda s: "x".join(map(str, s)),
 )
 
@@ -224,5 +231,19 @@ def bench_both_ways_with_gradients(
         f"{mode} fwd+bwd both ways {batch}x{steps}x{hidden}",
         lambda: train(ours, x),
         {"torch.nn": lambda: train(theirs, x), "ours, one way": lambda: train(one, x)},
+        rounds=9,
+    )
+
+
+@pytest.mark.parametrize("hidden", [128, 256])
+def bench_projections_with_gradients(compare: Callable[..., None], hidden: int) -> None:
+    x = torch.randn(1, 256, hidden, requires_grad=True)
+    theirs = nn.LSTM(hidden, hidden, batch_first=True, proj_size=hidden // 4)
+    ours = lmfast.nn.LSTM(hidden, hidden, batch_first=True, proj_size=hidden // 4)
+    ours.load_state_dict(theirs.state_dict())
+    compare(
+        f"LSTM fwd+bwd projected to a quarter 1x256x{hidden}",
+        lambda: train(ours, x),
+        {"torch.nn": lambda: train(theirs, x)},
         rounds=9,
     )

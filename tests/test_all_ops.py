@@ -35,16 +35,17 @@ DTYPE_IDS = [str(d).removeprefix("torch.") for d in DTYPES]
 EXCEPTIONS = {
     "additive_attention gradient": (3.0, 3.0),
     "attention gradient": (2.5, 2.0),
-    "elman_rnn gradient": (2.0, 1.5),
-    # Where inputs are so large that few states are not saturated, those few make the error.
+    # Where inputs are so large that few states are not saturated, those few make the error: over 40
+    # draws the largest is still one state's, the whole tensor's error 1.05 times PyTorch's.
     "elman_rnn output": (2.0, 1.5),
-    **{f"{op} gradient": (2.7, 1.5) for op in ("lstm", "gru")},
 }
 
 
 # Over how many draws of the values errors are pooled. Attention's samples are of a few dozen
 # numbers, and the largest error of so few scatters by more than the rule's factor.
 DRAWS = {"attention gradient": 12}
+# So do those of a layer's gradients in fp32. In narrow dtypes they are below half of the rule's.
+DRAWS_OF_FP32 = {f"{op} gradient": 32 for op in ("elman_rnn", "lstm", "gru")}
 
 
 def check_error(
@@ -176,7 +177,8 @@ def test_gradients(op: str, index: int, dtype: torch.dtype, cpu_isa: str) -> Non
     sample = samples(op, dtype)[index]
     with_kernel(op, sample)
     draws = []
-    for draw in range(DRAWS.get(f"{op} gradient", 1)):
+    count = DRAWS_OF_FP32 if dtype == torch.float32 else DRAWS
+    for draw in range({**DRAWS, **count}.get(f"{op} gradient", 1)):
         drawn = sample if draw == 0 else redrawn(op, sample, draw)
         found = gradients(op, drawn, "cpu")
         arguments, leaves = with_gradients(op, drawn)
@@ -195,14 +197,20 @@ def test_gradients(op: str, index: int, dtype: torch.dtype, cpu_isa: str) -> Non
 
 
 def redrawn(op: str, sample: Sample, seed: int) -> Sample:
-    """The sample with other normal numbers in the tensors that have gradients."""
+    """The sample with other numbers in the tensors that have gradients, in the same memory order:
+    normal ones, or where their size matters the same ones shuffled."""
     generator = torch.Generator().manual_seed(seed)
+
+    def drawn(t: Tensor) -> Tensor:
+        if f"{op} gradient" not in DRAWS_OF_FP32:
+            return torch.empty_like(t).copy_(torch.randn(t.shape, generator=generator))
+        order = torch.randperm(t.numel(), generator=generator)
+        return torch.empty_like(t).copy_(t.flatten()[order].view(t.shape))
+
     arguments = named_arguments(op, sample)
     for name in OPS[op].differentiable:
         if name in arguments:
-            t = arguments[name]
-            # In the same memory order.
-            arguments[name] = torch.empty_like(t).copy_(torch.randn(t.shape, generator=generator))
+            arguments[name] = tree_map_only(Tensor, drawn, arguments[name])
     return Sample(sample.name, (), arguments)
 
 

@@ -12,7 +12,7 @@ import lmfast
 from lmfast.ops import _recurrent_both
 from lmfast.ops._recurrent import cpu_layer
 from lmfast.ops._recurrent_both import cpu_both_ways
-from lmfast.ops._recurrent_reference import CELLS, GATES, reference_layer
+from lmfast.ops._recurrent_reference import CELLS, GATES, Layer, Loop, reference_layer
 
 EVERY_CELL = pytest.mark.parametrize("cell", CELLS)
 SIZES = torch.tensor([5, 5, 3, 1])
@@ -27,7 +27,8 @@ def arguments(cell: str, batch: int, rows: int, hidden: int, dtype: torch.dtype)
 
 
 def outputs(cell: str, tensors: list[Tensor], sizes: Tensor | None, batch: int) -> list[Tensor]:
-    found = cpu_both_ways(tensors[0], tuple(tensors[1:7]), tuple(tensors[7:]), sizes, batch, cell)
+    ways = Layer(*tensors[1:7]), Layer(*tensors[7:])
+    found = cpu_both_ways(tensors[0], *ways, Loop(sizes, batch, cell, False))
     return [t for way in found for t in (way if cell == "lstm" else way[:2])]
 
 
@@ -53,7 +54,8 @@ def test_equals_one_direction_after_the_other_for_any_threads(
         torch.set_num_threads(threads)
     single: list[Tensor] = []
     for i in range(2):
-        way = cpu_layer(tensors[0], *tensors[1 + 6 * i : 7 + 6 * i], sizes, batch, cell, i == 1)
+        layer = Layer(*tensors[1 + 6 * i : 7 + 6 * i])
+        way = cpu_layer(tensors[0], layer, Loop(sizes, batch, cell, i == 1))
         single += way if cell == "lstm" else way[:2]
     expected = with_gradients(single, tensors)
     for found in runs:
@@ -70,8 +72,8 @@ def test_equals_one_direction_after_the_other_for_any_threads(
 def reference(cell: str, tensors: list[Tensor], batch: int) -> list[Tensor]:
     results: list[Tensor] = []
     for i in range(2):
-        way = tensors[1 + 6 * i : 7 + 6 * i]
-        found = reference_layer(tensors[0], *way, None, batch, cell, i == 1)
+        way = Layer(*tensors[1 + 6 * i : 7 + 6 * i])
+        found = reference_layer(tensors[0], way, Loop(None, batch, cell, i == 1))
         results += found if cell == "lstm" else found[:2]
     return results
 
@@ -128,5 +130,5 @@ def test_opcheck(cell: str, needs_cpu_kernels: None) -> None:
         _recurrent_both._backward_op,
         (grads, [], [], y, kept, cells, w_hh, *states, None, 3, index),
     )
-    with pytest.raises(RuntimeError, match="w_hh must have one tensor for each direction, got 1"):
+    with pytest.raises(RuntimeError, match="w_hh must have 2 tensors, got 1"):
         _recurrent_both._forward_op(gates, w_hh[:1], [], *states, None, 3, index, True)

@@ -12,7 +12,7 @@ from lmfast import _extension
 from lmfast._dispatch import Op, ops
 from lmfast.ops._recurrent_batch import cudnn_forward, gpu_forward, reference
 from lmfast.ops._recurrent_cudnn import cudnn_layer, unsupported_by_cudnn
-from lmfast.ops._recurrent_reference import reference_layer
+from lmfast.ops._recurrent_reference import Layer, Loop, reference_layer
 
 NAMES = ("elman_rnn", "lstm", "gru")
 SAMPLES = [
@@ -74,11 +74,11 @@ def test_rows_of_a_packed_sequence_from_their_ends(cell: str) -> None:
     sizes = torch.tensor([4, 4, 2, 1])
     x = torch.randn(11, 3, dtype=torch.float64)
     w_ih, w_hh = torch.randn(gates * 5, 3).double(), torch.randn(gates * 5, 5).double()
-    args = (x, None, None, w_ih, w_hh, None, torch.randn(gates * 5).double(), sizes, 4, cell)
+    layer = Layer(None, None, w_ih, w_hh, None, torch.randn(gates * 5).double())
     for reverse in (False, True):
-        for value, e in zip(
-            cudnn_layer(*args, reverse), reference_layer(*args, reverse), strict=True
-        ):
+        loop = Loop(sizes, 4, cell, reverse)
+        found, expected = cudnn_layer(x, layer, loop), reference_layer(x, layer, loop)
+        for value, e in zip(found, expected, strict=True):
             torch.testing.assert_close(value, e, rtol=1e-11, atol=1e-12)
 
 
@@ -87,9 +87,8 @@ def test_the_precision_is_the_ops_and_the_settings_stay() -> None:
     before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic
     x = torch.randn(2, 3, requires_grad=True)
     weight = torch.randn(5, 5, requires_grad=True)
-    y, *_ = cudnn_layer(
-        x, None, None, torch.randn(5, 3), weight, None, None, None, 2, "tanh", False
-    )
+    layer = Layer(None, None, torch.randn(5, 3), weight, None, None)
+    y, *_ = cudnn_layer(x, layer, Loop(None, 2, "tanh", False))
     assert y.grad_fn is not None
     inner = y.grad_fn.outputs[0].grad_fn  # type: ignore[attr-defined]
     inner.register_prehook(lambda g: seen.append(torch.backends.cudnn.allow_tf32))
@@ -101,7 +100,8 @@ def test_the_precision_is_the_ops_and_the_settings_stay() -> None:
 def test_gradients_of_gradients_are_the_references() -> None:
     def layer(x: torch.Tensor, w_hh: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         w_ih = torch.linspace(-1, 1, 24, dtype=torch.float64).view(12, 2)
-        y, last, _ = cudnn_layer(x, h, None, w_ih, w_hh, None, None, None, 2, "gru", True)
+        given = Layer(h, None, w_ih, w_hh, None, None)
+        y, last, _ = cudnn_layer(x, given, Loop(None, 2, "gru", True))
         return torch.cat((y, last))
 
     inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((4, 2), (12, 4))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 import lmfast
 from lmfast import ops
+from lmfast.ops import _recurrent
+from lmfast.ops._recurrent_reference import CELLS, GATES, Layer, Loop
 
 OPS = {
     "elman_rnn": (ops.elman_rnn, 1),
@@ -332,3 +335,28 @@ def test_errors_name_the_argument() -> None:
         ops.lstm(x, state, good, lengths=torch.tensor([1, 4]))
     with pytest.raises(ValueError, match="nonlinearity must be"):
         ops.elman_rnn(x, None, (w_ih[:5], w_hh[:5]), nonlinearity="gelu")
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_products_in_pieces_of_the_steps_change_nothing(
+    cell: str, reverse: bool, needs_cpu_kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, hidden, gates = 5, 20, GATES[cell] * 20
+    sizes = torch.tensor([5, 5, 5, 4, 4, 2, 1, 1, 1])
+    for packed, stated in itertools.product((False, True), repeat=2):
+        states = [torch.randn(batch, hidden) if stated else None for _ in range(2)]
+        weights = [torch.randn(s) / 4 for s in ((gates, 7), (gates, hidden), (gates,), (gates,))]
+        layer = Layer(states[0], states[1] if cell == "lstm" else None, *weights)
+        x = torch.randn(int(sizes.sum()) if packed else 9 * batch, 7)
+        loop = Loop(sizes if packed else None, batch, cell, reverse)
+        whole = _recurrent.cpu_layer(x, layer, loop)
+        with monkeypatch.context() as patched:
+            patched.setattr(_recurrent, "_MOST_PRODUCTS", 2 * 4 * gates * batch)  # two steps each
+            found = _recurrent.cpu_layer(x, layer, loop)
+        for f, e in zip(found, whole, strict=True):
+            # One or two rows, as at the end of a pack, add in several chains.
+            if packed or lmfast._extension.cpu_isa() == "default":
+                torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-6)
+            else:
+                assert torch.equal(f, e)

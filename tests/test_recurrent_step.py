@@ -12,7 +12,7 @@ import lmfast
 import lmfast.nn
 from lmfast import ops
 from lmfast.ops import _recurrent_step
-from lmfast.ops._recurrent_reference import CELLS, GATES, reference_layer
+from lmfast.ops._recurrent_reference import CELLS, GATES, Layer, Loop, reference_layer
 
 # Sums of at most 70 float products of order 1.
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}
@@ -34,7 +34,7 @@ def test_step_is_the_reference(cell: str, shape: tuple[int, int, int], cpu_isa: 
         h0, c0 = (h, c if lstm else None) if state else (None, None)
         given = weights[: 2 + biases]
         padded = [*given, *[None] * (2 - biases)]
-        expected = reference_layer(x, h0, c0, *padded, None, len(x), cell, False)
+        expected = reference_layer(x, Layer(h0, c0, *padded), Loop(None, len(x), cell, False))
         for right in (False, True):
             ordered = [w.t().contiguous() if right else w for w in given[:2]] + given[2:]
             states = (None if s is None else s[None] for s in (h0, c0))

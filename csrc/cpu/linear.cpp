@@ -2,9 +2,9 @@
 #include <algorithm>
 #include <optional>
 
-#include "../common/tensor.h"
 #include "bf16_products.h"
 #include "kernels/linear_amx.h"
+#include "product_operand.h"
 #include "scratch.h"
 
 namespace lmfast {
@@ -14,15 +14,8 @@ using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
 LinearOperand operand(const Tensor& t, const char* name) {
-  LMFAST_CHECK(t.is_cpu() && t.dim() == 2, name, " must be a CPU matrix");
-  LinearOperand m{};
-  LMFAST_CHECK(dtype_of(t, name) == DType::kF32, name, " must be float32");
-  m.data = static_cast<const float*>(t.const_data_ptr());
-  m.by_columns = t.size(1) > 1 && t.stride(1) != 1;
-  m.stride = m.by_columns ? t.stride(1) : t.stride(0);
-  LMFAST_CHECK(!m.by_columns || t.size(0) <= 1 || t.stride(0) == 1, name,
-               " must have contiguous rows or columns");
-  return m;
+  const ProductOperand m = product_operand(t, name);
+  return {m.data, m.by_columns, m.stride};
 }
 
 Tensor linear_amx(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,

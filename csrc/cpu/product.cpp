@@ -1,26 +1,12 @@
 // lmfast::product_f32 on the CPU: checks, division over threads, registration.
-#include "kernels/product.h"
-
 #include <algorithm>
 #include <optional>
 
-#include "../common/tensor.h"
+#include "product_operand.h"
 #include "recurrent_tensors.h"
 
 namespace lmfast {
 namespace {
-
-ProductOperand operand(const Tensor& t, const char* name) {
-  LMFAST_CHECK(t.is_cpu() && t.dim() == 2 && dtype_of(t, name) == DType::kF32, name,
-               " must be a float32 CPU matrix");
-  ProductOperand m{};
-  m.data = static_cast<const float*>(t.const_data_ptr());
-  m.by_columns = t.size(1) > 1 && t.stride(1) != 1;
-  m.stride = m.by_columns ? t.stride(1) : t.stride(0);
-  LMFAST_CHECK(!m.by_columns || t.size(0) <= 1 || t.stride(0) == 1, name,
-               " must have contiguous rows or columns");
-  return m;
-}
 
 // a b^T + bias, sums over the depth in chunks of `chunk`.
 Tensor product_f32(Tensor a, Tensor b, std::optional<Tensor> bias, int64_t chunk) {
@@ -28,8 +14,8 @@ Tensor product_f32(Tensor a, Tensor b, std::optional<Tensor> bias, int64_t chunk
   constexpr int64_t kSmallWork = 1 << 18;  // multiply-adds worth a second thread
   constexpr int64_t kFewRows = 640;        // up to which packing B beforehand costs more
   ProductArgs p{};
-  p.a = operand(a, "a");
-  p.b = operand(b, "b");
+  p.a = product_operand(a, "a");
+  p.b = product_operand(b, "b");
   LMFAST_CHECK(a.size(1) == b.size(1), "a and b must have rows of one length");
   LMFAST_CHECK(chunk >= 1, "chunk must be at least 1, got ", chunk);
   p.rows = a.size(0);

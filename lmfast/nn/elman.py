@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from lmfast import ops
-from lmfast.ops._recurrent_reference import CELLS
+from lmfast.ops._recurrent_batch import stack_forward
+from lmfast.ops._recurrent_reference import CELLS, Layer
 from lmfast.ops._recurrent_step import MAX_ROWS, is_plain, may_step, step_op
+from lmfast.ops.elman_rnn import OP
 
 _TANH = CELLS.index("tanh")
 
@@ -126,6 +128,14 @@ class ElmanRNN(nn.Module):
             if 0 < batch <= MAX_ROWS and all(map(is_plain, (x, h0, *weights))):
                 stepped = step_op(x, h0, None, weights, self.num_layers, _TANH, True)
                 return stepped[0], stepped[1]
+        if lengths is None:
+            layers = [
+                Layer(h, None, unit.Wh.t(), unit.Uh.t(), unit.b, None)
+                for unit, h in zip(self.units(), h0.unbind(0))
+            ]
+            found = stack_forward(OP, x, layers, "tanh")
+            if found is not None:
+                return found
         y, final = x, []
         for unit, h in zip(self.units(), h0.unbind(0)):
             y, h = unit.scan(y, h, lengths)

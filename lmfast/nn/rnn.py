@@ -12,7 +12,9 @@ from torch.nn.utils.rnn import PackedSequence
 from lmfast._dispatch import Op, select
 from lmfast.ops._recurrent import cpu_layer
 from lmfast.ops._recurrent_both import cpu_both_ways
-from lmfast.ops._recurrent_reference import CELLS
+from lmfast.ops._recurrent_projected import projected_layer, runs_projected
+from lmfast.ops._recurrent_reference import CELLS, Layer, Loop, made_layer
+from lmfast.ops._recurrent_stack import cpu_stack, runs_as_wavefront
 from lmfast.ops._recurrent_step import MAX_ROWS, is_plain, may_step, step_op
 from lmfast.ops.elman_rnn import OP as ELMAN
 from lmfast.ops.gru import OP as GRU_OP
@@ -125,12 +127,12 @@ class _FusedLayers(nn.RNNBase):
         weight = self._flat_weights[0]
         if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or torch.jit.is_scripting():
             return None
-        if self.proj_size or x.dtype != weight.dtype or x.shape[-1:] != (self.input_size,):
+        if x.dtype != weight.dtype or x.shape[-1:] != (self.input_size,):
             return None
         if x.dim() not in ((2,) if packed else (2, 3)) or x.numel() == 0:
             return None
         op, cell = _CELLS[self.mode]
-        if not _runs_fused(op, cell, x, self._weights_of(0)):
+        if not _runs_fused(op, cell, x, self._weights_of(0)[:4]):
             return None
         sizes: Tensor | None = None
         unbatched = not packed and x.dim() == 2
@@ -144,12 +146,17 @@ class _FusedLayers(nn.RNNBase):
                 x = x.transpose(0, 1)
             batch = x.shape[1]
             x = x.reshape(-1, self.input_size)
+        if self.proj_size and not runs_projected(x, self.hidden_size, batch):
+            return None
         if hx is None:
             return x, None, sizes, batch
         states = _states(hx, self.mode == "LSTM")
         stack = self.num_layers * (2 if self.bidirectional else 1)
-        shape = (stack, self.hidden_size) if unbatched else (stack, batch, self.hidden_size)
-        if states is None or not all(_fits(s, shape, x) for s in states):
+        rows = (stack,) if unbatched else (stack, batch)
+        widths = (self.proj_size or self.hidden_size, self.hidden_size)
+        if states is None:
+            return None
+        if not all(_fits(s, (*rows, n), x) for s, n in zip(states, widths, strict=False)):
             return None
         if unbatched:
             states = tuple(s.unsqueeze(1) for s in states)
@@ -158,10 +165,10 @@ class _FusedLayers(nn.RNNBase):
         return x, states, sizes, batch
 
     def _weights_of(self, index: int) -> list[Any]:
-        """(w_ih, w_hh, b_ih, b_hh) of one layer and direction."""
-        each = 4 if self.bias else 2
+        """(w_ih, w_hh, b_ih, b_hh) of one layer and direction, behind them w_hr if it projects."""
+        each = (4 if self.bias else 2) + (1 if self.proj_size else 0)
         found: list[Any] = list(self._flat_weights[index * each : (index + 1) * each])
-        return found if self.bias else [*found, None, None]
+        return found if self.bias else [*found[:2], None, None, *found[2:]]
 
     def _layers(
         self, x: Tensor, states: tuple[Tensor, ...] | None, sizes: Tensor | None, batch: int
@@ -169,23 +176,41 @@ class _FusedLayers(nn.RNNBase):
         """All layers over rows; returns the top's rows and the final states (L, B, H)."""
         cell = _CELLS[self.mode][1]
         directions = 2 if self.bidirectional else 1
+        dropout = self.dropout if self.training else 0.0
+        loop = Loop(sizes, batch, cell, False)
+        all_ways: list[Layer] = []
+        for index in range(self.num_layers * directions):
+            given = [] if states is None else [s[index] for s in states]
+            weights = self._weights_of(index)[:4]
+            all_ways.append(made_layer((*(*given, None, None)[:2], *weights)))
         finals: list[tuple[Tensor, ...]] = []
+        plain = directions == 1 and not self.proj_size
+        if plain and not dropout and runs_as_wavefront(x, all_ways, loop):
+            x, stack = cpu_stack(x, all_ways, loop)
+            finals = [final if cell == "lstm" else final[:1] for final in stack]
+            return x, [torch.stack(s) for s in zip(*finals, strict=True)]
         for layer in range(self.num_layers):
-            if layer and self.dropout and self.training:
-                x = F.dropout(x, self.dropout)
-            ways: list[tuple[Any, ...]] = []
+            if layer and dropout:
+                x = F.dropout(x, dropout)
+            ways = all_ways[layer * directions : (layer + 1) * directions]
             found: tuple[tuple[Tensor, Tensor, Tensor], ...]
-            for index in range(layer * directions, (layer + 1) * directions):
-                given = [] if states is None else [s[index] for s in states]
-                ways.append((*(*given, None, None)[:2], *self._weights_of(index)))
-            if directions == 2:
-                found = cpu_both_ways(x, ways[0], ways[1], sizes, batch, cell)
+            if self.proj_size:
+                found = tuple(
+                    projected_layer(
+                        x,
+                        way,
+                        self._weights_of(layer * directions + i)[4],
+                        loop._replace(reverse=i == 1),
+                    )
+                    for i, way in enumerate(ways)
+                )
+                x = torch.cat([way[0] for way in found], 1)
+            elif directions == 2:
+                found = cpu_both_ways(x, ways[0], ways[1], loop)
                 x = torch.cat((found[0][0], found[1][0]), 1)
             else:
-                h0, c0, w_ih, w_hh, b_ih, b_hh = ways[0]
-                one = cpu_layer(x, h0, c0, w_ih, w_hh, b_ih, b_hh, sizes, batch, cell, False)
-                found = (one,)
-                x = one[0]
+                found = (cpu_layer(x, ways[0], loop),)
+                x = found[0][0]
             finals += [way[1 : 3 if cell == "lstm" else 2] for way in found]
         return x, [torch.stack(s) for s in zip(*finals, strict=True)]
 
@@ -265,8 +290,8 @@ class LSTM(_FusedLayers):
     Raises:
         What ``torch.nn.LSTM`` raises.
 
-    Backends: cpu (C++); everything else (other devices, float64, projections) runs as
-    ``torch.nn.LSTM``.
+    Backends: cpu (C++; projections where rows and state are few); everything else (other devices,
+    float64) runs as ``torch.nn.LSTM``.
 
     Source: Hochreiter and Schmidhuber, Long Short-Term Memory, 1997.
 

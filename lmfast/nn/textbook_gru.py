@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from lmfast import ops
+from lmfast.ops._recurrent_batch import stack_forward
+from lmfast.ops._recurrent_reference import made_layer
+from lmfast.ops.gru import OP
 
 
 class TextbookGRU(nn.RNNBase):
@@ -78,21 +81,27 @@ class TextbookGRU(nn.RNNBase):
     def _layers(
         self, x: Tensor, hx: Tensor | None, lengths: Tensor | None, directions: int
     ) -> tuple[Tensor, Tensor]:
+        dropout = self.dropout if self.training else 0.0
+        all_weights = [tuple(w) for w in self.all_weights]
+        states = [None] * len(all_weights) if hx is None else hx.unbind(0)
+        if directions == 1 and not dropout and lengths is None:
+            layers = [made_layer((h, None, *w)) for h, w in zip(states, all_weights, strict=True)]
+            found = stack_forward(OP, x, layers, "gru_textbook")
+            if found is not None:
+                return found
         finals = []
         for layer in range(self.num_layers):
-            if layer and self.dropout and self.training:
-                x = F.dropout(x, self.dropout)
+            if layer and dropout:
+                x = F.dropout(x, dropout)
             outputs = []
-            for direction in range(directions):
-                suffix = f"_l{layer}" + ("_reverse" if direction else "")
-                names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if self.bias else [])]
+            for index in range(layer * directions, (layer + 1) * directions):
                 y, h = ops.gru(
                     x,
-                    None if hx is None else hx[layer * directions + direction],
-                    tuple(getattr(self, name + suffix) for name in names),
+                    states[index],
+                    all_weights[index],
                     reset_after=False,
                     lengths=lengths,
-                    reverse=direction == 1,
+                    reverse=index % directions == 1,
                 )
                 outputs.append(y)
                 finals.append(h)

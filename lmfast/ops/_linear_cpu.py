@@ -44,7 +44,7 @@ _few_rows = define(
 )
 
 
-def _matrix(t: Tensor) -> Tensor:
+def matrix(t: Tensor) -> Tensor:
     """``t`` if its rows or its columns are contiguous, else a copy."""
     return t if t.stride(-1) == 1 or t.stride(0) == 1 else t.contiguous()
 
@@ -60,6 +60,16 @@ _CHUNK = 128
 _SHALLOW, _SHALLOW_CHUNK = 64, 16
 
 
+def longest_chain(depth: int) -> int:
+    """The chunk in which `fp32_product` sums over a depth, unless it is told another."""
+    return min(_CHUNK, _SHALLOW_CHUNK) if depth <= _SHALLOW else _CHUNK
+
+
+def has_plain_product() -> bool:
+    """Whether fp32 products are this package's own, at every size, on this processor."""
+    return _cpu_isa() in ("avx2", "avx512", "amx") and not bf16_products_allowed()
+
+
 def fp32_product(a: Tensor, b: Tensor, bias: Tensor | None = None, chunk: int = _CHUNK) -> Tensor:
     """a b^T + bias for fp32 matrices on the CPU, the same for any number of threads; no autograd.
 
@@ -72,11 +82,10 @@ def fp32_product(a: Tensor, b: Tensor, bias: Tensor | None = None, chunk: int = 
         rounded = bf16_products_allowed()
         bias = None if bias is None else bias.contiguous()
         if chunk == _CHUNK and _has_tiles(rounded) and _is_faster(a.shape[0], b.shape):
-            return _product(_matrix(a), _matrix(b), bias, False, _parts(rounded))
-        if _cpu_isa() in ("avx2", "avx512", "amx") and not rounded:
-            if a.shape[1] <= _SHALLOW:
-                chunk = min(chunk, _SHALLOW_CHUNK)
-            return _plain_product(_matrix(a), _matrix(b), bias, chunk)
+            return _product(matrix(a), matrix(b), bias, False, _parts(rounded))
+        if has_plain_product():
+            chunk = min(chunk, longest_chain(a.shape[1]))
+            return _plain_product(matrix(a), matrix(b), bias, chunk)
     if chunk == _CHUNK:
         return torch.mm(a, b.t()) if bias is None else torch.addmm(bias, a, b.t())
     c = torch.mm(a[:, :chunk], b[:, :chunk].t())
@@ -104,15 +113,15 @@ def linear_of_few_rows(
     if not x.is_contiguous() and (x.dim() != 2 or x.stride(1) != 1):
         x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
-    return _few_rows(x, _matrix(weight), bias, relu)
+    return _few_rows(x, matrix(weight), bias, relu)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, rounded: bool) -> Tensor:
     if few_rows(x, weight):
         return linear_of_few_rows(x, weight, bias, relu)
-    rows = _matrix(x.reshape(-1, x.shape[-1]))
+    rows = matrix(x.reshape(-1, x.shape[-1]))
     bias = None if bias is None else bias.contiguous()
-    y = _product(rows, _matrix(weight), bias, relu, _parts(rounded))
+    y = _product(rows, matrix(weight), bias, relu, _parts(rounded))
     return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], weight.shape[0]))
 
 
@@ -124,14 +133,14 @@ def backward(
     rounded: bool,
     wanted: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    rows, flat = _matrix(dy.reshape(-1, dy.shape[-1])), _matrix(x.reshape(-1, x.shape[-1]))
+    rows, flat = matrix(dy.reshape(-1, dy.shape[-1])), matrix(x.reshape(-1, x.shape[-1]))
     parts = _parts(rounded)
     dx = dweight = dbias = None
     few = few_rows(x, weight)
     if wanted[0] and few:
         dx = linear_of_few_rows(dy, weight.t()).view(x.shape)
     elif wanted[0]:
-        dx = _product(rows, _matrix(weight).t(), None, False, parts).view(x.shape)
+        dx = _product(rows, matrix(weight).t(), None, False, parts).view(x.shape)
     if wanted[1] and few:
         dweight = rows.t() @ flat if weight.stride(-1) == 1 else (flat.t() @ rows).t()
     elif wanted[1]:

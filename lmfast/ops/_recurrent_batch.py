@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lmfast._dispatch import Op, register, register_op
+from lmfast._dispatch import Op, register, register_op, select
 from lmfast.ops._library import check_same_device, check_tensor
 from lmfast.ops._recurrent import (
     backward_op,
@@ -21,36 +21,25 @@ from lmfast.ops._recurrent import (
 from lmfast.ops._recurrent_bf16 import runs_in_bf16
 from lmfast.ops._recurrent_cudnn import cudnn_layer, unsupported_by_cudnn
 from lmfast.ops._recurrent_gpu import persistent_layer, unsupported_by_persistent_kernels
-from lmfast.ops._recurrent_reference import GATES, reference_layer
+from lmfast.ops._recurrent_reference import GATES, Layer, Loop, reference_layer
+from lmfast.ops._recurrent_stack import cpu_stack, runs_as_wavefront
 from lmfast.testing import Sample
 
-Layer = Callable[..., tuple[Tensor, Tensor, Tensor]]
+Run = Callable[[Tensor, Layer, Loop], tuple[Tensor, Tensor, Tensor]]
 
 
-def _over_batch(
-    layer: Layer,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    lengths: Tensor | None,
-    cell: str,
-    reverse: bool,
-) -> tuple[Tensor, Any]:
-    """Runs ``layer`` on x (B, T, D); returns y (B, T, H) and the final state."""
+def _over_batch(run: Run, x: Tensor, *args: Any) -> tuple[Tensor, Any]:
+    """``run`` on x (B, T, D) and an op's other arguments; y (B, T, H) and the final state."""
+    layer, (lengths, cell, reverse) = Layer(*args[:6]), args[6:]
     batch, steps, width = x.shape
-    weights = (w_ih, w_hh, b_ih, b_hh)
-    hidden = w_hh.shape[1]
+    hidden = layer.w_hh.shape[1]
     if lengths is None:
         rows = x.transpose(0, 1).reshape(steps * batch, width)
-        y, h_n, c_n = layer(rows, h0, c0, *weights, None, batch, cell, reverse)
+        y, h_n, c_n = run(rows, layer, Loop(None, batch, cell, reverse))
         y = y.view(steps, batch, hidden).transpose(0, 1)
         return y, (h_n, c_n) if cell == "lstm" else h_n
     if torch.compiler.is_compiling():
-        return _masked_steps(layer, x, h0, c0, weights, lengths, cell, reverse)
+        return _masked_steps(run, x, layer, lengths, cell, reverse)
     # Longest sequences first, rows of ended ones left out; those of length zero keep their state.
     ordered, order = lengths.cpu().sort(descending=True, stable=True)
     running = int((ordered > 0).sum())
@@ -64,10 +53,11 @@ def _over_batch(
     def started(state: Tensor | None) -> Tensor:
         return x.new_zeros(batch, hidden) if state is None else state.index_select(0, order)
 
-    h, c = started(h0), started(c0)
+    h, c = started(layer.h0), started(layer.c0)
     rows = x.reshape(batch * steps, width).index_select(0, rows_of)
     sizes = present.sum(1)
-    y, h_n, c_n = layer(rows, h[:running], c[:running], *weights, sizes, running, cell, reverse)
+    layer = layer._replace(h0=h[:running], c0=c[:running])
+    y, h_n, c_n = run(rows, layer, Loop(sizes, running, cell, reverse))
     padded = x.new_zeros(batch * steps, hidden).index_copy(0, rows_of, y)
     h_n = torch.cat((h_n, h[running:])).index_select(0, back)
     y = padded.view(batch, steps, hidden)
@@ -77,23 +67,16 @@ def _over_batch(
 
 
 def _masked_steps(
-    layer: Layer,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    lengths: Tensor,
-    cell: str,
-    reverse: bool,
+    run: Run, x: Tensor, layer: Layer, lengths: Tensor, cell: str, reverse: bool
 ) -> tuple[Tensor, Any]:
     """Every step of every row, ended rows unchanged: for torch.compile, where sizes are fixed."""
     batch, steps, _ = x.shape
-    hidden = weights[1].shape[1]
-    h = x.new_zeros(batch, hidden) if h0 is None else h0
-    c = x.new_zeros(batch, hidden) if c0 is None else c0
+    hidden = layer.w_hh.shape[1]
+    h, c = (x.new_zeros(batch, hidden) if s is None else s for s in (layer.h0, layer.c0))
+    loop = Loop(None, batch, cell, False)
     outputs = [h] * steps
     for t in reversed(range(steps)) if reverse else range(steps):
-        y, _, c_new = layer(x[:, t].contiguous(), h, c, *weights, None, batch, cell, False)
+        y, _, c_new = run(x[:, t].contiguous(), layer._replace(h0=h, c0=c), loop)
         running = (lengths > t)[:, None]
         outputs[t] = torch.where(running, y, 0)
         h = torch.where(running, y, h)
@@ -184,6 +167,31 @@ def cpu_forward(*args: Any) -> Any:
 def cudnn_forward(*args: Any) -> Any:
     """The op with cuDNN's layer on normalised arguments; differentiable."""
     return _over_batch(cudnn_layer, *args)
+
+
+def stack_forward(
+    op: Op, x: Tensor, layers: Sequence[Layer], cell: str
+) -> tuple[Tensor, Tensor] | None:
+    """All layers of a stack in one call where that is the fastest way, else None.
+
+    Args:
+        op: the op that one layer is.
+        x: (B, T, D).
+        layers: the lowest first, all of one width.
+        cell: "tanh", "relu", "gru" or "gru_textbook".
+
+    Returns:
+        y (B, T, H) of the highest layer and the final states (L, B, H).
+    """
+    batch, steps, width = x.shape
+    if select(op, (x, *layers[0], None, cell, False)).backend != "cpu":
+        return None
+    rows = x.transpose(0, 1).reshape(steps * batch, width)
+    loop = Loop(None, batch, cell, False)
+    if not runs_as_wavefront(rows, layers, loop):
+        return None
+    y, finals = cpu_stack(rows, layers, loop)
+    return y.view(steps, batch, -1).transpose(0, 1), torch.stack([h for h, _ in finals])
 
 
 def gpu_forward(*args: Any) -> Any:

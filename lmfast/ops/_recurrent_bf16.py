@@ -16,8 +16,20 @@ from torch import Tensor
 from lmfast import _extension
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import define, needs_grad
-from lmfast.ops._recurrent_products import GATE_GRADIENTS, KEPT_GATES, gradients_of_products
-from lmfast.ops._recurrent_reference import CELLS, reference_layer
+from lmfast.ops._recurrent_products import (
+    KEPT_GATES,
+    backward_fake,
+    gradients_of_products,
+    split_biases,
+)
+from lmfast.ops._recurrent_reference import (
+    CELLS,
+    Layer,
+    Loop,
+    flat_reference,
+    loop_arguments,
+    made_layer,
+)
 
 # Rows of a tile: fewer leave it unused, and the products over all steps small.
 _MIN_ROWS = 16
@@ -50,26 +62,9 @@ def _forward_fake(
     )
 
 
-def _backward_fake(
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    y: Tensor,
-    gates: Tensor,
-    cells: Tensor,
-    w_hh: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    batch_sizes: Tensor | None,
-    batch: int,
-    cell: int,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    name, hidden = CELLS[cell], w_hh.shape[1]
-    return (
-        y.new_empty(y.shape[0], GATE_GRADIENTS[name] * hidden),
-        y.new_empty(batch if KEPT_GATES[name] else 0, hidden, dtype=torch.float32),
-    )
+def _backward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    dgates, carry = backward_fake(*args)
+    return dgates, carry.float()
 
 
 _forward_op = define(
@@ -117,52 +112,24 @@ def _float(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.float().contiguous()
 
 
-def _biases(
-    b_ih: Tensor | None, b_hh: Tensor | None, cell: str
-) -> tuple[Tensor | None, Tensor | None]:
-    """What is added to the input's product, and to the hidden part of the GRU's n."""
-    b_ih, b_hh, hidden_bias = _float(b_ih), _float(b_hh), None
-    if b_hh is not None and cell == "gru":
-        hidden = b_hh.shape[0] // 3
-        hidden_bias = b_hh[2 * hidden :]
-        b_hh = torch.cat((b_hh[: 2 * hidden], torch.zeros_like(hidden_bias)))
-    if b_ih is None or b_hh is None:
-        return (b_hh if b_ih is None else b_ih), _float(hidden_bias)
-    return b_ih + b_hh, _float(hidden_bias)
-
-
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(
-        x: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        w_ih: Tensor,
-        w_hh: Tensor,
-        b_ih: Tensor | None,
-        b_hh: Tensor | None,
-        batch_sizes: Tensor | None,
-        batch: int,
-        cell: str,
-        reverse: bool,
-        keep: bool,
-    ) -> tuple[Tensor, ...]:
+    def forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
         """y, h_n, c_n in x's dtype; then what the backward needs: x and y in bf16, gates, cells."""
+        layer, loop, keep = Layer(*args[:6]), Loop(*args[6:10]), args[10]
         x16 = x.to(torch.bfloat16)
-        projected = torch.mm(x16, w_ih.to(torch.bfloat16).t())
-        bias, hidden_bias = _biases(b_ih, b_hh, cell)
+        projected = torch.mm(x16, layer.w_ih.to(torch.bfloat16).t())
+        # They are added in fp32.
+        bias, hidden_bias = split_biases(_float(layer.b_ih), _float(layer.b_hh), loop.cell)
         wide = x.dtype == torch.float32
         y16, y, h_n, c_n, gates, cells = _forward_op(
             projected,
-            w_hh.contiguous(),
+            layer.w_hh.contiguous(),
             bias,
-            hidden_bias,
-            _float(h0),
-            _float(c0),
-            batch_sizes,
-            batch,
-            CELLS.index(cell),
-            reverse,
+            _float(hidden_bias),
+            _float(layer.h0),
+            _float(layer.c0),
+            *loop_arguments(loop),
             keep,
             wide,
         )
@@ -171,31 +138,26 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, h0, c0, w_ih, w_hh, b_ih, b_hh, sizes, ctx.batch, ctx.cell, ctx.reverse, _ = inputs
+        x, (sizes, *ctx.loop) = inputs[0], inputs[7:11]
         y, _, c_n, *kept = output
         x16, y16, gates, cells = kept if len(kept) == 4 else (x, y, *kept)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*kept, *(() if ctx.cell == "lstm" else (c_n,)))
-        ctx.save_for_backward(
-            x, h0, c0, w_ih, w_hh, b_ih, b_hh, sizes, x16, y16, gates, cells
-        )  # fmt: skip
+        ctx.mark_non_differentiable(*kept, *(() if ctx.loop[1] == "lstm" else (c_n,)))
+        ctx.save_for_backward(*inputs[:7], sizes, x16, y16, gates, cells)
 
     @staticmethod
     def backward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, *_: Any) -> tuple[Any, ...]:
-        x, h0, c0, w_ih, w_hh, b_ih, b_hh, sizes, x16, y16, gates, cells = ctx.saved_tensors
-        inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
-        if ctx.cell != "lstm":
+        *inputs, sizes, x16, y16, gates, cells = ctx.saved_tensors
+        layer, loop = Layer(*inputs[1:]), Loop(sizes, *ctx.loop)
+        if loop.cell != "lstm":
             dc_n = None  # torch.compile hands in zeros for a result that has no gradient
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * 12
-        how = (sizes, ctx.batch, ctx.cell, ctx.reverse)
         if recording_backward():
-            layer = partial(
-                reference_layer, batch_sizes=sizes, batch=how[1], cell=how[2], reverse=how[3]
-            )
-            return *differentiate(layer, inputs, (dy, dh_n, dc_n)), *(None,) * 5
+            again = partial(flat_reference, loop=loop)
+            return *differentiate(again, inputs, (dy, dh_n, dc_n)), *(None,) * 5
         with torch.autocast("cpu", enabled=False):
-            h16, c16 = _narrow(h0), _narrow(c0)
+            narrow = made_layer(_narrow(t) for t in layer)
             dgates, carry = _backward_op(
                 None if dy is None else dy.contiguous(),
                 _float(dh_n),
@@ -203,17 +165,13 @@ class _Layer(torch.autograd.Function):
                 y16,
                 gates,
                 cells,
-                w_hh.contiguous(),
-                h16,
-                c16,
-                sizes,
-                ctx.batch,
-                CELLS.index(ctx.cell),
-                ctx.reverse,
+                layer.w_hh.contiguous(),
+                narrow.h0,
+                narrow.c0,
+                *loop_arguments(loop),
             )
-            operands = (x16, h16, _narrow(w_ih), _narrow(w_hh))
             found = gradients_of_products(
-                ctx.needs_input_grad[:7], operands, how, (y16, cells), dgates, carry, dh_n
+                ctx.needs_input_grad[:7], x16, narrow, loop, (y16, cells), dgates, carry, dh_n
             )
             grads = [
                 None if g is None else g.to(t.dtype) for g, t in zip(found, inputs, strict=True)
@@ -221,8 +179,8 @@ class _Layer(torch.autograd.Function):
         return *grads, *(None,) * 5
 
 
-def bf16_layer(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def bf16_layer(x: Tensor, layer: Layer, loop: Loop) -> tuple[Tensor, Tensor, Tensor]:
     """``reference_layer`` by the bf16 loop, for calls that ``runs_in_bf16`` admits."""
-    keep = needs_grad(*args[:7])
-    run: Any = (lambda *a: apply(_Layer, *a)) if keep else _Layer.forward
-    return run(*args, keep)[:3]
+    keep = needs_grad(x, *layer)
+    run: Any = (lambda *args: apply(_Layer, *args)) if keep else _Layer.forward
+    return run(x, *layer, *loop, keep)[:3]

@@ -11,63 +11,31 @@ from torch import Tensor
 
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import define, needs_grad
-from lmfast.ops._recurrent import backward_fake, cpu_layer, forward_fake, input_product
+from lmfast.ops._recurrent import cpu_layer, forward_fake, input_product
 from lmfast.ops._recurrent_bf16 import runs_in_bf16
-from lmfast.ops._recurrent_products import gradients_of_products
-from lmfast.ops._recurrent_reference import CELLS, reference_layer
+from lmfast.ops._recurrent_products import gradients_fake, gradients_of_products
+from lmfast.ops._recurrent_reference import Layer, Loop, loop_arguments, reference_layer
 
-_Layer = tuple[Tensor, Tensor, Tensor]
+_Found = tuple[Tensor, Tensor, Tensor]
 
-# Their arguments arrive in tuples here.
-_one_way: Any = cpu_layer
-_one_reference: Any = reference_layer
-
-
-def _at(tensors: Sequence[Tensor], direction: int) -> Tensor | None:
-    return tensors[direction] if tensors else None
+_WAYS = (False, True)  # reverse
+_FIELDS = len(Layer._fields)
 
 
-def _forward_both_fake(
-    projected: Sequence[Tensor],
-    w_hh: Sequence[Tensor],
-    hidden_bias: Sequence[Tensor],
-    h0: Sequence[Tensor],
-    c0: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    batch: int,
-    cell: int,
-    keep: bool,
-) -> list[Tensor]:
-    return [
-        t
-        for i in range(2)
-        for t in forward_fake(
-            projected[i], w_hh[i], None, None, None, batch_sizes, batch, cell, i == 1, keep
-        )
-    ]
-
-
-def _backward_both_fake(
-    dy: Sequence[Tensor],
-    dh_n: Sequence[Tensor],
-    dc_n: Sequence[Tensor],
-    y: Sequence[Tensor],
-    gates: Sequence[Tensor],
-    cells: Sequence[Tensor],
-    w_hh: Sequence[Tensor],
-    h0: Sequence[Tensor],
-    c0: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    batch: int,
-    cell: int,
-) -> list[Tensor]:
+def _forward_both_fake(projected: Sequence[Tensor], *args: Any) -> list[Tensor]:
+    w_hh, *_, sizes, batch, cell, keep = args
     none = (None, None, None)
     return [
         t
-        for i in range(2)
-        for t in backward_fake(
-            *none, y[i], gates[i], cells[i], w_hh[i], None, None, batch_sizes, batch, cell, i == 1
-        )
+        for like, w, reverse in zip(projected, w_hh, _WAYS, strict=True)
+        for t in forward_fake(like, w, *none, sizes, batch, cell, reverse, keep)
+    ]
+
+
+def _backward_both_fake(*args: Any) -> list[Tensor]:
+    y, w_hh, (batch, cell) = args[3], args[6], args[10:]
+    return [
+        t for rows, w in zip(y, w_hh, strict=True) for t in gradients_fake(rows, w, batch, cell)
     ]
 
 
@@ -85,84 +53,83 @@ _backward_op = define(
 )
 
 
-def _pair(first: Tensor | None, second: Tensor | None) -> list[Tensor]:
-    """Both contiguous, zeros for a missing one; none if both are missing."""
-    if first is None or second is None:
-        if first is None and second is None:
-            return []
-        there: Any = second if first is None else first
-        first, second = (torch.zeros_like(there) if t is None else t for t in (first, second))
-    return [first.contiguous(), second.contiguous()]
+def listed(*tensors: Tensor | None) -> list[Tensor]:
+    """All of them contiguous, zeros for a missing one; none if all are missing."""
+    there = next((t for t in tensors if t is not None), None)
+    if there is None:
+        return []
+    return [torch.zeros_like(there) if t is None else t.contiguous() for t in tensors]
+
+
+def layers_of(args: Sequence[Any]) -> list[Layer]:
+    """The layers whose fields ``args`` are."""
+    return [Layer(*args[i : i + _FIELDS]) for i in range(0, len(args), _FIELDS)]
 
 
 class _BothWays(torch.autograd.Function):
-    """x, then h0, c0, w_ih, w_hh, b_ih, b_hh of the forward direction and of the reverse one."""
+    """x, the fields of both layers and of the loop, and whether a backward will follow."""
 
     @staticmethod
     def forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        sizes, batch, cell, keep = args[12:]
-        ways = args[:6], args[6:12]
-        products = [input_product(x, way[2], way[3], way[4], way[5], cell) for way in ways]
+        ways, loop, keep = layers_of(args[:-5]), Loop(*args[-5:-1]), args[-1]
+        products = [input_product(x, way, loop.cell) for way in ways]
         results: list[Tensor] = _forward_op(
             [p for p, _ in products],
-            [way[3] for way in ways],
-            _pair(*(bias for _, bias in products)),
-            _pair(*(way[0] for way in ways)),
-            _pair(*(way[1] for way in ways)),
-            sizes,
-            batch,
-            CELLS.index(cell),
+            [way.w_hh for way in ways],
+            listed(*(bias for _, bias in products)),
+            listed(*(way.h0 for way in ways)),
+            listed(*(way.c0 for way in ways)),
+            *loop_arguments(loop)[:3],
             keep,
         )
         return tuple(results)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        sizes, ctx.batch, ctx.cell, _ = inputs[13:]
+        sizes, *ctx.loop = inputs[-5:-1]
         ctx.set_materialize_grads(False)
         kept = [*output[3:5], *output[8:10]]
-        if ctx.cell != "lstm":
+        if ctx.loop[1] != "lstm":
             kept += [output[2], output[7]]
         ctx.mark_non_differentiable(*kept)
-        ctx.save_for_backward(*inputs[:13], sizes, *output)
+        ctx.save_for_backward(*inputs[:-5], sizes, *output)
 
     @staticmethod
     def backward(ctx: Any, *given: Any) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        inputs, sizes, outputs = saved[:13], saved[13], (saved[14:19], saved[19:24])
+        *inputs, sizes = ctx.saved_tensors[:-10]
+        outputs = ctx.saved_tensors[-10:-5], ctx.saved_tensors[-5:]
+        loop = Loop(sizes, *ctx.loop)
         dy, dh, dc = (tuple(given[5 * i + k] for i in range(2)) for k in range(3))
-        if ctx.cell != "lstm":
+        if loop.cell != "lstm":
             dc = (None, None)  # torch.compile hands in zeros for a result without a gradient
-        nothing = (None,) * 4
+        nothing = (None,) * 5
         if all(g is None for g in (*dy, *dh, *dc)):
-            return (None,) * 17
-        how = {"batch_sizes": sizes, "batch": ctx.batch, "cell": ctx.cell}
+            return *(None for _ in inputs), *nothing
         if recording_backward():
-            both = partial(_reference_both, **how)
+            both = partial(_reference_both, loop=loop)
             wanted = tuple(g for i in range(2) for g in (dy[i], dh[i], dc[i]))
             return *differentiate(both, inputs, wanted), *nothing
-        x, ways = inputs[0], (inputs[1:7], inputs[7:13])
+        x, ways = inputs[0], layers_of(inputs[1:])
         with torch.autocast("cpu", enabled=False):
             results = _backward_op(
-                _pair(*dy),
-                _pair(*dh),
-                _pair(*dc),
+                listed(*dy),
+                listed(*dh),
+                listed(*dc),
                 *([o[k] for o in outputs] for k in (0, 3, 4)),
-                [way[3] for way in ways],
-                _pair(*(way[0] for way in ways)),
-                _pair(*(way[1] for way in ways)),
-                sizes,
-                ctx.batch,
-                CELLS.index(ctx.cell),
+                [way.w_hh for way in ways],
+                listed(*(way.h0 for way in ways)),
+                listed(*(way.c0 for way in ways)),
+                *loop_arguments(loop)[:3],
             )
             needed = ctx.needs_input_grad
             dx: Tensor | None = None
             grads: list[Tensor | None] = []
             for i, way in enumerate(ways):
                 found = gradients_of_products(
-                    (needed[0], *needed[1 + 6 * i : 7 + 6 * i]),
-                    (x, way[0], way[2], way[3]),
-                    (sizes, ctx.batch, ctx.cell, i == 1),
+                    (needed[0], *needed[1 + _FIELDS * i : 1 + _FIELDS * (i + 1)]),
+                    x,
+                    way,
+                    loop._replace(reverse=_WAYS[i]),
                     (outputs[i][0], outputs[i][4]),
                     results[2 * i],
                     results[2 * i + 1],
@@ -174,41 +141,34 @@ class _BothWays(torch.autograd.Function):
         return dx, *grads, *nothing
 
 
-def _reference_both(x: Tensor, *args: Any, **how: Any) -> tuple[Tensor, ...]:
+def _reference_both(x: Tensor, *args: Any, loop: Loop) -> tuple[Tensor, ...]:
     return tuple(
         t
-        for i in range(2)
-        for t in _one_reference(x, *args[6 * i : 6 * i + 6], reverse=i == 1, **how)
+        for way, reverse in zip(layers_of(args), _WAYS, strict=True)
+        for t in reference_layer(x, way, loop._replace(reverse=reverse))
     )
 
 
-def cpu_both_ways(
-    x: Tensor,
-    forward: tuple[Any, ...],
-    reverse: tuple[Any, ...],
-    batch_sizes: Tensor | None,
-    batch: int,
-    cell: str,
-) -> tuple[_Layer, _Layer]:
+def cpu_both_ways(x: Tensor, forward: Layer, reverse: Layer, loop: Loop) -> tuple[_Found, _Found]:
     """`cpu_layer` in both directions over the same rows.
 
     Args:
         x: (N, D).
-        forward, reverse: h0, c0, w_ih, w_hh, b_ih, b_hh of each direction.
-        batch_sizes, batch, cell: as in ``reference_layer``.
+        forward, reverse: what each direction has.
+        loop: see there; its direction is not looked at.
 
     Returns:
         y, h_n and c_n of each direction.
     """
     tensors = (x, *forward, *reverse)
     plain = all(t is None or t.dtype == torch.float32 for t in tensors)
-    if not plain or torch.is_autocast_enabled("cpu") or runs_in_bf16(x, forward[3], batch, cell):
-        first, second = (
-            _one_way(x, *way, batch_sizes, batch, cell, i == 1)
-            for i, way in enumerate((forward, reverse))
+    narrow = runs_in_bf16(x, forward.w_hh, loop.batch, loop.cell)
+    if not plain or narrow or torch.is_autocast_enabled("cpu"):
+        return (
+            cpu_layer(x, forward, loop._replace(reverse=False)),
+            cpu_layer(x, reverse, loop._replace(reverse=True)),
         )
-        return first, second
     keep = needs_grad(*tensors)
     run: Any = (lambda *args: apply(_BothWays, *args)) if keep else _BothWays.forward
-    found = run(*tensors, batch_sizes, batch, cell, keep)
+    found = run(*tensors, *loop, keep)
     return found[0:3], found[5:8]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lmfast.ops._autograd import with_reference
 from lmfast.ops._library import needs_grad
-from lmfast.ops._recurrent_reference import reference_layer
+from lmfast.ops._recurrent_reference import Layer, Loop, flat_reference
 
 _FUNCTIONS = {
     "tanh": torch.rnn_tanh,
@@ -26,19 +26,9 @@ _FUNCTIONS = {
 }
 
 
-def unsupported_by_cudnn(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    lengths: Tensor | None,
-    cell: str,
-    reverse: bool,
-) -> str | None:
+def unsupported_by_cudnn(x: Tensor, *rest: Any) -> str | None:
     """Why cuDNN's layers cannot take these arguments, or None."""
+    cell = rest[7]
     if cell not in _FUNCTIONS:
         return f"cuDNN has no {cell} cell"
     if torch.compiler.is_compiling():
@@ -73,11 +63,9 @@ def _backwards(sizes: Tensor | None, steps: int, batch: int, device: torch.devic
     return (starts[time.clamp_min(0)] + row)[present].to(device)
 
 
-def _run(
-    tensors: tuple[Any, ...], options: tuple[Any, ...], training: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _run(tensors: tuple[Any, ...], loop: Loop, training: bool) -> tuple[Tensor, Tensor, Tensor]:
     x, h0, c0, w_ih, w_hh, b_ih, b_hh = tensors
-    batch_sizes, batch, cell, reverse = options
+    batch_sizes, batch, cell, reverse = loop
     hidden, steps = w_hh.shape[1], x.shape[0] // batch
     order = _backwards(batch_sizes, steps, batch, x.device) if reverse else None
     if order is not None:
@@ -101,37 +89,26 @@ def _run(
     return y, final[0][0], last
 
 
-def cudnn_layer(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    batch_sizes: Tensor | None,
-    batch: int,
-    cell: str,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def cudnn_layer(x: Tensor, layer: Layer, loop: Loop) -> tuple[Tensor, Tensor, Tensor]:
     """``reference_layer`` by PyTorch's whole-sequence operators."""
     if x.shape[0] == 0:
-        h, c = (x.new_zeros(batch, w_hh.shape[1]) if s is None else s for s in (h0, c0))
-        nothing = (x.sum() + w_ih.sum() + w_hh.sum()) * 0.0  # gradients are zeros, not missing
-        for b in (b_ih, b_hh):
+        zeros = x.new_zeros(loop.batch, layer.w_hh.shape[1])
+        h, c = (zeros if s is None else s for s in (layer.h0, layer.c0))
+        # Gradients are zeros, not missing.
+        nothing = (x.sum() + layer.w_ih.sum() + layer.w_hh.sum()) * 0.0
+        for b in (layer.b_ih, layer.b_hh):
             nothing = nothing if b is None else nothing + b.sum() * 0.0
         y = h[:0].expand(0, -1) + nothing
-        return y, h + nothing, c + nothing if cell == "lstm" else c[:0]
-    tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
-    options: Any = (batch_sizes, batch, cell, reverse)
+        return y, h + nothing, c + nothing if loop.cell == "lstm" else c[:0]
+    tensors = (x, *layer)
     reduced = torch.get_float32_matmul_precision() != "highest"
     if needs_grad(*tensors):
         found = with_reference(
-            lambda *given: _run(given, options, training=True),
-            lambda *given: reference_layer(*given, *options),
+            lambda *given: _run(given, loop, training=True),
+            lambda *given: flat_reference(*given, loop=loop),
             tensors,
             lambda: _precision(reduced),
         )
         return found[0], found[1], found[2]
     with _precision(reduced):
-        return _run(tensors, options, training=False)
+        return _run(tensors, loop, training=False)

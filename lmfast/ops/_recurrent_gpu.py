@@ -14,8 +14,8 @@ from torch import Tensor
 from lmfast import _extension
 from lmfast.ops._autograd import apply
 from lmfast.ops._library import define, needs_grad
-from lmfast.ops._recurrent import _Layer
-from lmfast.ops._recurrent_reference import CELLS
+from lmfast.ops._recurrent import LayerFunction
+from lmfast.ops._recurrent_reference import CELLS, Layer, Loop
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,19 +25,9 @@ _fits = define(
 )
 
 
-def unsupported_by_persistent_kernels(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    lengths: Tensor | None,
-    cell: str,
-    reverse: bool,
-) -> str | None:
+def unsupported_by_persistent_kernels(x: Tensor, *rest: Any) -> str | None:
     """Why the persistent kernels cannot take these arguments, or None."""
+    layer, cell = Layer(*rest[:6]), rest[7]
     if not _extension.cuda.loaded:
         return _extension.cuda.reason
     if cell == "gru_textbook":
@@ -48,8 +38,8 @@ def unsupported_by_persistent_kernels(
         return "under autocast cuDNN's layers are taken"
     if torch.compiler.is_compiling():
         return "whether the weights fit on the chip is not asked inside a compiled graph"
-    backward = needs_grad(x, h0, c0, w_ih, w_hh, b_ih, b_hh)
-    hidden = w_hh.shape[1]
+    backward = needs_grad(x, *layer)
+    hidden = layer.w_hh.shape[1]
     if x.dtype != torch.float32 and hidden % 8:
         return f"in 16 bits the kernel takes hidden sizes that are multiples of 8, got {hidden}"
     if not _fits(x, hidden, x.shape[0], CELLS.index(cell), backward):
@@ -57,22 +47,9 @@ def unsupported_by_persistent_kernels(
     return None
 
 
-def persistent_layer(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    batch_sizes: Tensor | None,
-    batch: int,
-    cell: str,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def persistent_layer(x: Tensor, layer: Layer, loop: Loop) -> tuple[Tensor, Tensor, Tensor]:
     """``reference_layer`` by the persistent kernels; differentiable."""
-    tensors: tuple[Any, ...] = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
-    keep = needs_grad(*tensors)
-    run: Any = (lambda *args: apply(_Layer, *args)) if keep else _Layer.forward
-    y, h_n, c_n, *_ = run(*tensors, batch_sizes, batch, cell, reverse, keep)
+    keep = needs_grad(x, *layer)
+    run: Any = (lambda *args: apply(LayerFunction, *args)) if keep else LayerFunction.forward
+    y, h_n, c_n, *_ = run(x, *layer, *loop, keep)
     return y, h_n, c_n

@@ -1,4 +1,6 @@
-"""What the loops over time leave to whole matrix products: every gradient but the gates'."""
+"""What the loops over time leave to whole matrix products: every gradient but the gates', and the
+biases that can be added to the input's product.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +11,46 @@ import torch
 from torch import Tensor
 
 from lmfast.ops._linear_cpu import fp32_product
+from lmfast.ops._recurrent_reference import CELLS, Layer, Loop
 
 # Vectors of H per row: what the forward keeps besides y, and the gradients of the gates.
 KEPT_GATES = {"tanh": 0, "relu": 0, "lstm": 4, "gru": 4, "gru_textbook": 3}
 GATE_GRADIENTS = {"tanh": 1, "relu": 1, "lstm": 4, "gru": 4, "gru_textbook": 3}
 
 
+def gradients_fake(y: Tensor, w_hh: Tensor, batch: int, cell: int) -> tuple[Tensor, Tensor]:
+    """What a loop's backward returns: the gates' gradients and the carry."""
+    kept, hidden = KEPT_GATES[CELLS[cell]], w_hh.shape[1]
+    return (
+        y.new_empty(y.shape[0], GATE_GRADIENTS[CELLS[cell]] * hidden),
+        y.new_empty(batch if kept else 0, hidden),
+    )
+
+
+def backward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    """Of the operators of one layer's backward."""
+    y, w_hh, (batch, cell) = args[3], args[6], args[10:12]
+    return gradients_fake(y, w_hh, batch, cell)
+
+
+def split_biases(
+    b_ih: Tensor | None, b_hh: Tensor | None, cell: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to the input's product, and to the hidden part of the GRU's n."""
+    hidden_bias = None
+    if b_hh is not None and cell == "gru":
+        # n's hidden bias is multiplied by the reset gate.
+        hidden = b_hh.shape[0] // 3
+        hidden_bias = b_hh[2 * hidden :]
+        b_hh = torch.cat((b_hh[: 2 * hidden], torch.zeros_like(hidden_bias)))
+    return b_ih if b_hh is None else b_hh if b_ih is None else b_ih + b_hh, hidden_bias
+
+
 def gradients_of_products(
     needed: Sequence[bool],
-    operands: tuple[Any, ...],
-    how: tuple[Any, ...],
+    x: Tensor,
+    layer: Layer,
+    loop: Loop,
     states: tuple[Tensor, Tensor],
     dgates: Tensor,
     carry: Tensor,
@@ -28,8 +60,8 @@ def gradients_of_products(
 
     Args:
         needed: for x, h0, c0, w_ih, w_hh, b_ih, b_hh, whether it needs a gradient.
-        operands: x, h0, w_ih, w_hh in the dtype of the products.
-        how: batch_sizes, batch, cell, reverse, as in ``reference_layer``.
+        x, layer: what is looked at, in the dtype of the products.
+        loop: see there.
         states: y, and what ``keeps_cells`` in the kernels' header says.
         dgates: (N, gate gradients * H), from the loop.
         carry: (B, H), what reaches the first state past the products.
@@ -38,9 +70,9 @@ def gradients_of_products(
     Returns:
         One gradient or None for each of ``needed``.
     """
-    x, h0, w_ih, w_hh = operands
+    h0, w_ih, w_hh = layer.h0, layer.w_ih, layer.w_hh
     y, cells = states
-    sizes, batch, cell, reverse = how
+    sizes, batch, cell, reverse = loop
     hidden = w_hh.shape[1]
     need_x, need_h0, need_c0, need_w_ih, need_w_hh, need_b_ih, need_b_hh = needed
     # GRU: (n before the reset, r, z, n after it); the first three meet the hidden weights. The
@@ -52,7 +84,7 @@ def gradients_of_products(
     if need_x:
         grads[0] = fp32_product(from_input, w_ih.t())
     if need_h0:
-        first = from_state[_first_rows(sizes, batch, reverse, x.shape[0])]
+        first = from_state[first_rows(sizes, batch, reverse, x.shape[0])]
         if x.shape[0] == 0:
             grads[1] = dh_n
         elif cell == "gru":
@@ -86,7 +118,7 @@ def gradients_of_products(
     return grads
 
 
-def _first_rows(sizes: Tensor | None, batch: int, reverse: bool, rows: int) -> slice | Tensor:
+def first_rows(sizes: Tensor | None, batch: int, reverse: bool, rows: int) -> slice | Tensor:
     """The row of every sequence's first step in the order of the loop."""
     if not reverse:
         return slice(0, batch)
@@ -128,5 +160,5 @@ def _state_weight_gradient(
         later, earlier = earlier, later
     dw = _sum_over_rows(dgates[later], y[earlier], batch)
     if h0 is not None and rows:
-        dw += fp32_product(dgates[_first_rows(sizes, batch, reverse, rows)].t(), h0.t())
+        dw += fp32_product(dgates[first_rows(sizes, batch, reverse, rows)].t(), h0.t())
     return dw

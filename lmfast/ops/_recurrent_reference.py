@@ -6,6 +6,9 @@ still running: a padded batch has equally many, a PackedSequence fewer and fewer
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +18,43 @@ from lmfast.ops._library import accumulation_dtype
 # Their order is the kernels' numbers for them. gru_textbook resets before the product.
 CELLS = ("tanh", "relu", "lstm", "gru", "gru_textbook")
 GATES = {"tanh": 1, "relu": 1, "lstm": 4, "gru": 3, "gru_textbook": 3}
+
+
+class Layer(NamedTuple):
+    """What one layer has in one direction: the states before its first step, and its weights.
+
+    h0, c0: (B, H), None for zeros. w_ih (G*H, D), w_hh (G*H, H); b_ih, b_hh: (G*H,) or None.
+    """
+
+    h0: Tensor | None
+    c0: Tensor | None
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None
+    b_hh: Tensor | None
+
+
+class Loop(NamedTuple):
+    """How a layer runs over its rows.
+
+    batch_sizes: (T,) int64 on the CPU, rows per step, B first and never growing; None: B each.
+    batch: B. cell: one of ``CELLS``. reverse: from each sequence's last step to its first.
+    """
+
+    batch_sizes: Tensor | None
+    batch: int
+    cell: str
+    reverse: bool
+
+
+def made_layer(fields: Iterable[Any]) -> Layer:
+    """A `Layer` of these fields, absent ones at the end being None."""
+    return Layer(*(*fields, None, None)[: len(Layer._fields)])
+
+
+def loop_arguments(loop: Loop) -> tuple[Tensor | None, int, int, bool]:
+    """``loop`` as the operators take it, cells by number."""
+    return loop.batch_sizes, loop.batch, CELLS.index(loop.cell), loop.reverse
 
 
 def cell_step(
@@ -55,36 +95,21 @@ def cell_step(
 
 
 def reference_layer(
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-    batch_sizes: Tensor | None,
-    batch: int,
-    cell: str,
-    reverse: bool,
-    *,
-    wide: torch.dtype | None = None,
+    x: Tensor, layer: Layer, loop: Loop, *, wide: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer over all steps.
 
     Args:
         x: (N, D), the rows of step 0, then of step 1, ...
-        h0, c0: (B, H) or None for zeros.
-        w_ih, w_hh, b_ih, b_hh: (G*H, D), (G*H, H), (G*H,) or None.
-        batch_sizes: (T,) int64 on the CPU, rows per step, B first and never growing; None: B each.
-        batch: B.
-        cell: one of ``CELLS``.
-        reverse: from each sequence's last step to its first.
+        layer, loop: see there.
         wide: the dtype of the state and of all arithmetic; None: float32, or x's if that is wider.
 
     Returns:
         y (N, H), and the states (B, H) after each sequence's last step; the cell state is (0, H)
         except for the LSTM.
     """
+    h0, c0, w_ih, w_hh, b_ih, b_hh = layer
+    batch_sizes, batch, cell, reverse = loop
     wide = wide or accumulation_dtype(x.dtype)
     w_ih, w_hh = w_ih.to(wide), w_hh.to(wide)
     b_ih = None if b_ih is None else b_ih.to(wide)
@@ -114,3 +139,9 @@ def reference_layer(
         h.to(x.dtype),
         (c if cell == "lstm" else c[:0]).to(x.dtype),
     )
+
+
+def flat_reference(*tensors: Tensor | None, loop: Loop) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference_layer` of x and the fields of a `Layer`, for autograd."""
+    x: Any = tensors[0]
+    return reference_layer(x, made_layer(tensors[1:]), loop)

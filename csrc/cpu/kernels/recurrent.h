@@ -51,9 +51,16 @@ struct RecurrentShape {
   const int64_t* offsets;
 };
 
+// The steps to run, counted in the order of the loop: what they continue is in y, c and the like.
+// Operands of the part alone begin with row `row`.
+struct RecurrentPart {
+  int64_t first, past, row;
+};
+
 struct RecurrentFwdArgs {
   RecurrentShape shape;
-  const float* projected;    // (N, G*H): input products with the biases added
+  RecurrentPart part;
+  const float* projected;    // (.., G*H): input products with the biases added, rows of the part
   const float* packed;       // recurrent weights, by recurrent_pack_fwd
   const float* hidden_bias;  // (H): GRU, added to the hidden part of n; null: none
   const float* h0;           // (B, H); null: zeros
@@ -67,8 +74,9 @@ struct RecurrentFwdArgs {
 
 struct RecurrentBwdArgs {
   RecurrentShape shape;
+  RecurrentPart part;
   const float* packed;  // by recurrent_pack_bwd
-  const float* dy;      // (N, H); null: zeros
+  const float* dy;      // (.., H), rows of the part; null: zeros
   const float* dh_n;    // (B, H); null: zeros
   const float* h0;
   const float* c0;

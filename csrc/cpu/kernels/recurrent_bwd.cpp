@@ -87,6 +87,21 @@ LMFAST_INLINE void cell_backward(const RecurrentBwdArgs& a, VecF dh, int64_t row
 template <Cell kCell, int kRound>
 constexpr int64_t kFactors = rounds_of(kCell) == 1 ? gates_of(kCell) : 2 - kRound;
 
+// What the cells of a row will read.
+template <Cell kCell>
+LMFAST_INLINE void ask_for_row(const RecurrentBwdArgs& a, int64_t row, int64_t unit) {
+  constexpr int kKept = kept_gates_of(kCell);
+  const int64_t hidden = a.shape.hidden;
+#pragma GCC unroll 4
+  for (int v = 0; v < kBwdVecs; ++v, unit += VecF::kWidth) {
+    const int64_t at = row * hidden + unit;
+    kKept == 0 ? ask_for<1>(a.y + at, 0)
+               : ask_for<kKept>(a.gates + row * kKept * hidden + unit, hidden);
+    if (kCell == Cell::kLstm) ask_for<1>(a.cells + at, 0);
+    if (a.dy != nullptr) ask_for<1>(a.dy + at - a.part.row * hidden, 0);
+  }
+}
+
 template <Cell kCell, int kRound, int kRows, bool kSmall>
 __attribute__((noinline)) void bwd_tile(const RecurrentBwdArgs& a, const float* panel, int64_t unit,
                                         const BwdRows& at) {
@@ -95,6 +110,7 @@ __attribute__((noinline)) void bwd_tile(const RecurrentBwdArgs& a, const float* 
   const int64_t hidden = a.shape.hidden;
   const float* factor = kRound == 0 ? at.later : a.dgates + (at.row * kWidth + kWidth - 1) * hidden;
   VecF sum[kRows][kBwdVecs];
+  for (int r = 0; r < kRows; ++r) ask_for_row<kCell>(a, at.row + r, unit);
   if (factor != nullptr) {
     multiply<kRows, kBwdVecs, TileParts<kRows, kSmall>::value>(sum, factor, kWidth * hidden, panel,
                                                                kFactors<kCell, kRound> * hidden);
@@ -119,7 +135,8 @@ __attribute__((noinline)) void bwd_tile(const RecurrentBwdArgs& a, const float* 
       const int lanes = lanes_at(first, hidden);
       if (lanes == 0) break;
       VecF dh = sum[r][v];
-      if (kRound == 0) dh = dh + load_or_zero(a.dy, (at.row + r) * hidden + first, lanes);
+      if (kRound == 0)
+        dh = dh + load_or_zero(a.dy, (at.row + r - a.part.row) * hidden + first, lanes);
       cell_backward<kCell, kRound>(a, dh, at.row + r, at.sequence + r, h, c, first, lanes);
     }
   }
@@ -220,15 +237,22 @@ int64_t bwd_panels(const RecurrentShape& s) {
 void recurrent_bwd_rows(const RecurrentBwdArgs& a, int64_t begin, int64_t end) {
   const BwdStep run = bwd_step_of(a.shape);
   const int64_t panels = bwd_panels(a.shape);
-  const int64_t rounds = a.shape.steps * rounds_of(a.shape.cell);
-  for (int64_t round = 0; round < rounds; ++round) run(a, round, begin, end, 0, panels);
+  const int64_t rounds = rounds_of(a.shape.cell);
+  for (int64_t round = a.part.first * rounds; round < a.part.past * rounds; ++round) {
+    run(a, round, begin, end, 0, panels);
+  }
 }
 
 void recurrent_bwd_together(const RecurrentBwdArgs& a, int64_t, int64_t) {
   const BwdStep run = bwd_step_of(a.shape);
   const int64_t panels = bwd_panels(a.shape), chunks = a.progress->chunks;
-  const int64_t rounds = a.shape.steps * rounds_of(a.shape.cell);
-  run_rounds(*a.progress, rounds, [&](int64_t round, int64_t chunk) {
+  const int64_t each = rounds_of(a.shape.cell), first = a.part.first * each;
+  run_rounds(*a.progress, a.part.past * each - first, [&](int64_t number, int64_t chunk) {
+    const int64_t round = first + number;
+    const RecurrentShape& s = a.shape;
+    const int64_t step = round / each;
+    const int64_t after = s.reverse ? step - 1 : s.steps - step;
+    ask_for_rows(a.dgates, s, after, gate_gradients_of(s.cell) * s.hidden);
     run(a, round, 0, a.shape.batch, chunk * panels / chunks, (chunk + 1) * panels / chunks);
   });
 }

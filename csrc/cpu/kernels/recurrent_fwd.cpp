@@ -10,6 +10,9 @@
 // (Elman, H = 512, one row: 1 MB a step on two cores, 5 us). So weights are packed once and each
 // core keeps its own part: few weights (below L2) are used by all cores and the rows divided,
 // without any barrier; many are divided by units of the state, with one barrier per step.
+// What a cell adds to the product lies a row apart for each row of a tile; asked for before the
+// product it is there behind it (one core of Zen 4: LSTM of 64 steps, 32 rows, H = 128 3.9 -> 3.3
+// ms; 20 steps, 64 rows, H = 256: GRU 6.3 -> 5.3, Elman 2.0 -> 1.7).
 // The state lives in y: step t reads the rows that step t - 1 wrote. The textbook's GRU needs all
 // of r before the product of n, so its steps are two rounds.
 #include "recurrent_cells.h"
@@ -68,7 +71,8 @@ LMFAST_INLINE void cell_forward(const RecurrentFwdArgs& a, const VecF* sum, int6
     if (a.gates != nullptr) n.store(a.gates + (row * 3 + 2) * hidden + unit, lanes);
   } else {
     const VecF r = gate_sigmoid(sum[0]), z = gate_sigmoid(sum[1]);
-    const VecF input = VecF::load(a.projected + (row * 3 + 2) * hidden + unit, lanes);
+    const VecF input =
+        VecF::load(a.projected + ((row - a.part.row) * 3 + 2) * hidden + unit, lanes);
     const VecF n = gate_tanh(fmadd(r, sum[2], input));
     fmadd(z, load_or_zero(h, unit, lanes) - n, n).store(y, lanes);
     if (a.gates != nullptr) {
@@ -81,13 +85,29 @@ LMFAST_INLINE void cell_forward(const RecurrentFwdArgs& a, const VecF* sum, int6
   }
 }
 
+// What the cells of a row will read, and the kept gates they will write.
+template <Cell kCell, int kRound>
+LMFAST_INLINE void ask_for_row(const RecurrentFwdArgs& a, int64_t row, int64_t unit) {
+  using S = FwdTile<kCell, kRound>;
+  constexpr int kKept = kept_gates_of(kCell);
+  const int64_t hidden = a.shape.hidden;
+  const int64_t from = row - a.part.row;
+  const float* read = a.projected + (from * gates_of(kCell) + 2 * kRound) * hidden + unit;
+#pragma GCC unroll 4
+  for (int u = 0; u < S::kUnits; ++u) ask_for<S::kGates>(read + u * VecF::kWidth, hidden);
+  if (kKept == 0 || a.gates == nullptr) return;
+  ask_for<kKept, true>(a.gates + row * kKept * hidden + unit, hidden);
+  if (keeps_cells(kCell)) ask_for<1, true>(a.cells + row * hidden + unit, 0);
+}
+
 template <Cell kCell, int kRound, int kRows, bool kSmall>
 __attribute__((noinline)) void fwd_tile(const RecurrentFwdArgs& a, const float* panel, int64_t unit,
                                         const FwdRows& at) {
   using S = FwdTile<kCell, kRound>;
   constexpr int W = VecF::kWidth;
-  const int64_t hidden = a.shape.hidden;
+  const int64_t hidden = a.shape.hidden, from = at.row - a.part.row;
   VecF sum[kRows][S::kVecs];
+  for (int r = 0; r < kRows; ++r) ask_for_row<kCell, kRound>(a, at.row + r, unit);
   if (at.h != nullptr) {
     const float* factor = kRound == 0 ? at.h : a.between + at.sequence * 2 * hidden;
     multiply<kRows, S::kVecs, TileParts<kRows, kSmall>::value>(
@@ -114,7 +134,7 @@ __attribute__((noinline)) void fwd_tile(const RecurrentFwdArgs& a, const float* 
         const float* added =
             kCell == Cell::kGru && g == 2
                 ? a.hidden_bias
-                : a.projected + ((at.row + r) * gates_of(kCell) + 2 * kRound + g) * hidden;
+                : a.projected + ((from + r) * gates_of(kCell) + 2 * kRound + g) * hidden;
         gates[g] = gates[g] + load_or_zero(added, first, lanes);
       }
       cell_forward<kCell, kRound>(a, gates, at.row + r, at.sequence + r, h, first, lanes);
@@ -213,16 +233,23 @@ FwdStep fwd_step_of(const RecurrentShape& s, int64_t* panels) {
 void recurrent_fwd_rows(const RecurrentFwdArgs& a, int64_t begin, int64_t end) {
   int64_t panels;
   const FwdStep run = fwd_step_of(a.shape, &panels);
-  const int64_t rounds = a.shape.steps * rounds_of(a.shape.cell);
-  for (int64_t round = 0; round < rounds; ++round) run(a, round, begin, end, 0, panels);
+  const int64_t rounds = rounds_of(a.shape.cell);
+  for (int64_t round = a.part.first * rounds; round < a.part.past * rounds; ++round) {
+    run(a, round, begin, end, 0, panels);
+  }
 }
 
 void recurrent_fwd_together(const RecurrentFwdArgs& a, int64_t, int64_t) {
   int64_t panels;
   const FwdStep run = fwd_step_of(a.shape, &panels);
   const int64_t chunks = a.progress->chunks;
-  const int64_t rounds = a.shape.steps * rounds_of(a.shape.cell);
-  run_rounds(*a.progress, rounds, [&](int64_t round, int64_t chunk) {
+  const int64_t each = rounds_of(a.shape.cell), first = a.part.first * each;
+  run_rounds(*a.progress, a.part.past * each - first, [&](int64_t number, int64_t chunk) {
+    const int64_t round = first + number;
+    const RecurrentShape& s = a.shape;
+    const int64_t step = round / each;
+    const int64_t before = s.reverse ? s.steps - step : step - 1;
+    ask_for_rows(a.y, s, before, s.hidden);
     run(a, round, 0, a.shape.batch, chunk * panels / chunks, (chunk + 1) * panels / chunks);
   });
 }
