@@ -17,6 +17,7 @@ import torch
 import transformers
 
 Peers = dict[str, Any]
+EXACT = ("llama_cpp", "ctranslate2")  # in fp32, as the model is
 
 
 def peers(model: Any, folder: Path, capacity: int) -> Peers:

@@ -6,7 +6,8 @@
 // order they are read (engine_product.h), and no pass over data between products that is not part
 // of one: norms are computed by every thread for itself where rows are few, bias, activation,
 // residual sum and rotation at the end of the product that makes their operand, and keys go from
-// the product into the cache.
+// the product into the cache. While a thread waits, normalises a row or computes attention, it asks
+// for the weights of its next product (follow, fetch), so that memory does not rest.
 //
 // A layer is: norm, QKV, rotation, append | attention | output, residual | norm, up | down,
 // residual; a bar is a barrier.

@@ -8,7 +8,9 @@
 //
 // One core of a Zen 4 reads 39 GB/s in any simple way. Panels that lay one behind the other, so
 // that a block was four streams 12 KB apart, came to 23 GB/s with the next lines asked for in the
-// first-level cache, and to 29 in the second; one stream, to 40.
+// first-level cache, and to 29 in the second; one stream, to 40. A token of GPT-2 on one core went
+// from 0.85 (fp32), 0.78 (bf16), 0.56 (int8), 0.49 (int4) of a plain read of as many bytes to 0.95,
+// 0.96, 0.89 and 0.78.
 //
 // Up to kRows rows share one reading of the weights from registers; more rows find them in the
 // second-level cache, a part of the depth at a time. The second pass over a part fetches the next

@@ -151,7 +151,6 @@ class Products {
   // The product after the one that is called next, whose weights are asked for while threads wait.
   void follow(const EngineMatrix& w, int64_t unit) { following_ = {&w, unit}; }
 
-  static constexpr int kWhileWaiting = 4;
   // Asks for some more lines of the weights that this thread reads next: memory would rest while
   // rows are normalised, while attention is computed, and while a phase's last chunk is waited for.
   void fetch(int lines) {
@@ -159,6 +158,7 @@ class Products {
       prefetch(next_ + fetched_ * 64);
     }
   }
+  static constexpr int kWhileWaiting = 4, kBeforeRows = 32;  // lines
 
   const float* bias_of(const EngineMatrix& w) const {
     return w.bias == kEngineNone ? nullptr : reinterpret_cast<const float*>(a_.weights + w.bias);
@@ -233,7 +233,6 @@ class Products {
 
  private:
   static constexpr int64_t kFetched = 2048;  // lines: 128 KB of a second-level cache
-  static constexpr int kBeforeRows = 32;
   const char* next_ = nullptr;
   int64_t expected_ = 0, fetched_ = 0;
 };

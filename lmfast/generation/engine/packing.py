@@ -1,4 +1,4 @@
-"""Weights in the order the engine reads them: panels of 16 columns, in one piece of memory.
+"""Weights in the order the engine reads them: blocks of columns, in one piece of memory.
 
 A matrix (N, K) of ``y = x W^T`` is cut into panels of 16 rows of W, and those into blocks of four;
 of a block the depth lies in order, so that a product reads one stream of memory from front to back
