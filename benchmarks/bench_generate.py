@@ -1,24 +1,25 @@
-"""Generation by the engine beside transformers and CTranslate2: tokens, prompts, long contexts.
+"""Generation beside transformers, llama.cpp and CTranslate2: tokens, prompts, contexts.
 
     pytest benchmarks/bench_generate.py --benchmark-enable --benchmark-only [-k "gpt2 and B1"]
 
 Random weights. Greedy, 32 prompt and 48 new tokens; `lmfast` is fp32, the other columns say what
-they are, transformers and CTranslate2 in fp32 unless they do. Floor while decoding: reading the
-packed weights once per token, but for embeddings beside the output layer. `read` is a plain read of
-as many bytes in fp32, as often as there are new tokens, in the same minute: beside 1 row, its ratio
-is the share of the bandwidth reached.
+they are, transformers, llama.cpp and CTranslate2 in fp32 unless they do. What is in fp32 must give
+the same first tokens. Every round runs all columns once, one after the other.
+
+`bench_steps` has steps alone, behind 32, 1,024 and 4,096 tokens. Their floor is reading the packed
+weights, but for embeddings beside the output layer, and the keys and values: `read_*` is a plain
+read of as many bytes as often, in the same second, and `share_of_read` its time over the steps'.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import generation_peers
 import pytest
 import torch
 
@@ -82,47 +83,18 @@ def theirs(model: Any, ids: torch.Tensor, new: int = NEW) -> Callable[[], Any]:
     return run
 
 
-def ctranslate2(model: Any, ids: torch.Tensor, folder: Path) -> dict[str, Callable[[], Any]]:
-    """The same by CTranslate2 where it is installed; GPT-2 alone, whose converter needs no more."""
-    try:
-        import ctranslate2 as peer
-    except ImportError:
-        return {}
-    model.save_pretrained(folder / "hf")
-    last = model.config.vocab_size - 1
-    names = {"<|endoftext|>" if i == last else f"t{i}": i for i in range(last + 1)}
-    (folder / "hf" / "vocab.json").write_text(json.dumps(names))
-    (folder / "hf" / "merges.txt").write_text("#version: 0.2\n")
-    transformers.GPT2Tokenizer(
-        str(folder / "hf" / "vocab.json"), str(folder / "hf" / "merges.txt"), unk_token="t0"
-    ).save_pretrained(folder / "hf")
-    peer.converters.TransformersConverter(str(folder / "hf")).convert(str(folder / "ct2"))
-    shutil.rmtree(folder / "hf")
-    tokens = [[f"t{i}" for i in row] for row in ids.tolist()]
-    runs: dict[str, Callable[[], Any]] = {}
-    for name, kind in (("ctranslate2", "float32"), ("ctranslate2_int8", "int8")):
-        generator = peer.Generator(
-            *(str(folder / "ct2"), "cpu"),
-            compute_type=kind,
-            intra_threads=torch.get_num_threads(),
-        )
-        runs[name] = lambda g=generator: g.generate_batch(
-            tokens,
-            max_length=NEW,
-            min_length=NEW,
-            sampling_topk=1,
-            include_prompt_in_result=False,
-            max_batch_size=len(tokens),
-        )
-    return runs
+def check(name: str, peer: Any, ids: torch.Tensor, expected: torch.Tensor) -> None:
+    """The first tokens must be the same: else the peer runs another model."""
+    new = expected.shape[1]
+    found = peer.generate(ids, new)
+    assert found == expected.tolist(), f"{name}: {found} in the place of {expected.tolist()}"
 
 
 @pytest.mark.parametrize("batch", [1, 8], ids=["B1", "B8"])
 def bench_generate(compare: Compare, named: tuple[str, Any], batch: int, tmp_path: Path) -> None:
     name, model = named
     ids = prompts(batch)
-    kinds = ("fp32", *NARROW)
-    generators = {kind: lmfast.Generator(model, weights=kind) for kind in kinds}
+    generators = {kind: lmfast.Generator(model, weights=kind) for kind in ("fp32", *NARROW)}
     runs: dict[str, Callable[[], Any]] = {
         kind: lambda g=g: g.generate(ids, max_new_tokens=NEW, eos_token_id=None)
         for kind, g in generators.items()
@@ -130,25 +102,26 @@ def bench_generate(compare: Compare, named: tuple[str, Any], batch: int, tmp_pat
     ours = runs.pop("fp32")
     runs["transformers"] = theirs(model, ids)
     runs["transformers_bf16"] = theirs(copy.deepcopy(model).bfloat16(), ids)
-    if name == "gpt2":
-        runs.update(ctranslate2(model, ids, tmp_path))
-    if batch == 1:
-        table = model.get_input_embeddings().weight
-        looked_up = table is not model.get_output_embeddings().weight
-        read = generators["fp32"].memory() - (table.nbytes if looked_up else 0)
-        words = torch.ones(read // 8, dtype=torch.int64)
-        runs["read"] = lambda: [words.sum() for _ in range(NEW)]
+    for peer_name, peer in generation_peers.peers(model, tmp_path, 1024).items():
+        if peer_name in generation_peers.EXACT:
+            check(peer_name, peer, ids, ours()[:, PROMPT : PROMPT + 4])
+        runs[peer_name] = lambda p=peer: p.generate(ids, NEW)
     row = compare(f"generate {name} B{batch}, {NEW} new tokens", ours, runs, rounds=ROUNDS)
-    row["tokens_per_s"] = {
-        key.removesuffix("_ms"): round(batch * NEW / value * 1e3)
-        for key, value in row.items()
-        if key.endswith("_ms") and key != "read_ms"
-    }
+    row["tokens_per_s"] = per_second(row, batch * NEW)
     row["MB"] = {kind: round(g.memory() / 1e6, 1) for kind, g in generators.items()}
 
 
-def bench_first_token_of_512(compare: Compare, named: tuple[str, Any]) -> None:
-    """A prompt of 512 tokens and one new token."""
+def per_second(row: dict[str, Any], tokens: int) -> dict[str, int]:
+    """Tokens a second of every column."""
+    return {
+        key.removesuffix("_ms"): round(tokens / value * 1e3)
+        for key, value in row.items()
+        if key.endswith("_ms")
+    }
+
+
+def bench_first_token_of_512(compare: Compare, named: tuple[str, Any], tmp_path: Path) -> None:
+    """A prompt of 512 tokens and one new token: the time to the first token."""
     name, model = named
     ids = prompts(1, 512)
     runs: dict[str, Callable[[], Any]] = {}
@@ -158,12 +131,10 @@ def bench_first_token_of_512(compare: Compare, named: tuple[str, Any]) -> None:
     ours = runs.pop("fp32")
     runs["transformers"] = theirs(model, ids, 1)
     runs["transformers_bf16"] = theirs(copy.deepcopy(model).bfloat16(), ids, 1)
+    for peer_name, peer in generation_peers.peers(model, tmp_path, 1024).items():
+        runs[peer_name] = lambda p=peer: p.generate(ids, 1)
     row = compare(f"first token of 512, {name}", ours, runs, rounds=ROUNDS)
-    row["prompt_tokens_per_s"] = {
-        key.removesuffix("_ms"): round(512 / value * 1e3)
-        for key, value in row.items()
-        if key.endswith("_ms")
-    }
+    row["prompt_tokens_per_s"] = per_second(row, 512)
 
 
 @pytest.mark.parametrize("cell", ["elman", "lstm", "gru"])
@@ -181,11 +152,7 @@ def bench_recurrent_model(compare: Compare, cell: str) -> None:
     }
     ours = runs.pop("fp32")
     row = compare(f"recurrent {cell} B1, {NEW} new tokens", ours, runs, rounds=15)
-    row["tokens_per_s"] = {
-        key.removesuffix("_ms"): round(NEW / value * 1e3)
-        for key, value in row.items()
-        if key.endswith("_ms")
-    }
+    row["tokens_per_s"] = per_second(row, NEW)
 
 
 @pytest.mark.parametrize("top", [{"top_k": 50}, {"top_k": 0, "top_p": 0.9}], ids=str)
@@ -203,13 +170,17 @@ def bench_drawing(compare: Compare, top: dict[str, Any]) -> None:
     )
 
 
-@pytest.mark.parametrize("context", [1024, 4096])
-def bench_context(compare: Compare, context: int) -> None:
-    """16 tokens behind a long text, of the 160M model."""
-    model, new = make("160M"), 16
+@pytest.mark.parametrize(
+    ("name", "context"),
+    [("gpt2", 32), ("gpt2", 1000), ("160M", 32), ("160M", 1024), ("160M", 4096)],
+)
+def bench_steps(compare: Compare, name: str, context: int, tmp_path: Path) -> None:
+    """16 tokens behind a text, and a plain read of what they read."""
+    model, new = make(name), 16
     ids = prompts(1, context)
     runs: dict[str, Callable[[], Any]] = {}
-    for kind in ("fp32", "bf16", "int8"):
+    reads: dict[str, str] = {}
+    for kind in ("fp32", *NARROW):
         runner = make_engine(model, kind)
         _, state = runner.step(ids, runner.new_state(1, context + new))
 
@@ -218,6 +189,9 @@ def bench_context(compare: Compare, context: int) -> None:
             state.truncate(context)
 
         runs[kind] = run
+        words = torch.ones(bytes_of_a_step(model, runner, state, context) // 8, dtype=torch.int64)
+        reads["lmfast" if kind == "fp32" else kind] = f"read_{kind}"
+        runs[f"read_{kind}"] = lambda words=words: [words.sum() for _ in range(new)]
     with torch.inference_mode():
         cache = model(ids).past_key_values
 
@@ -230,4 +204,31 @@ def bench_context(compare: Compare, context: int) -> None:
 
     ours = runs.pop("fp32")
     runs["transformers"] = transformers_steps
-    compare(f"160M, {new} tokens behind {context}", ours, runs, rounds=5)
+    for peer_name, peer in generation_peers.peers(model, tmp_path, context + 2 * new).items():
+        if not hasattr(peer, "extend"):  # CTranslate2 begins every text anew
+            continue
+        peer.prefill(ids)
+
+        def peer_steps(peer: Any = peer) -> None:
+            peer.extend([int(ids[0, 0])], context, new + 1)
+            peer.truncate(context)
+
+        runs[peer_name] = peer_steps
+    row = compare(f"{name}, {new} tokens behind {context}", ours, runs, rounds=7)
+    if row:
+        row["tokens_per_s"] = {
+            k: v for k, v in per_second(row, new).items() if not k.startswith("read")
+        }
+        row["share_of_read"] = {
+            kind: round(row[f"{read}_ms"] / row[f"{kind}_ms"], 3) for kind, read in reads.items()
+        }
+
+
+def bytes_of_a_step(model: Any, runner: Any, state: Any, context: int) -> int:
+    """What a token has to read: weights without embeddings that are looked up, keys and values."""
+    table = model.get_input_embeddings().weight
+    looked_up = table is not model.get_output_embeddings().weight
+    width = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 1}[runner.weights]
+    weights = runner.memory() - (table.numel() * width if looked_up else 0)
+    tokens = 2 * state.num_layers * state.num_kv_heads * state.head_dim
+    return weights + context * tokens * state.dtype.itemsize

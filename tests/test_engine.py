@@ -278,7 +278,7 @@ def test_what_cannot_be_packed_says_why() -> None:
         make_engine(dynamic)
     generator = Generator(dynamic)
     assert "the model's own modules: its rotation is scaled by the length" in generator.explain()
-    with pytest.raises(CannotPack, match=r"Linear is not a decoder the engine knows"):
+    with pytest.raises(CannotPack, match=r"Linear is not a model the engine knows"):
         make_engine(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"weights must be one of fp32, bf16, int8, int4"):
         make_engine(model_of({}), "fp8")

@@ -251,5 +251,5 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, other)
     with pytest.raises(ValueError, match=r"must be a file of QuantisedWeights.save"):
         QuantisedWeights.load(other)
-    with pytest.raises(CannotPack, match=r"a Linear is not a decoder the engine knows"):
+    with pytest.raises(CannotPack, match=r"a Linear is not a model the engine knows"):
         quantise(torch.nn.Linear(2, 2))

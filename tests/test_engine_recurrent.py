@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from lmfast import Generator
+from lmfast import Generator, QuantisedWeights, quantise
 from lmfast.generation.engine import CannotPack, make_engine
+from lmfast.generation.engine.cell_forward import CellForward
+from lmfast.generation.engine.cells import recurrent_plan
 from lmfast.generation.engine.rounding import quantise_groups, quantise_rows
 from lmfast.generation.module_runner import ModuleRunner
 from lmfast.models import RecurrentLanguageModel
@@ -155,6 +159,61 @@ def test_narrow_weights_are_the_rounded_model(
         expected = exact(ids_of(2, 22))
     found, _ = runner.step(ids_of(2, 22), runner.new_state(2), all_positions=True)
     assert (found - expected).square().mean().sqrt() < 0.012 * expected.std()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_calibration_sees_is_the_model(cell: str, tied: bool) -> None:
+    model = model_of(cell, tie_weights=tied)
+    texts = [ids_of(1, 17)[0], ids_of(1, 30, 1)[0], ids_of(1, 1, 2)[0]]
+    forward = CellForward(recurrent_plan(model), texts)
+    with torch.no_grad():
+        expected = torch.cat([model(t[None])[0] for t in texts])
+    # Two layers of float32 on both sides, through up to 30 steps.
+    torch.testing.assert_close(forward.logits(), expected, rtol=0, atol=1e-5)
+    layer = recurrent_plan(model).layers[0]
+    x = forward.embed()
+    before, kept = forward.operands(x, layer)
+    assert not before[[0, 17, 47]].any()
+    torch.testing.assert_close(before[1:17], forward.layer(x, layer)[:16], rtol=0, atol=0)
+    assert (kept is before) == (layer.candidate is None)
+
+
+@pytest.mark.parametrize(("weights", "group"), [("int8", None), ("int8", 32), ("int4", None)])
+@pytest.mark.parametrize("cell", CELLS)
+def test_quantised_weights_are_what_the_engine_rounds(
+    cell: str, weights: str, group: int | None, tmp_path: Path
+) -> None:
+    model = model_of(cell, tie_weights=cell == "lstm")
+    made = quantise(model, weights, group=group)
+    made.save(tmp_path / "weights.safetensors")
+    loaded = QuantisedWeights.load(tmp_path / "weights.safetensors")
+    plain = Generator(model, weights=weights, group=group)
+    given = Generator(model, weights=loaded)
+    ids = ids_of(2, 9)
+    expected = plain.generate(ids, max_new_tokens=20)
+    assert torch.equal(given.generate(ids, max_new_tokens=20), expected)
+    assert given.memory() == plain.memory()
+    assert given.weights == weights
+    other = model_of("gru_textbook" if cell != "gru_textbook" else "lstm")
+    with pytest.raises(CannotPack, match="quantised weights"):
+        make_engine(other, loaded)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_calibration_changes_products_less(cell: str) -> None:
+    """On other texts of the same kind, of few kinds of token, whose rows have much in common."""
+    model = model_of(cell, 64)
+    kinds = torch.tensor([3, 8, 20, 33, 47, 60, 71, 90])
+    torch.manual_seed(5)
+    texts = [kinds[torch.randint(0, 8, (200,))] for _ in range(6)]
+    plan, errors = recurrent_plan(model), {}
+    expected = CellForward(plan, texts[4:]).logits()
+    for how, given in (("nearest", None), ("calibrated", texts[:4])):
+        weighed = quantise(model, "int4", texts=given).into(plan)
+        exact = replace(weighed, head=plan.head, embedding=plan.embedding)
+        errors[how] = float((CellForward(exact, texts[4:]).logits() - expected).square().mean())
+    assert errors["calibrated"] < 0.8 * errors["nearest"], errors  # in squares
 
 
 def test_results_do_not_depend_on_threads() -> None:

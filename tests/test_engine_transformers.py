@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import lmfast
-from lmfast.generation.engine import CannotPack, make_engine
+from lmfast.generation.engine import CannotPack, EngineRunner, make_engine
 from lmfast.generation.engine.make import plan_of
+from lmfast.generation.engine.plan import Linear, Plan
 from lmfast.generation.engine.plan_forward import PlanForward
 
 transformers = pytest.importorskip("transformers")
@@ -115,6 +117,47 @@ def test_same_logits_and_tokens(name: str) -> None:
     assert errors[0].max() <= 2.5 * errors[1].max() + ulp
 
 
+def upto(plan: Plan, count: int) -> Plan:
+    """The model's first layers, whose logits are what comes out of them: E numbers, then zeros."""
+    table = plan.head.weight if plan.embedding is None else plan.embedding
+    return replace(
+        plan,
+        layers=plan.layers[:count],
+        ropes=plan.ropes[:count],  # numbered as layers first need them
+        embedding=table,
+        final_norm=plan.final_norm if count == len(plan.layers) else None,
+        head=Linear(torch.eye(plan.vocab, plan.width)),
+        logit_softcap=None,
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_gives_what_theirs_gives(name: str) -> None:
+    """Of a prompt and of the tokens after it; errors against float64 as above, layer by layer.
+
+    The product with the identity that stands in the place of the output layer is exact.
+    """
+    model = model_of(name)
+    ids = torch.randint(3, V, (2, 40))
+    with torch.no_grad():
+        theirs = model(ids, output_hidden_states=True).hidden_states
+        exact = copy.deepcopy(model).double()(ids, output_hidden_states=True).hidden_states
+    plan = plan_of(model)
+    assert len(theirs) == len(plan.layers) + 1 == 4
+    for count in range(1, len(theirs)):
+        runner = EngineRunner(lambda count=count: upto(plan, count), "fp32")
+        prompt, state = runner.step(ids[:, :33], runner.new_state(2), all_positions=True)
+        after = [runner.step(ids[:, t : t + 1], state)[0] for t in range(33, 40)]
+        whole = torch.cat([prompt, torch.stack(after, 1)], 1)
+        assert not whole[..., plan.width :].any()
+        ours = whole[..., : plan.width]
+        ulp = torch.finfo(torch.float32).eps * exact[count].abs().max()
+        errors = [(t - exact[count]).abs() for t in (ours, theirs[count])]
+        root = [e.square().mean().sqrt() for e in errors]
+        assert root[0] <= 1.5 * root[1] + ulp, f"after layer {count}"
+        assert errors[0].max() <= 2.5 * errors[1].max() + ulp, f"after layer {count}"
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_what_calibration_sees_is_the_model(name: str) -> None:
     model = model_of(name)
@@ -137,6 +180,19 @@ def test_narrow_weights(name: str, weights: str) -> None:
     found, _ = runner.step(ids, runner.new_state(3), all_positions=True)
     error = (found - expected).square().mean().sqrt() / expected.std()
     assert error < {"bf16": 0.02, "int8": 0.05, "int4": 0.35}[weights]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_calibrated_integers(name: str) -> None:
+    model = model_of(name)
+    ids = torch.randint(3, V, (3, 21))
+    weights = lmfast.quantise(model, "int8", texts=[torch.randint(3, V, (4, 50))])
+    with torch.no_grad():
+        expected = model(ids).logits
+    runner = make_engine(model, weights)
+    found, _ = runner.step(ids, runner.new_state(3), all_positions=True)
+    error = (found - expected).square().mean().sqrt() / expected.std()
+    assert error < 0.05  # as rounded to nearest, above
 
 
 def test_bfloat16_models_keep_their_numbers() -> None:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lmfast.generation.engine import CannotPack
-from lmfast.generation.engine.cells import recurrent_plan
-from lmfast.generation.engine.make import is_recurrent, plan_of
+from lmfast.generation.engine.make import plan_of
 
 # Numbers of each parameter that are compared: changes through `.data` have no version.
 _SAMPLE = 64
@@ -51,9 +50,8 @@ def _state(model: Any) -> tuple[Any, ...] | None:
     """Everything a packed model depends on; None for models that are not packed."""
     if not isinstance(model, nn.Module):
         return None
-    make_plan: Callable[[Any], Any] = recurrent_plan if is_recurrent(model) else plan_of
     try:
-        plan = make_plan(model)
+        plan = plan_of(model)
     except CannotPack:
         return None
     tensors = [*model.parameters(), *model.buffers()]

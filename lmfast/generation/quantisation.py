@@ -8,10 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lmfast.generation.engine.calibration import calibrated
+from lmfast.generation.engine.calibration import calibrated, calibrated_cells
+from lmfast.generation.engine.cells import CellPlan
 from lmfast.generation.engine.make import plan_of
 from lmfast.generation.engine.plan import Plan, Quantised
-from lmfast.generation.engine.quantised import QuantisedWeights, matrices_of
+from lmfast.generation.engine.quantised import QuantisedWeights, with_matrices
 from lmfast.generation.engine.rounding import check_group, quantise_groups, quantise_rows
 from lmfast.generation.text import encode
 
@@ -34,7 +35,8 @@ def quantise(
     With "int4" the output layer and the embeddings are int8: their errors reach every logit.
 
     Args:
-        model: what `Generator` packs for the engine; its weights stay as they are.
+        model: what `Generator` packs for the engine, decoders of this package and of transformers
+            and `RecurrentLanguageModel`; its weights stay as they are.
         weights: "int8" or "int4".
         group: 32, 64 or 128; None: a scale per row of int8, groups of 32 of int4.
         texts: for calibration: strings, or ids (T,) or (B, T) int64; a few thousand tokens of the
@@ -55,26 +57,35 @@ def quantise(
     bits: Literal[8, 4] = 8 if weights == "int8" else 4
     found: dict[str, Quantised] = {}
     if texts is not None:
-        found = calibrated(plan, _ids_of(texts, tokenizer, plan), bits, group)
-    else:
-        for index, layer in enumerate(plan.layers):
-            for name, linear in matrices_of(layer, f"layers.{index}.").items():
-                found[name] = rounded(linear.weight, bits, group)
-    found["head"] = rounded(plan.head.weight, 8, group if bits == 8 else None)
-    if plan.embedding is not None:
-        found["embedding"] = rounded(plan.embedding, 8, None)
+        ids = _ids_of(texts, tokenizer, plan)
+        if isinstance(plan, CellPlan):
+            found = calibrated_cells(plan, ids, bits, group)
+        else:
+            found = calibrated(plan, ids, bits, group)
+
+    def integers(name: str, weight: Tensor | Quantised) -> Quantised:
+        if name not in found:
+            assert isinstance(weight, Tensor)
+            if name == "embedding":
+                found[name] = rounded(weight, 8, None)
+            elif name == "head":
+                found[name] = rounded(weight, 8, group if bits == 8 else None)
+            else:
+                found[name] = rounded(weight, bits, group)
+        return found[name]
+
+    with_matrices(plan, integers)
     return QuantisedWeights(weights, group, found)
 
 
-def rounded(weight: Tensor | Quantised, bits: Literal[8, 4], group: int | None) -> Quantised:
+def rounded(weight: Tensor, bits: Literal[8, 4], group: int | None) -> Quantised:
     """A matrix as integers, each number to the nearest."""
-    assert isinstance(weight, Tensor)
     if group is None:
         return quantise_rows(weight)
     return quantise_groups(weight, group, bits)
 
 
-def _ids_of(texts: Sequence[Any], tokenizer: Any, plan: Plan) -> list[Tensor]:
+def _ids_of(texts: Sequence[Any], tokenizer: Any, plan: Plan | CellPlan) -> list[Tensor]:
     """Texts as ids (T,), checked."""
     if isinstance(texts, str) or len(texts) == 0:
         raise ValueError(f"texts must be a list of at least one text, got {texts!r}")

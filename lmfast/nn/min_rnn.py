@@ -26,11 +26,12 @@ class _MinRNN(nn.Module):
     def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if x.dim() != 3 or x.shape[-1] != self.input_size:
             raise ValueError(f"x must be (B, T, {self.input_size}), got {tuple(x.shape)}")
-        keep, take = self.gates(x)
+        keep, take = self.gates(self.linear(x))
         return ops.linear_recurrence(keep, take, state)
 
-    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what is kept of the state and what is added to it, (B, T, H) each."""
+    @staticmethod
+    def gates(projected: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is kept of the state and what is added to it, (..., H) each."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -72,8 +73,9 @@ class MinGRU(_MinRNN):
 
     parts = 2
 
-    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z, v = self.linear(x).chunk(2, -1)
+    @staticmethod
+    def gates(projected: Tensor) -> tuple[Tensor, Tensor]:
+        z, v = projected.chunk(2, -1)
         # 1 - s(z) as s(-z): right also where s(z) rounds to one.
         return torch.sigmoid(-z), torch.sigmoid(z) * _positive(v)
 
@@ -96,8 +98,9 @@ class MinLSTM(_MinRNN):
 
     parts = 3
 
-    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        f, i, v = self.linear(x).chunk(3, -1)
+    @staticmethod
+    def gates(projected: Tensor) -> tuple[Tensor, Tensor]:
+        f, i, v = projected.chunk(3, -1)
         # s(f) / (s(f) + s(i)) = s(log s(f) - log s(i)): no quotient of two zeros.
         share = F.logsigmoid(f) - F.logsigmoid(i)
         return torch.sigmoid(share), torch.sigmoid(-share) * _positive(v)

@@ -7,6 +7,7 @@
 // and odd ones in the second; queries and outputs are kept in the same order.
 #pragma once
 
+#include "../prefetch.h"
 #include "attention_stored.h"
 
 namespace lmfast::LMFAST_ISA {
@@ -103,19 +104,6 @@ LMFAST_INLINE VecF sums_across(VecF (&x)[kVec]) {
   return VecF::load(lanes);
 }
 #endif
-
-// Asks for what comes later: the processor's own prefetching stops at every page. Into the second
-// level: asked for in the first, every line occupies one of its few miss registers until it comes
-// from memory. Zen 4, fp32, two cores, share of a plain read: 16 heads of 64 x 8192 keys 0.71 ->
-// 1.10, 32 / 8 heads of 128 0.54 -> 0.89, 16 heads of 512 keys 0.73 -> 1.09. Emerald Rapids, the
-// first level: 1.04.
-LMFAST_INLINE void prefetch(const void* p) {
-#if defined(__AMX_TILE__)
-  __builtin_prefetch(p);
-#else
-  __builtin_prefetch(p, 0, 2);
-#endif
-}
 
 // Some rows of one head in one row of storage, and what to ask for meanwhile: row `at` of them is
 // as far ahead as it is worth.

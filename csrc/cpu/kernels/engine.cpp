@@ -6,7 +6,8 @@
 // order they are read (engine_product.h), and no pass over data between products that is not part
 // of one: norms are computed by every thread for itself where rows are few, bias, activation,
 // residual sum and rotation at the end of the product that makes their operand, and keys go from
-// the product into the cache.
+// the product into the cache. While a thread waits, normalises a row or computes attention, it asks
+// for the weights of its next product (follow, fetch), so that memory does not rest.
 //
 // A layer is: norm, QKV, rotation, append | attention | output, residual | norm, up | down,
 // residual; a bar is a barrier.
@@ -37,35 +38,52 @@ class Steps : public Products {
   }
 
  private:
+  static constexpr int kBeforeAttention = 64;  // lines, about what is asked for at one time
+
   void forward() {
     phases_.run(a_.tokens, a_.tokens * m_.width * 8, 1, [&](int64_t first, int64_t past) {
       for (int64_t i = first; i < past; ++i) embed(a_, i);
     });
     for (int64_t i = 0; i < m_.layers; ++i) layer(i);
+    if (a_.chosen != nullptr) follow(a_.layers[0].qkv, head_panels());
     head();
   }
 
   void layer(int64_t index) {
     const EngineLayer& l = a_.layers[index];
+    const bool parallel = l.parallel != 0;
+    const int64_t gates = l.gated != 0 ? 2 : 1;
+    parallel ? follow(l.up, gates) : follow(l.o, 1);
     queries_keys_values(index, l);
-    if (l.parallel != 0) up(l);  // before attention changes x
+    if (parallel) {  // before attention changes x
+      follow(l.o, 1);
+      up(l);
+    }
     attention(index, l);
     const Source joined{a_.joined, a_.joined_stride, m_.heads * m_.head_dim, nullptr, nullptr};
+    parallel ? follow(l.down, 1) : follow(l.up, gates);
     add_product(l.o, joined, l.attention_post_norm);
-    if (l.parallel == 0) up(l);
+    if (!parallel) {
+      follow(l.down, 1);
+      up(l);
+    }
     const Source hidden{a_.hidden, a_.hidden_stride, m_.hidden, nullptr, nullptr};
+    const bool last = index + 1 == m_.layers;
+    last ? follow(m_.head, 1) : follow(a_.layers[index + 1].qkv, head_panels());
     add_product(l.down, hidden, l.mlp_post_norm);
   }
 
+  // Panels of a head.
+  int64_t head_panels() const { return round_up(m_.head_dim, kEnginePanel) / kEnginePanel; }
+
   void queries_keys_values(int64_t index, const EngineLayer& l) {
-    const int64_t unit = round_up(m_.head_dim, kEnginePanel) / kEnginePanel;
     const RopeAppendArgs r = append_arguments(a_, index);
     const auto heads = [&](int64_t token, int64_t first, int64_t past) {
       for (int64_t h = first; h < past; ++h) finish_head(a_, l, r, token, h);
     };
     const auto store = store_to(l.qkv, a_.qkv, a_.qkv_stride, false);
     const bool whole = l.whole_qk_norm != 0;
-    product(l.qkv, normed(l.attention_norm), a_.tokens, unit, store,
+    product(l.qkv, normed(l.attention_norm), a_.tokens, head_panels(), store,
             [&](int64_t first, int64_t past) {
               for (int64_t t = 0; t < a_.tokens && !whole; ++t) heads(t, first, past);
             });
@@ -140,7 +158,9 @@ class Steps : public Products {
       work += group.rows[b].keys * (1 + group.rows[b].length / 4);
     }
     work *= m_.kv_heads * wide * 8;
-    phases_.run(group.units, work, 1, [&](int64_t first, int64_t past) {
+    const auto idle = [&] { fetch(kWhileWaiting); };
+    fetch(kBeforeAttention);
+    const auto rows = [&](int64_t first, int64_t past) {
       int64_t b = 0;
       AttentionArgs t{};
       for (int64_t u = first, last = -1; u < past; ++u) {
@@ -159,8 +179,9 @@ class Steps : public Products {
           attention_combine(t, unit * rows, (unit + 1) * rows);
         }
       }
-    });
-    phases_.run(group.combines, group.combines * 4096, 1, [&](int64_t first, int64_t past) {
+    };
+    phases_.run(group.units, work, 1, rows, idle);
+    const auto combine = [&](int64_t first, int64_t past) {
       int64_t b = 0;
       for (int64_t u = first; u < past; ++u) {
         while (b + 1 < a_.batch && group.rows[b + 1].combine <= u) ++b;
@@ -168,7 +189,8 @@ class Steps : public Products {
         attention_combine(attention_arguments(index, l, row, group), u - row.combine,
                           u - row.combine + 1);
       }
-    });
+    };
+    phases_.run(group.combines, group.combines * 4096, 1, combine, idle);
   }
 
   void up(const EngineLayer& l) {

@@ -14,25 +14,46 @@ constexpr int64_t kEngineMagic = 0x6c6d656e67303031;  // changes with the struct
 constexpr int kEnginePanel = 16;                      // columns that lie together
 constexpr int64_t kEngineNone = -1;                   // an offset where there is nothing
 
-// How a matrix is stored: panels of 16 columns (rows of the weight), each with its depth in order.
-// Depth is padded with zeros to a multiple of kDepthStep[type] and of the group.
+// How a matrix is stored: panels of 16 columns (rows of the weight), in blocks of four, or of what
+// is left at the end; a block has its depth in order, so that a product reads one stream. A step of
+// a panel is 64 bytes. Depth is padded with zeros to a multiple of kDepthStep[type] and of the
+// group.
 enum class EngineWeights : int64_t {
-  kF32 = 0,   // [panel][k][16] float
-  kBF16 = 1,  // [panel][k / 2][16][2] bf16
-  kI8 = 2,    // [panel][k / 4][16][4] code + 128
-  kI4 = 3,    // [panel][k / 8][16][4] (code + 8 of k = 8 i + j) | (code + 8 of 8 i + 4 + j) << 4
+  kF32 = 0,   // [block][k][panel][16] float
+  kBF16 = 1,  // [block][k / 2][panel][16][2] bf16
+  kI8 = 2,    // [block][k / 4][panel][16][4] code + 128
+  kI4 = 3,    // [block][k / 8][panel][16][4] (code + 8 of k = 8 i + j) | (of 8 i + 4 + j) << 4
 };
+constexpr int kEngineBlock = 4;
 constexpr int64_t kEngineDepthStep[] = {1, 2, 4, 8};
 
 // y = x W^T + bias.
 struct EngineMatrix {
   int64_t weights;  // byte offsets, of `bias` and `scales` as of all others
-  int64_t scales;   // of integers: float (columns) or, with groups, f16 [panel][group][16]
+  int64_t scales;   // of integers: float (columns) or, with groups, f16 [block][group][panel][16]
   int64_t bias;     // float (16 panels), or none
   int64_t panels, depth;
   int64_t type;   // EngineWeights
   int64_t group;  // depth that shares a scale; 0: all
 };
+
+// Where a panel begins, and the bytes from one step (or group) of its depth to the next.
+struct EnginePlace {
+  const char* at;
+  int64_t stride;
+};
+static inline EnginePlace engine_place(const EngineMatrix& w, const char* first, int64_t panel,
+                                       int64_t steps, int64_t bytes) {
+  const int64_t before = panel / kEngineBlock * kEngineBlock, left = w.panels - before;
+  return {first + before * steps * bytes + (panel - before) * bytes,
+          (left < kEngineBlock ? left : kEngineBlock) * bytes};
+}
+static inline EnginePlace engine_panel(const EngineMatrix& w, const char* memory, int64_t panel) {
+  return engine_place(w, memory + w.weights, panel, w.depth / kEngineDepthStep[w.type], 64);
+}
+static inline EnginePlace engine_scales(const EngineMatrix& w, const char* memory, int64_t panel) {
+  return engine_place(w, memory + w.scales, panel, w.depth / w.group, kEnginePanel * 2);
+}
 
 enum class EngineNormKind : int64_t { kNone = 0, kRms = 1, kLayer = 2 };
 struct EngineNorm {

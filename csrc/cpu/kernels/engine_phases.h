@@ -26,31 +26,29 @@ class Phases {
   int64_t me() const { return me_; }
 
   // Runs run(first, past) over `units` in chunks of about `work / kChunkWork` (bytes, or what takes
-  // as long), cut at multiples of `align` where there are many. Returns when all of it is done.
-  template <class Run>
-  void run(int64_t units, int64_t work, int64_t align, const Run& run) {
+  // as long), cut at multiples of `align` where there are many. Returns when all of it is done, and
+  // calls idle() while it waits.
+  template <class Run, class Idle>
+  void run(int64_t units, int64_t work, int64_t align, const Run& run, const Idle& idle) {
     if (units <= 0) return;
     if (p_.participants == 1) return run(0, units);
-    const int64_t chunks = chunk_count(units, work);
-    if (units < 2 * align * chunks) align = 1;
-    const auto limit = [&](int64_t c) {
-      return c == chunks ? units : c * units / chunks / align * align;
-    };
+    const Cut cut = cut_of(units, work, align);
+    const int64_t chunks = cut.chunks;
     const auto attempt = [&](int64_t c) {
       int64_t seen = __atomic_load_n(&p_.next[c].value, __ATOMIC_RELAXED);
       if (seen > phase_ || !__atomic_compare_exchange_n(&p_.next[c].value, &seen, phase_ + 1, false,
                                                         __ATOMIC_ACQUIRE, __ATOMIC_RELAXED)) {
         return false;
       }
-      run(limit(c), limit(c + 1));
+      run(cut.at(c), cut.at(c + 1));
       __atomic_fetch_add(&p_.done.value, 1, __ATOMIC_RELEASE);
       return true;
     };
-    const int64_t threads = p_.participants, mine = me_ < threads ? me_ : threads - 1;
-    for (int64_t c = mine * chunks / threads; c < (mine + 1) * chunks / threads; ++c) attempt(c);
+    for (int64_t c = first_of(mine(), chunks); c < first_of(mine() + 1, chunks); ++c) attempt(c);
     target_ += chunks;
     // A chunk that is as good as begun is not worth taking away from the cache it belongs to.
     for (int waits = 0; !over(); ++waits) {
+      idle();
       if (waits < kPatience) {
         pause();
         continue;
@@ -62,11 +60,35 @@ class Phases {
     }
     ++phase_;
   }
+  template <class Run>
+  void run(int64_t units, int64_t work, int64_t align, const Run& body) {
+    run(units, work, align, body, [] {});
+  }
+
+  // The unit that this thread begins such a phase with.
+  int64_t first_unit(int64_t units, int64_t work, int64_t align) const {
+    if (p_.participants == 1) return 0;
+    const Cut cut = cut_of(units, work, align);
+    return cut.at(first_of(mine(), cut.chunks));
+  }
 
  private:
   static constexpr int kPatience = 16, kSpins = 256;
   static constexpr int64_t kChunkWork = 1 << 16;
 
+  // Where a phase is cut.
+  struct Cut {
+    int64_t units, chunks, align;
+    int64_t at(int64_t c) const { return c == chunks ? units : c * units / chunks / align * align; }
+  };
+  Cut cut_of(int64_t units, int64_t work, int64_t align) const {
+    const int64_t chunks = chunk_count(units, work);
+    return {units, chunks, units < 2 * align * chunks ? 1 : align};
+  }
+  int64_t mine() const { return me_ < p_.participants ? me_ : p_.participants - 1; }
+  int64_t first_of(int64_t thread, int64_t chunks) const {
+    return thread * chunks / p_.participants;
+  }
   int64_t chunk_count(int64_t units, int64_t work) const {
     int64_t most = 8 * p_.participants;
     most = most < EngineProgress::kMaxChunks ? most : EngineProgress::kMaxChunks;

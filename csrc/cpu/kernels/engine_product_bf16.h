@@ -59,21 +59,23 @@ inline void widen(const EngineMatrix& w, const char* memory, int64_t panel, int6
                   int64_t count, int64_t whole, char* out) {
   const auto type = static_cast<EngineWeights>(w.type);
   const int64_t step = kEngineDepthStep[w.type];
-  const char* from = memory + w.weights + (panel * (w.depth / step) + first / step) * 64;
+  const EnginePlace place = engine_panel(w, memory, panel);
+  const char* from = place.at + first / step * place.stride;
   memset(out + count * 32, 0, static_cast<size_t>((whole - count) * 32));
   if (type == EngineWeights::kBF16) {
-    memcpy(out, from, static_cast<size_t>(count * 32));
+    for (int64_t k = 0; k < count; k += step) {
+      memcpy(out + k * 32, from + k / step * place.stride, 64);
+    }
     return;
   }
-  const f16* scales = w.group == 0 ? nullptr
-                                   : reinterpret_cast<const f16*>(memory + w.scales) +
-                                         panel * (w.depth / w.group) * kEnginePanel;
+  const EnginePlace scales = w.group == 0 ? EnginePlace{} : engine_scales(w, memory, panel);
   const bool nibbles = type == EngineWeights::kI4;
   const __m512i offset = _mm512_set1_epi32(nibbles ? 8 : 128), mask = _mm512_set1_epi8(15);
-  for (int64_t k = 0; k < count; k += step, from += 64) {
-    const VecF scale = scales == nullptr
+  for (int64_t k = 0; k < count; k += step, from += place.stride) {
+    const VecF scale = scales.at == nullptr
                            ? VecF::set1(1.0f)
-                           : VecF::load(scales + (first + k) / w.group * kEnginePanel);
+                           : VecF::load(reinterpret_cast<const f16*>(
+                                 scales.at + (first + k) / w.group * scales.stride));
     const __m512i codes = _mm512_loadu_si512(from);
     char* to = out + k * 32;
     if (!nibbles) {
@@ -85,12 +87,18 @@ inline void widen(const EngineMatrix& w, const char* memory, int64_t panel, int6
   }
 }
 
+// Panels of bf16: bytes from one to the next, and from a pair of the depth to the next.
+struct Bf16Panels {
+  const char* at;
+  int64_t panel, step;
+};
+
 // sums (+)= rows of x times panels, `depth` of it; a multiple of 32 for tiles, else of 2.
 #if defined(LMFAST_AMX)
 
 template <int kTall, int kWide>
-LMFAST_INLINE void bf16_tiles(const char* w, int64_t panel_bytes, int64_t depth, const uint16_t* x,
-                              int64_t stride, float* sums, bool add) {
+LMFAST_INLINE void bf16_tiles(const Bf16Panels& w, int64_t depth, const uint16_t* x, int64_t stride,
+                              float* sums, bool add) {
   constexpr int64_t kRow = kSumsStride * 4;
   float* below = sums + kTileRows * kSumsStride;
   const uint16_t* next = x + kTileRows * stride;
@@ -107,10 +115,10 @@ LMFAST_INLINE void bf16_tiles(const char* w, int64_t panel_bytes, int64_t depth,
   }
   for (int64_t k = 0; k < depth; k += kTileDepth) {
     tile_load<4>(x + k, stride * 2);
-    tile_load<6>(w + k * 32, 64);
+    tile_load<6>(w.at + k / 2 * w.step, w.step);
     tile_dot<0, 4, 6>();
     if constexpr (kWide == 2) {
-      tile_load<7>(w + panel_bytes + k * 32, 64);
+      tile_load<7>(w.at + w.panel + k / 2 * w.step, w.step);
       tile_dot<1, 4, 7>();
     }
     if constexpr (kTall == 2) {
@@ -126,22 +134,22 @@ LMFAST_INLINE void bf16_tiles(const char* w, int64_t panel_bytes, int64_t depth,
 }
 
 template <int kPanels>
-inline __attribute__((noinline)) void bf16_rows(int rows, const char* w, int64_t panel_bytes,
-                                                int64_t depth, const uint16_t* x, int64_t stride,
-                                                float* sums, bool add) {
+inline __attribute__((noinline)) void bf16_rows(int rows, const Bf16Panels& w, int64_t depth,
+                                                const uint16_t* x, int64_t stride, float* sums,
+                                                bool add) {
   if (rows > kTileRows) {
-    bf16_tiles<2, kPanels>(w, panel_bytes, depth, x, stride, sums, add);
+    bf16_tiles<2, kPanels>(w, depth, x, stride, sums, add);
   } else {
-    bf16_tiles<1, kPanels>(w, panel_bytes, depth, x, stride, sums, add);
+    bf16_tiles<1, kPanels>(w, depth, x, stride, sums, add);
   }
 }
 
 #else
 
 template <int kRows, int kPanels>
-__attribute__((target("avx512bf16"),
-               noinline)) void bf16_dots(const char* w, int64_t panel_bytes, int64_t depth,
-                                         const uint16_t* x, int64_t stride, float* sums, bool add) {
+__attribute__((target("avx512bf16"), noinline)) void bf16_dots(const Bf16Panels& w, int64_t depth,
+                                                               const uint16_t* x, int64_t stride,
+                                                               float* sums, bool add) {
   __m512 sum[kRows][kPanels];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -155,7 +163,7 @@ __attribute__((target("avx512bf16"),
     __m512bh b[kPanels];
 #pragma GCC unroll 4
     for (int p = 0; p < kPanels; ++p) {
-      b[p] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w + p * panel_bytes + k * 32));
+      b[p] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w.at + p * w.panel + k / 2 * w.step));
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -176,12 +184,12 @@ __attribute__((target("avx512bf16"),
 }
 
 template <int kPanels, int kRows = kBF16Rows>
-LMFAST_INLINE void bf16_rows(int rows, const char* w, int64_t panel_bytes, int64_t depth,
-                             const uint16_t* x, int64_t stride, float* sums, bool add) {
+LMFAST_INLINE void bf16_rows(int rows, const Bf16Panels& w, int64_t depth, const uint16_t* x,
+                             int64_t stride, float* sums, bool add) {
   if (rows == kRows) {
-    bf16_dots<kRows, kPanels>(w, panel_bytes, depth, x, stride, sums, add);
+    bf16_dots<kRows, kPanels>(w, depth, x, stride, sums, add);
   } else if constexpr (kRows > 1) {
-    bf16_rows<kPanels, kRows - 1>(rows, w, panel_bytes, depth, x, stride, sums, add);
+    bf16_rows<kPanels, kRows - 1>(rows, w, depth, x, stride, sums, add);
   }
 }
 
@@ -205,17 +213,17 @@ LMFAST_INLINE void multiply_rounded(const EngineMatrix& w, const char* memory, c
     const int64_t below = above + kBF16RowBlock < rows ? above + kBF16RowBlock : rows;
     int panels = 0;
     for (int64_t p = first; p < past; p += panels) {
-      panels = past - p >= kBF16Panels ? kBF16Panels : 1;
+      panels = panels_together(p, past, kBF16Panels);
+      if (panels != kBF16Panels) panels = 1;
       for (int64_t k = 0; k < w.depth; k += kBF16Depth) {
         const int64_t count = w.depth - k < kBF16Depth ? w.depth - k : kBF16Depth;
         const int64_t whole = round_up(count, kUnit);
-        const char* b = memory + w.weights + p * w.depth * 32 + k * 32;
-        int64_t panel_bytes = w.depth * 32;
+        const EnginePlace place = engine_panel(w, memory, p);
+        Bf16Panels b{place.at + k / 2 * place.stride, 64, place.stride};
         if (integers || whole != count) {
-          b = staging;
-          panel_bytes = whole * 32;
+          b = {staging, whole * 32, 64};
           for (int i = 0; i < panels; ++i) {
-            widen(w, memory, p + i, k, count, whole, staging + i * panel_bytes);
+            widen(w, memory, p + i, k, count, whole, staging + i * b.panel);
           }
         }
         for (int64_t r = above; r < below; r += kBF16Rows) {
@@ -223,9 +231,9 @@ LMFAST_INLINE void multiply_rounded(const EngineMatrix& w, const char* memory, c
           const uint16_t* a = x.pairs + r * x.pairs_stride + k;
           float* sums = carried + r * kSumsStride;
           if (panels == kBF16Panels) {
-            bf16_rows<kBF16Panels>(n, b, panel_bytes, whole, a, x.pairs_stride, sums, k > 0);
+            bf16_rows<kBF16Panels>(n, b, whole, a, x.pairs_stride, sums, k > 0);
           } else {
-            bf16_rows<1>(n, b, panel_bytes, whole, a, x.pairs_stride, sums, k > 0);
+            bf16_rows<1>(n, b, whole, a, x.pairs_stride, sums, k > 0);
           }
           if (k + count < w.depth) continue;
           for (int i = 0; columns != nullptr && i < n; ++i) {

@@ -22,13 +22,21 @@ constexpr int kIntRowsAtOnce = 1, kIntPanels = 1;
 
 // What a tile needs beside its panels and rows.
 struct IntegerTile {
-  const char* w;
-  int64_t panel_bytes, depth, chunk;
-  const uint16_t* scales;  // f16 [panel][chunk][16], or null
-  int64_t scales_stride;   // of panels
+  EnginePlace w;
+  int64_t depth, chunk;
+  EnginePlace scales;  // f16, of the first panel's groups; or null
   const Operand* x;
   int64_t row;
   int64_t ahead;  // what is fetched (engine_product.h)
+  // The step of the panel's depth k, of which a step has kStep.
+  template <int kStep>
+  LMFAST_INLINE const char* step(int panel, int64_t k) const {
+    return w.at + k / kStep * w.stride + panel * 64;
+  }
+  LMFAST_INLINE const f16* scale(int panel, int64_t group) const {
+    if (scales.at == nullptr) return nullptr;
+    return reinterpret_cast<const f16*>(scales.at + group * scales.stride) + panel * kEnginePanel;
+  }
 };
 
 // Four or eight bytes of x, in every lane.
@@ -43,9 +51,7 @@ LMFAST_INLINE void add_chunk(const IntegerTile& t, int panel, int64_t chunk, int
                              const int32_t* exact, float* sums) {
   constexpr int W = VecF::kWidth;
   const int32_t offset = t.x->sums[(t.row + row) * t.x->sums_stride + chunk];
-  const f16* scales = t.scales == nullptr ? nullptr
-                                          : reinterpret_cast<const f16*>(t.scales) +
-                                                panel * t.scales_stride + chunk * kEnginePanel;
+  const f16* scales = t.scale(panel, chunk);
   float* out = sums + row * kSumsStride + panel * kEnginePanel;
 #pragma GCC unroll 4
   for (int v = 0; v < kPanelVecs; ++v) {
@@ -75,15 +81,17 @@ struct Codes {
   }
 };
 
-LMFAST_INLINE void add_chunk(const IntegerTile& t, int panel, int64_t chunk, int row, __m512i exact,
-                             float* sums) {
-  const int32_t offset = t.x->sums[(t.row + row) * t.x->sums_stride + chunk];
-  const __m512 x = _mm512_cvtepi32_ps(_mm512_sub_epi32(exact, _mm512_set1_epi32(offset)));
-  float* out = sums + row * kSumsStride + panel * kEnginePanel;
-  const VecF before = VecF::load(out);
-  if (t.scales == nullptr) return (before + VecF{x}).store(out);
-  const f16* scales = reinterpret_cast<const f16*>(t.scales) + panel * t.scales_stride;
-  fmadd({x}, VecF::load(scales + chunk * kEnginePanel), before).store(out);
+// What the codes' offset adds to a chunk's exact sums.
+LMFAST_INLINE __m512i offset_of(const IntegerTile& t, int64_t chunk, int row) {
+  return _mm512_set1_epi32(t.x->sums[(t.row + row) * t.x->sums_stride + chunk]);
+}
+
+// Adds the exact sums of a chunk to the row's sums.
+LMFAST_INLINE VecF add_chunk(const IntegerTile& t, int panel, int64_t chunk, __m512i exact,
+                             VecF before) {
+  const VecF x{_mm512_cvtepi32_ps(exact)};
+  const f16* scales = t.scale(panel, chunk);
+  return scales == nullptr ? before + x : fmadd(x, VecF::load(scales), before);
 }
 
 template <bool kNibbles, int kRows, int kPanels>
@@ -93,6 +101,9 @@ __attribute__((target("avx512vnni"), noinline)) void integer_tile_vnni(const Int
   const int8_t* high = t.x->high + t.row * t.x->stride;
   const int8_t* low = t.x->low + t.row * t.x->stride;
   const int64_t stride = t.x->stride;
+  VecF kept[kPanels];  // the sums of a single row
+#pragma GCC unroll 4
+  for (int p = 0; p < kPanels; ++p) kept[p] = VecF::zero();
   int64_t chunk = 0;
   for (int64_t k = 0; k < t.depth; ++chunk) {
     const int64_t end = k + t.chunk < t.depth ? k + t.chunk : t.depth;
@@ -100,14 +111,17 @@ __attribute__((target("avx512vnni"), noinline)) void integer_tile_vnni(const Int
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int p = 0; p < kPanels; ++p) h[r][p] = l[r][p] = _mm512_setzero_si512();
+      for (int p = 0; p < kPanels; ++p) {
+        h[r][p] = _mm512_setzero_si512();
+        l[r][p] = _mm512_sub_epi32(_mm512_setzero_si512(), offset_of(t, chunk, r));
+      }
     }
     for (; k < end; k += C::kStep) {
       __m512i codes[kPanels][C::kParts];
 #pragma GCC unroll 4
       for (int p = 0; p < kPanels; ++p) {
-        const char* at = t.w + p * t.panel_bytes + k / C::kStep * 64;
-        __builtin_prefetch(at + t.ahead);
+        const char* at = t.template step<C::kStep>(p, k);
+        prefetch(at + t.ahead);
         C::load(at, codes[p]);
       }
 #pragma GCC unroll 4
@@ -129,9 +143,18 @@ __attribute__((target("avx512vnni"), noinline)) void integer_tile_vnni(const Int
 #pragma GCC unroll 4
       for (int p = 0; p < kPanels; ++p) {
         const __m512i total = _mm512_add_epi32(_mm512_slli_epi32(h[r][p], 8), l[r][p]);
-        add_chunk(t, p, chunk, r, total, sums);
+        float* out = sums + r * kSumsStride + p * kEnginePanel;
+        if constexpr (kRows == 1) {
+          kept[p] = add_chunk(t, p, chunk, total, kept[p]);
+        } else {
+          add_chunk(t, p, chunk, total, VecF::load(out)).store(out);
+        }
       }
     }
+  }
+  if constexpr (kRows == 1) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) kept[p].store(sums + p * kEnginePanel);
   }
 }
 
@@ -159,8 +182,8 @@ inline __attribute__((noinline)) void integer_tile(const IntegerTile& t, float* 
     for (; k < end; k += C::kStep) {
 #pragma GCC unroll 4
       for (int p = 0; p < kPanels; ++p) {
-        const char* at = t.w + p * t.panel_bytes + k / C::kStep * 64;
-        __builtin_prefetch(at + t.ahead);
+        const char* at = t.template step<C::kStep>(p, k);
+        prefetch(at + t.ahead);
         __m512i codes[C::kParts];
         C::load(at, codes);
 #pragma GCC unroll 2
@@ -182,7 +205,10 @@ inline __attribute__((noinline)) void integer_tile(const IntegerTile& t, float* 
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
       for (int p = 0; p < kPanels; ++p) {
-        add_chunk(t, p, chunk, r, add_neighbours(s[r][p][0], s[r][p][1]), sums);
+        float* out = sums + r * kSumsStride + p * kEnginePanel;
+        const __m512i exact = add_neighbours(s[r][p][0], s[r][p][1]);
+        add_chunk(t, p, chunk, _mm512_sub_epi32(exact, offset_of(t, chunk, r)), VecF::load(out))
+            .store(out);
       }
     }
   }
@@ -206,8 +232,8 @@ inline __attribute__((noinline)) void integer_tile(const IntegerTile& t, float* 
       for (int q = 0; q < 4; ++q) s[r][q] = _mm256_setzero_si256();
     }
     for (; k < end; k += kStep) {
-      const char* at = t.w + k / kStep * 64;
-      __builtin_prefetch(at + t.ahead);
+      const char* at = t.step<kStep>(0, k);
+      prefetch(at + t.ahead);
 #pragma GCC unroll 2
       for (int i = 0; i < kParts; ++i) {
 #pragma GCC unroll 4
@@ -243,7 +269,7 @@ inline __attribute__((noinline)) void integer_tile(const IntegerTile& t, float* 
 #else
     int32_t s[kRows][kEnginePanel] = {};
     for (; k < end; k += kStep) {
-      const uint8_t* at = reinterpret_cast<const uint8_t*>(t.w) + k / kStep * 64;
+      const uint8_t* at = reinterpret_cast<const uint8_t*>(t.step<kStep>(0, k));
       for (int i = 0; i < kParts; ++i) {
         for (int r = 0; r < kRows; ++r) {
           const int16_t* x = words + r * t.x->stride + k + 4 * i;
@@ -280,24 +306,23 @@ template <bool kNibbles, class Done>
 LMFAST_INLINE void multiply_integers(const EngineMatrix& w, const char* memory, const Operand& x,
                                      int64_t rows, int64_t first, int64_t past, bool vnni,
                                      float* carried, const Done& done) {
-  const int64_t bytes = w.depth / (kNibbles ? 8 : 4) * 64;
-  const int64_t chunk = operand_chunk(w), chunks = (w.depth + chunk - 1) / chunk;
+  const int64_t steps = w.depth / (kNibbles ? 8 : 4), chunk = operand_chunk(w);
   const bool grouped = w.group != 0;
   int panels = 0;
   for (int64_t p = first; p < past; p += panels) {
-    panels = past - p >= kIntPanels ? kIntPanels : 1;
+    panels = panels_together(p, past, kIntPanels);
+    const EnginePlace at = engine_panel(w, memory, p);
+    const EnginePlace of_groups = grouped ? engine_scales(w, memory, p) : EnginePlace{};
     for (int64_t r = 0; r < rows; r += kIntRowsAtOnce) {
       const int count = static_cast<int>(rows - r < kIntRowsAtOnce ? rows - r : kIntRowsAtOnce);
       float* sums = carried;
       memset(sums, 0, sizeof(float) * static_cast<size_t>(count * kSumsStride));
-      const int64_t ahead = r == kIntRowsAtOnce ? panels * bytes : kAhead;
-      IntegerTile t{memory + w.weights + p * bytes, bytes, w.depth, chunk, nullptr,
-                    chunks * kEnginePanel,          &x,    r,       ahead};
-      if (grouped) {
-        t.scales = reinterpret_cast<const uint16_t*>(memory + w.scales) + p * t.scales_stride;
-      }
+      const int64_t ahead = r == kIntRowsAtOnce ? steps * at.stride : kAhead;
+      const IntegerTile t{at, w.depth, chunk, of_groups, &x, r, ahead};
       if (panels == kIntPanels) {
         integer_rows<kNibbles, kIntPanels>(count, vnni, t, sums);
+      } else if (panels == 2) {
+        integer_rows<kNibbles, kIntPanels == 1 ? 1 : 2>(count, vnni, t, sums);
       } else {
         integer_rows<kNibbles, 1>(count, vnni, t, sums);
       }
@@ -329,13 +354,12 @@ LMFAST_INLINE void multiply(const EngineMatrix& w, const char* memory, const Ope
 #else
   static_cast<void>(staging);
 #endif
-  const char* weights = memory + w.weights;
   const bool vnni = as == RowsAs::kBytes;
   switch (static_cast<EngineWeights>(w.type)) {
     case EngineWeights::kF32:
-      return multiply_floats<PanelF32>(weights, w.depth, x, rows, first, past, carried, done);
+      return multiply_floats<PanelF32>(w, memory, x, rows, first, past, carried, done);
     case EngineWeights::kBF16:
-      return multiply_floats<PanelBF16>(weights, w.depth, x, rows, first, past, carried, done);
+      return multiply_floats<PanelBF16>(w, memory, x, rows, first, past, carried, done);
     case EngineWeights::kI8:
       return multiply_integers<false>(w, memory, x, rows, first, past, vnni, carried, done);
     case EngineWeights::kI4:

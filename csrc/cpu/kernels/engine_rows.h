@@ -19,14 +19,12 @@ inline void unpack_row(const EngineMatrix& w, const char* memory, int64_t row, f
                        int64_t n) {
   const int64_t panel = row / kEnginePanel, lane = row % kEnginePanel;
   const int64_t step = kEngineDepthStep[w.type];
-  const char* p = memory + w.weights + panel * (w.depth / step) * 64;
-  const int64_t chunk = w.group != 0 ? w.group : w.depth, chunks = (w.depth + chunk - 1) / chunk;
-  const uint16_t* scales =
-      reinterpret_cast<const uint16_t*>(memory + w.scales) + panel * chunks * kEnginePanel + lane;
+  const EnginePlace p = engine_panel(w, memory, panel);
+  const EnginePlace scales = w.group == 0 ? p : engine_scales(w, memory, panel);
   const float column =
       w.group == 0 && is_integer(w) ? reinterpret_cast<const float*>(memory + w.scales)[row] : 1.0f;
   for (int64_t k = 0; k < n; ++k) {
-    const char* at = p + k / step * 64;
+    const char* at = p.at + k / step * p.stride;
     const int64_t j = k % step;
     switch (static_cast<EngineWeights>(w.type)) {
       case EngineWeights::kF32:
@@ -46,7 +44,8 @@ inline void unpack_row(const EngineMatrix& w, const char* memory, int64_t row, f
     }
     if (w.group != 0) {
       float lanes[VecF::kWidth];
-      VecF::load(reinterpret_cast<const f16*>(scales + k / chunk * kEnginePanel), 1).store(lanes);
+      const char* scale = scales.at + k / w.group * scales.stride + lane * 2;
+      VecF::load(reinterpret_cast<const f16*>(scale), 1).store(lanes);
       out[k] *= lanes[0];
     } else {
       out[k] *= column;

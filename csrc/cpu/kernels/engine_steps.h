@@ -110,21 +110,55 @@ class Products {
       });
       ready = true;
     }
-    const int64_t panel_bytes = w.depth * 64 / kEngineDepthStep[w.type];
-    const int64_t work = w.panels * panel_bytes * (1 + rows / 4);
-    const int64_t align = unit < kMostPanels ? kMostPanels / unit : 1;
-    phases_.run(w.panels / unit, work, align, [&](int64_t first, int64_t past) {
-      if (!ready) prepare(from, a_.weights, w, as, x, 0, rows);
-      ready = true;
-      multiply(w, a_.weights, x, as, rows, first * unit, past * unit, operand_, carried_, done);
-      finish(first, past);
-    });
+    const Division d{w, rows, unit};
+    const Following then = following_;
+    following_ = {};
+    bool waiting = false;
+    phases_.run(
+        d.units, d.work, d.align,
+        [&](int64_t first, int64_t past) {
+          if (!ready) {
+            fetch(kBeforeRows);
+            prepare(from, a_.weights, w, as, x, 0, rows);
+          }
+          ready = true;
+          multiply(w, a_.weights, x, as, rows, first * unit, past * unit, operand_, carried_, done);
+          finish(first, past);
+        },
+        [&] {
+          if (!waiting) expect(then, rows);
+          waiting = true;
+          fetch(kWhileWaiting);
+        });
+    if (!waiting) expect(then, rows);
   }
   template <class Done>
   void product(const EngineMatrix& w, const Source& from, int64_t rows, int64_t unit,
                const Done& done) {
     product(w, from, rows, unit, done, [](int64_t, int64_t) {});
   }
+
+  // How a product's panels are divided.
+  struct Division {
+    int64_t panel_bytes, units, work, align;
+    Division(const EngineMatrix& w, int64_t rows, int64_t unit)
+        : panel_bytes(w.depth * 64 / kEngineDepthStep[w.type]),
+          units(w.panels / unit),
+          work(w.panels * panel_bytes * (1 + rows / 4)),
+          align(unit < kMostPanels ? kMostPanels / unit : 1) {}
+  };
+
+  // The product after the one that is called next, whose weights are asked for while threads wait.
+  void follow(const EngineMatrix& w, int64_t unit) { following_ = {&w, unit}; }
+
+  // Asks for some more lines of the weights that this thread reads next: memory would rest while
+  // rows are normalised, while attention is computed, and while a phase's last chunk is waited for.
+  void fetch(int lines) {
+    for (int i = 0; i < lines && fetched_ < expected_; ++i, ++fetched_) {
+      prefetch(next_ + fetched_ * 64);
+    }
+  }
+  static constexpr int kWhileWaiting = 4, kBeforeRows = 32;  // lines
 
   const float* bias_of(const EngineMatrix& w) const {
     return w.bias == kEngineNone ? nullptr : reinterpret_cast<const float*>(a_.weights + w.bias);
@@ -175,12 +209,32 @@ class Products {
             });
   }
 
+  struct Following {
+    const EngineMatrix* w;
+    int64_t unit;
+  };
+  void expect(const Following& next, int64_t rows) {
+    expected_ = fetched_ = 0;
+    if (next.w == nullptr || rows > kEngineFewRows) return;
+    const Division d{*next.w, rows, next.unit};
+    const int64_t unit = phases_.first_unit(d.units, d.work, d.align);
+    next_ = engine_panel(*next.w, a_.weights, unit * next.unit).at;
+    const int64_t lines = (d.units - unit) * next.unit * d.panel_bytes / 64;
+    expected_ = lines < kFetched ? lines : kFetched;
+  }
+
   EngineArgs a_;  // of the step
   const EngineModel& m_;
   Phases phases_;
+  Following following_{};
   void* attention_;
   float* carried_;
   char* operand_;
+
+ private:
+  static constexpr int64_t kFetched = 2048;  // lines: 128 KB of a second-level cache
+  const char* next_ = nullptr;
+  int64_t expected_ = 0, fetched_ = 0;
 };
 
 }  // namespace

@@ -14,10 +14,13 @@ weighted by diag H, as in Lin et al. 2023, "AWQ", arXiv:2306.00978, which scales
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from lmfast.generation.engine.cell_forward import CellForward
+from lmfast.generation.engine.cells import CellLayer, CellPlan
 from lmfast.generation.engine.plan import Bits, Linear, Plan, Quantised
 from lmfast.generation.engine.plan_forward import PlanForward, plain_products
 from lmfast.generation.engine.rounding import group_scales, nearest, quantise_rows
@@ -40,7 +43,7 @@ def calibrated(
     found: dict[str, Quantised] = {}
 
     def products(names: Sequence[str], linears: Sequence[Linear], x: Tensor) -> list[Tensor]:
-        solver = _Solver(x, group)
+        solver = Solver(x, group)
         rounded = []
         for name, linear in zip(names, linears, strict=True):
             assert isinstance(linear.weight, Tensor)
@@ -55,7 +58,41 @@ def calibrated(
     return found
 
 
-class _Solver:
+def calibrated_cells(
+    plan: CellPlan, texts: Sequence[Tensor], bits: Bits, group: int | None
+) -> dict[str, Quantised]:
+    """As `calibrated`, of a recurrent model ("layers.0.input.0").
+
+    What multiplies a layer's states is rounded behind what multiplies its inputs, and sees the
+    states that those give.
+    """
+    found: dict[str, Quantised] = {}
+
+    def rounded(name: str, linears: Sequence[Linear], rows: Tensor) -> tuple[Linear, ...]:
+        solver, made = Solver(rows, group), []
+        for gate, linear in enumerate(linears):
+            assert isinstance(linear.weight, Tensor)
+            found[f"{name}.{gate}"] = solver.round(linear.weight, bits)
+            made.append(Linear(found[f"{name}.{gate}"], linear.bias))
+        return tuple(made)
+
+    forward = CellForward(plan, texts)
+    x = forward.embed()
+    for index, layer in enumerate(plan.layers):
+        name = f"layers.{index}."
+        layer = replace(layer, input=rounded(f"{name}input", layer.input, x))
+        if layer.state:
+            before, kept = forward.operands(x, layer)
+            state = rounded(f"{name}state", layer.state, before)
+            candidate = layer.candidate
+            if candidate is not None:
+                (candidate,) = rounded(f"{name}candidate", [candidate], kept)
+            layer = CellLayer(layer.input, state, candidate)
+        x = forward.layer(x, layer)
+    return found
+
+
+class Solver:
     """What the rows x (N, K) say about rounding matrices that are multiplied with them."""
 
     def __init__(self, x: Tensor, group: int | None) -> None:

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from lmfast.generation.engine.packing import Matrix, Packer, Storage
-from lmfast.generation.engine.plan import CannotPack, Linear, check_parameters
-from lmfast.generation.engine.program import Packed, double_word, embedding_words, matrix, stacked
+from lmfast.generation.engine.plan import CannotPack, Linear, Quantised, check_parameters
+from lmfast.generation.engine.program import (
+    Packed,
+    double_word,
+    embedding_words,
+    matrix,
+    shape_of,
+    stacked,
+)
 from lmfast.nn.elman import ElmanRNN
 from lmfast.nn.low_rank import LowRank
 from lmfast.nn.stack import GatedStack, MinStack
@@ -48,7 +55,7 @@ class CellPlan:
         width, vocab: E and V.
         cell: one of `KINDS`.
         head: (V, E).
-        embedding: (V, E), or None when it is the head's matrix.
+        embedding: (V, E), of integers int8 with a scale per row; None when it is the head's matrix.
         parameters: what the plan was made of.
     """
 
@@ -57,9 +64,10 @@ class CellPlan:
     cell: str
     layers: tuple[CellLayer, ...]
     head: Linear
-    embedding: Tensor | None
+    embedding: Tensor | Quantised | None
     pad_idx: int | None
     parameters: tuple[Tensor, ...]
+    max_positions: None = None
 
 
 def recurrent_plan(model: RecurrentLanguageModel) -> CellPlan:
@@ -155,5 +163,5 @@ def pack_cells(plan: CellPlan, weights: str, group: int | None) -> Packed:
 def _gates_matrix(packer: Packer, gates: tuple[Linear, ...], storage: Storage) -> Matrix:
     if not gates:
         return Matrix(_NONE, _NONE, _NONE, 0, 0, 0, 0)
-    width = len(gates[0].weight)  # type: ignore[arg-type]
-    return stacked(packer, [*gates], [width] * len(gates), storage, True)
+    widths = [shape_of(gate)[0] for gate in gates]
+    return stacked(packer, [*gates], widths, storage, True)

@@ -10,7 +10,7 @@ import torch
 
 from lmfast import _extension
 from lmfast.generation.engine.cell_runner import CellRunner
-from lmfast.generation.engine.cells import recurrent_plan
+from lmfast.generation.engine.cells import CellPlan, recurrent_plan
 from lmfast.generation.engine.from_lmfast import decoder_plan
 from lmfast.generation.engine.from_transformers import plan_maker
 from lmfast.generation.engine.packing import WEIGHTS
@@ -19,7 +19,7 @@ from lmfast.generation.engine.quantised import QuantisedWeights
 from lmfast.generation.engine.rounding import check_group
 from lmfast.generation.engine.runner import EngineRunner
 
-P = TypeVar("P")
+P = TypeVar("P", bound=Plan | CellPlan)
 
 
 def make_engine(
@@ -71,10 +71,11 @@ def make_engine(
     if not _extension.cpu.loaded:
         raise CannotPack(str(_extension.cpu.reason))
     if is_recurrent(model):
+        cells = _planner(recurrent_plan, model)
         if isinstance(weights, QuantisedWeights):
-            raise CannotPack("the quantised weights are of a decoder, the model is recurrent")
-        return CellRunner(_planner(recurrent_plan, model), kind, group)
-    plan = _planner(_maker(model), model)
+            cells = _with_matrices(cells, weights)
+        return CellRunner(cells, kind, group)
+    plan = _planner(_decoder_maker(model), model)
     if isinstance(weights, QuantisedWeights):
         plan = _with_matrices(plan, weights)
     return EngineRunner(plan, kind, group, cache_dtype)
@@ -87,18 +88,18 @@ def is_recurrent(model: Any) -> bool:
     return type(model) is RecurrentLanguageModel
 
 
-def plan_of(model: Any) -> Plan:
-    """The plan of a decoder; CannotPack if the engine does not know it."""
-    return _maker(model)(model)
+def plan_of(model: Any) -> Plan | CellPlan:
+    """The plan of a model; CannotPack if the engine does not know it."""
+    return recurrent_plan(model) if is_recurrent(model) else _decoder_maker(model)(model)
 
 
-def _maker(model: Any) -> Callable[[Any], Plan]:
+def _decoder_maker(model: Any) -> Callable[[Any], Plan]:
     # Models stand on this package's cache.
     from lmfast.models.decoder import DecoderLanguageModel
 
     make_plan = decoder_plan if type(model) is DecoderLanguageModel else plan_maker(model)
     if make_plan is None:
-        raise CannotPack(f"a {type(model).__name__} is not a decoder the engine knows")
+        raise CannotPack(f"a {type(model).__name__} is not a model the engine knows")
     return make_plan
 
 
@@ -115,11 +116,11 @@ def _planner(make_plan: Callable[[Any], P], model: Any) -> Callable[[], P]:
     return plan
 
 
-def _with_matrices(make_plan: Callable[[], Plan], matrices: QuantisedWeights) -> Callable[[], Plan]:
+def _with_matrices(make_plan: Callable[[], P], matrices: QuantisedWeights) -> Callable[[], P]:
     """The same plans with quantised matrices, which are not kept in memory either."""
     reference = weakref.ref(matrices)
 
-    def plan() -> Plan:
+    def plan() -> P:
         alive = reference()
         if alive is None:
             raise ValueError("the quantised weights of this engine are gone: make a new engine")

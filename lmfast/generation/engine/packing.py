@@ -1,12 +1,14 @@
-"""Weights in the order the engine reads them: panels of 16 columns, in one piece of memory.
+"""Weights in the order the engine reads them: blocks of columns, in one piece of memory.
 
-A matrix (N, K) of ``y = x W^T`` is cut into panels of 16 rows of W; of each the depth lies in
-order, so that a product reads memory from front to back and needs no sum across lanes:
+A matrix (N, K) of ``y = x W^T`` is cut into panels of 16 rows of W, and those into blocks of four;
+of a block the depth lies in order, so that a product reads one stream of memory from front to back
+and needs no sum across lanes. The last block has the panels that are left.
 
-    float32   [panel][k][16]
-    bfloat16  [panel][k / 2][16][2]     pairs of the depth of one column
-    int8      [panel][k / 4][16][4]     codes + 128
-    int4      [panel][k / 8][16][4]     codes + 8 of k = 8 i + j; above, those of 8 i + 4 + j
+    float32   [block][k][panel][16]
+    bfloat16  [block][k / 2][panel][16][2]     pairs of the depth of one column
+    int8      [block][k / 4][panel][16][4]     codes + 128
+    int4      [block][k / 8][panel][16][4]     codes + 8 of k = 8 i + j; above, of 8 i + 4 + j
+    scales    [block][group][panel][16]        of groups, float16
 
 csrc/cpu/kernels/engine.h has the same table.
 """
@@ -23,7 +25,7 @@ from torch import Tensor
 from lmfast.generation.engine.plan import Bits, Quantised
 from lmfast.generation.engine.rounding import quantise_groups, quantise_rows
 
-PANEL = 16
+PANEL, BLOCK = 16, 4
 WEIGHTS = ("fp32", "bf16", "int8", "int4")
 DEPTH_STEP = {"fp32": 1, "bf16": 2, "int8": 4, "int4": 8}
 _ALIGNMENT = 64
@@ -39,7 +41,14 @@ def as_panels(codes: Tensor, kind: str, fill: int = 0) -> Tensor:
     if kind == "int4":
         low, high = parts[..., :4], parts[..., 4:]
         parts = low | (high << 4)
-    return parts.flatten().view(torch.uint8)
+    return in_blocks(parts).view(torch.uint8)
+
+
+def in_blocks(panels: Tensor) -> Tensor:
+    """(panels, steps, ...) as blocks [step][panel] one behind the other, flat."""
+    whole = len(panels) // BLOCK * BLOCK
+    first = panels[:whole].unflatten(0, (whole // BLOCK, BLOCK)).transpose(1, 2)
+    return torch.cat([first.flatten(), panels[whole:].transpose(0, 1).flatten()])
 
 
 @dataclass(frozen=True)
@@ -148,7 +157,7 @@ class Packer:
             if not group:
                 return torch.nn.functional.pad(s.float(), (0, panels * PANEL - rows))
             s = torch.nn.functional.pad(s.half(), (0, 0, 0, panels * PANEL - rows))
-            return s.view(panels, PANEL, -1).transpose(1, 2).contiguous()
+            return in_blocks(s.view(panels, PANEL, -1).transpose(1, 2))
 
         at = self.add(panels * (padded // step) * 64, main)
         scaled = -1

@@ -46,7 +46,8 @@ def _norm(packer: Packer, norm: Norm | None) -> list[int]:
     return [kind, packer.floats(norm.weight), bias, double_word(norm.eps)]
 
 
-def _shape(linear: Linear) -> tuple[int, int]:
+def shape_of(linear: Linear) -> tuple[int, int]:
+    """Rows and depth of a matrix."""
     w = linear.weight
     rows, depth = (w.codes if isinstance(w, Quantised) else w).shape
     return rows, depth
@@ -54,7 +55,7 @@ def _shape(linear: Linear) -> tuple[int, int]:
 
 def matrix(packer: Packer, linear: Linear, storage: Storage) -> Matrix:
     """One matrix."""
-    rows, depth = _shape(linear)
+    rows, depth = shape_of(linear)
     storage = storage_of(linear.weight, storage)
     return packer.matrix(rows, depth, lambda: linear.weight, linear.bias, storage)
 
@@ -67,9 +68,9 @@ def stacked(
     Rows come in pieces of `lengths[i]`, each filled up to whole panels: one part after the other,
     or with `interleave` a panel of each in turn.
     """
-    depth = _shape(parts[0])[1]
+    depth = shape_of(parts[0])[1]
     wide = [-(-n // PANEL) * PANEL for n in lengths]
-    total = sum(_shape(p)[0] // n * w for p, n, w in zip(parts, lengths, wide, strict=True))
+    total = sum(shape_of(p)[0] // n * w for p, n, w in zip(parts, lengths, wide, strict=True))
 
     def arrange(rows: list[Tensor]) -> Tensor:
         """Rows (N_i, ...) of each part, as one tensor."""
@@ -97,7 +98,7 @@ def stacked(
 
     bias = None
     if any(p.bias is not None for p in parts):
-        none = [torch.zeros(_shape(p)[0]) for p in parts]
+        none = [torch.zeros(shape_of(p)[0]) for p in parts]
         found = [n if p.bias is None else p.bias.float() for p, n in zip(parts, none, strict=True)]
         bias = arrange(found)
     return packer.matrix(total, depth, weight, bias, storage_of(parts[0].weight, storage))

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from lmfast.generation.engine.cells import CellLayer, CellPlan
 from lmfast.generation.engine.plan import CannotPack, Layer, Linear, Plan, Quantised
 
 _FORMAT = "lmfast quantised weights 1"
+# Of a layer; those of recurrent models are several, and numbered.
 _MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+_GATES = ("input", "state")
+
+P = TypeVar("P", bound=Plan | CellPlan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +32,8 @@ class QuantisedWeights:
     Attributes:
         kind: "int8" or "int4".
         group: numbers of a row that share a scale; None: all.
-        matrices: by place: "layers.0.q", "layers.0.down", "head", "embedding".
+        matrices: by place: "layers.0.q", "layers.0.down", "head", "embedding"; of recurrent models
+            "layers.0.input.0", a number for each gate, "layers.0.state.0", "layers.0.candidate.0".
 
     Example:
         >>> import torch
@@ -93,35 +100,44 @@ class QuantisedWeights:
         """Bytes of codes and scales, as the engine packs them."""
         return sum(q.codes.numel() * q.bits // 8 + q.scales.nbytes for q in self.matrices.values())
 
-    def into(self, plan: Plan) -> Plan:
+    def into(self, plan: P) -> P:
         """A plan with these matrices in the place of its own.
 
         Raises:
             CannotPack: they are of a model of another shape.
         """
         left = dict(self.matrices)
-
-        def swapped(name: str, linear: Linear) -> Linear:
-            return Linear(_fitting(name, linear.weight, left.pop(name, None)), linear.bias)
-
-        layers = []
-        for index, layer in enumerate(plan.layers):
-            linears = matrices_of(layer, f"layers.{index}.")
-            parts: Any = {n.rsplit(".", 1)[1]: swapped(n, m) for n, m in linears.items()}
-            layers.append(replace(layer, **parts))
-        head = swapped("head", plan.head)
-        embedding = plan.embedding
-        if embedding is not None:
-            embedding = _fitting("embedding", embedding, left.pop("embedding", None))
+        made = with_matrices(plan, lambda name, w: _fitting(name, w, left.pop(name, None)))
         if left:
             raise CannotPack(f"the quantised weights have {next(iter(left))}, the model has not")
-        return replace(plan, layers=tuple(layers), head=head, embedding=embedding)
+        return made
 
 
-def matrices_of(layer: Layer, prefix: str) -> dict[str, Linear]:
-    """A layer's matrices by name."""
-    found = {f"{prefix}{name}": getattr(layer, name) for name in _MATRICES}
-    return {name: linear for name, linear in found.items() if linear is not None}
+def with_matrices(plan: P, change: Callable[[str, Tensor | Quantised], Quantised]) -> P:
+    """A plan whose matrices are what `change` makes of a name and the matrix."""
+
+    def changed(name: str, linear: Linear) -> Linear:
+        return Linear(change(name, linear.weight), linear.bias)
+
+    def layer_of(layer: Any, prefix: str) -> Any:
+        parts: dict[str, Any] = {}
+        if isinstance(layer, Layer):
+            for name in _MATRICES:
+                if getattr(layer, name) is not None:
+                    parts[name] = changed(prefix + name, getattr(layer, name))
+            return replace(layer, **parts)
+        assert isinstance(layer, CellLayer)
+        for name in _GATES:
+            gates = enumerate(getattr(layer, name))
+            parts[name] = tuple(changed(f"{prefix}{name}.{i}", gate) for i, gate in gates)
+        if layer.candidate is not None:
+            parts["candidate"] = changed(f"{prefix}candidate.0", layer.candidate)
+        return replace(layer, **parts)
+
+    layers: Any = tuple(layer_of(m, f"layers.{i}.") for i, m in enumerate(plan.layers))
+    head = changed("head", plan.head)
+    embedding = None if plan.embedding is None else change("embedding", plan.embedding)
+    return replace(plan, layers=layers, head=head, embedding=embedding)
 
 
 def _fitting(name: str, weight: Tensor | Quantised, found: Quantised | None) -> Quantised:
