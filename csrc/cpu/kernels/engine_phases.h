@@ -26,8 +26,8 @@ class Phases {
   int64_t me() const { return me_; }
 
   // Runs run(first, past) over `units` in chunks of about `work / kChunkWork` (bytes, or what takes
-  // as long), cut at multiples of `align` where there are many. Returns when all of it is done, and
-  // calls idle() while it waits.
+  // as long), cut at multiples of `align` where there are enough. Returns when all of it is done,
+  // and calls idle() while it waits.
   template <class Run, class Idle>
   void run(int64_t units, int64_t work, int64_t align, const Run& run, const Idle& idle) {
     if (units <= 0) return;
@@ -82,8 +82,10 @@ class Phases {
     int64_t at(int64_t c) const { return c == chunks ? units : c * units / chunks / align * align; }
   };
   Cut cut_of(int64_t units, int64_t work, int64_t align) const {
-    const int64_t chunks = chunk_count(units, work);
-    return {units, chunks, units < 2 * align * chunks ? 1 : align};
+    // Half a block of panels is read at half the speed, so blocks are divided only where there are
+    // too few of them.
+    if (units < 2 * align * p_.participants) align = 1;
+    return {units, chunk_count(units / align, work), align};
   }
   int64_t mine() const { return me_ < p_.participants ? me_ : p_.participants - 1; }
   int64_t first_of(int64_t thread, int64_t chunks) const {
