@@ -183,10 +183,13 @@ def _rounded(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _earlier_rows(path: Path, here: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a file that this machine wrote with the same settings: parts of a benchmark can
-    be measured one by one."""
+    """The rows of a file that a machine like this one wrote with the same settings, with their
+    dates: parts of a benchmark can be measured one by one."""
     if not path.exists():
         return []
     file = json.loads(path.read_text())
     same = ("processor", "threads", "cpu_level", "torch", "allocator")
-    return file["rows"] if all(file["machine"].get(k) == here[k] for k in same) else []
+    if any(file["machine"].get(k) != here[k] for k in same):
+        return []
+    date, rows = file["machine"]["date"], file["rows"]
+    return [row if date == here["date"] else {**row, "date": row.get("date", date)} for row in rows]

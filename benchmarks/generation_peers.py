@@ -128,6 +128,14 @@ class LlamaCpp:
         self._vocab = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self._model))
         self._batch = library.llama_batch_init(512, 0, 1)
 
+    def __del__(self) -> None:
+        if getattr(self, "_batch", None) is not None:
+            self._lib.llama_batch_free(self._batch)
+        if getattr(self, "_context", None):
+            self._lib.llama_free(self._context)
+        if getattr(self, "_model", None):
+            self._lib.llama_model_free(self._model)
+
     def generate(self, ids: torch.Tensor, new: int) -> list[list[int]]:
         """The likeliest `new` ids after ids (B, T)."""
         return self.extend(self.prefill(ids), ids.shape[1], new)

@@ -2,9 +2,9 @@
 
 A DTensor is divided among processes or held by each (`torch.distributed.tensor`). Every operator of
 this library that writes nothing in place runs on tensors that all processes hold whole: a sharded
-parameter is gathered for it. Those of a Transformer block and the losses need no exchange where a
-batch is divided; gradients of what each process holds are then sums over the processes. Attention
-runs by heads as well, and products by columns and by depth.
+parameter is gathered for it. Those of a Transformer block, and losses that are summed or kept by
+row, need no exchange where a batch is divided; gradients of what each process holds are then sums
+over the processes. Attention runs by heads as well, and products by columns and by depth.
 """
 
 from __future__ import annotations
@@ -97,9 +97,12 @@ def _attention(given: dict[str, Any]) -> list[_Rule]:
 
 
 def _product(given: dict[str, Any]) -> list[_Rule]:
-    rules: list[_Rule] = [({"x": 0}, (0,)), ({"weight": 0, "bias": 0}, (1,))]
+    last = given["x"].ndim - 1
+    rules: list[_Rule] = [({"weight": 0, "bias": 0}, (last,))]
+    if last > 0:
+        rules.append(({"x": 0}, (0,)))
     if given["bias"] is None and not given["relu"]:
-        rules.append(({"x": 1, "weight": 1}, (SUM,)))
+        rules.append(({"x": last, "weight": 1}, (SUM,)))
     return rules
 
 

@@ -42,6 +42,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "elman model": lambda: RecurrentLanguageModel(13, 16, 2, 0),
     "lstm model": lambda: RecurrentLanguageModel(13, 16, 2, 0, cell="lstm"),
 }
+LENGTH = 36  # of the models' texts: stacks of recurrent layers this long run as one
 PLACES = {"whole": Replicate(), "divided": Shard(0)}
 # fp32, and sums over processes in another order.
 _LARGEST_ERROR = 1e-5
@@ -55,6 +56,7 @@ def run() -> dict[str, str]:
         results[name] = "; ".join(_operator_problems(lmfast._dispatch.ops()[name], mesh))
     for name, make in MODELS.items():
         results[name] = "; ".join(_model_problems(make(), mesh))
+    results["few rows"] = "; ".join(_product_problems(mesh))
     results["placements"] = "; ".join(_placement_problems(mesh))
     return results
 
@@ -103,7 +105,7 @@ def _results(op: Op, sample: Sample) -> tuple[list[Tensor], list[Tensor]]:
 
 def _model_problems(plain: nn.Module, mesh: DeviceMesh) -> Iterator[str]:
     generator = torch.Generator().manual_seed(0)
-    ids, targets = (torch.randint(1, 13, (4, 9), generator=generator) for _ in range(2))
+    ids, targets = (torch.randint(1, 13, (4, LENGTH), generator=generator) for _ in range(2))
     targets[0, 3] = -100
     expected = plain.loss(ids, targets)
     expected.backward()
@@ -132,6 +134,29 @@ def _distributed(plain: nn.Module, mesh: DeviceMesh, place: Any) -> nn.Module:
                 module.register_parameter(key, nn.Parameter(value))
 
     return distribute_module(model, mesh, distribute)
+
+
+def _product_problems(mesh: DeviceMesh) -> Iterator[str]:
+    """Few rows of any rank, which a kernel takes as they are, beside weights divided either way."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(160, 128, generator=generator)
+    for shape in ((128,), (2, 128), (2, 3, 128)):
+        x = torch.randn(shape, generator=generator)
+        expected = lmfast.ops.linear(x, weight)
+        for x_dim in (None, *range(len(shape))):
+            for weight_dim in (None, 0, 1):
+                places = [Replicate() if d is None else Shard(d) for d in (x_dim, weight_dim)]
+                a, b = (
+                    distribute_tensor(t, mesh, [place])
+                    for t, place in zip((x, weight), places, strict=True)
+                )
+                for one, other in (
+                    (a, b),
+                    (a, distribute_tensor(weight.t(), mesh, [places[1]]).t()),
+                ):
+                    error = relative_error(_whole(lmfast.ops.linear(one, other)), expected)
+                    if not error <= _LARGEST_ERROR:
+                        yield f"{shape} {places}: error {error:.1e}"
 
 
 def _placement_problems(mesh: DeviceMesh) -> Iterator[str]:

@@ -189,6 +189,25 @@ def test_which_stacks_run_as_one(needs_cpu_kernels: None) -> None:
         assert not asked(1, 128)
 
 
+def test_an_upper_layer_decides_too(needs_cpu_kernels: None) -> None:
+    """Its tangents are not lost, and its device is looked at."""
+    layer = lmfast.nn.RNN(8, 8, num_layers=2)
+    x, weight = torch.randn(40, 1, 8), layer.weight_hh_l1.detach()
+    tangent = torch.randn_like(weight)
+
+    def run(weight: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {"weight_hh_l1": weight}, (x,))[0]
+
+    _, found = torch.func.jvp(run, (weight,), (tangent,))
+    step = 1e-2  # central differences: rounding 1e-5, curvature 1e-4
+    around = (run(weight + step * tangent) - run(weight - step * tangent)) / (2 * step)
+    assert found.abs().max() > 0.1
+    assert (found - around).abs().max() < 3e-3 * found.abs().max()
+    for inputs in (x, x[:1]):
+        with pytest.raises(RuntimeError, match="device"), torch.no_grad():
+            torch.func.functional_call(layer, {"weight_hh_l1": weight.to("meta")}, (inputs,))
+
+
 def modules(kind: str) -> nn.Module:
     if kind == "ElmanRNN":
         return lmfast.nn.ElmanRNN(24, 3)

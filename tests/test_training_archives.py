@@ -49,6 +49,14 @@ def test_archives_are_unpacked(tmp_path, kind):
     assert list(TextFiles(files[:1], lines=True)) == ["one"]
 
 
+def test_a_file_is_not_the_directory_itself(tmp_path):
+    path = tarred(tmp_path / "evil", {"good.txt": b"1", ".": b"2"})
+    (tmp_path / ".out.partial").write_text("mine")
+    with pytest.raises(DataError, match=r"'\.' would be written outside"):
+        extract_archive(path, tmp_path / "out")
+    assert (tmp_path / ".out.partial").read_text() == "mine"
+
+
 @pytest.mark.parametrize("name", ["../evil.txt", "/evil.txt", "a/../../evil.txt"])
 @pytest.mark.parametrize("make", [zipped, tarred])
 def test_nothing_is_written_outside(tmp_path, make, name):
@@ -108,3 +116,14 @@ def test_damaged_and_foreign_archives_are_told(tmp_path):
         extract_archive(path, tmp_path / "cut")
     with pytest.raises(FileNotFoundError):
         extract_archive(tmp_path / "absent.zip", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_damage_inside_compressed_archives_is_told(tmp_path, kind):
+    path = tarred(tmp_path / f"a.tar.{kind}", TEXTS, f"w:{kind}")
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 8] = bytes(b ^ 0xFF for b in data[middle : middle + 8])
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=rf"a\.tar\.{kind} is not a zip or tar archive, or damaged"):
+        extract_archive(path, tmp_path / "out")

@@ -191,9 +191,7 @@ def test_data_that_changes_while_it_is_read(text_file, how):
     if how == "touched":
         assert "".join(source) == text
         return
-    with pytest.raises(
-        DataError, match=rf"text\.txt has changed .*: it had {before.st_size} bytes"
-    ):
+    with pytest.raises(DataError, match=rf"text\.txt has changed .*it had {before.st_size} bytes"):
         source.read(position)
 
 
@@ -278,6 +276,8 @@ def test_bad_lines_are_left_out_on_request(tmp_path):
             assert list(TextFiles([text], lines=lines, bad_lines="skip")) == expected
     with pytest.raises(ValueError, match='bad_lines must be "error" or "skip", got \'drop\''):
         TextFiles([text], bad_lines="drop")
+    with pytest.raises(TypeError, match="digits must be a string or None, got 0"):
+        TextFiles([text], digits=0)
 
 
 def test_a_bad_line_far_into_a_stream_stops_it_there(tmp_path):

@@ -13,11 +13,12 @@ namespace {
 using torch::stable::new_empty;
 using torch::stable::parallel_for;
 
-Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+Tensor linear_few_rows(const Tensor& given, const Tensor& weight, const std::optional<Tensor>& bias,
                        bool relu) {
+  const bool as_it_lies = given.is_contiguous() || (given.dim() == 2 && given.stride(1) == 1);
+  const Tensor x = as_it_lies ? given : torch::stable::contiguous(given);
   check_rows(x, "x");
-  LMFAST_CHECK(x.dim() > 0 && weight.dim() == 2 && weight.is_cpu(),
-               "weight must be a CPU matrix, and x have a last dimension");
+  LMFAST_CHECK(weight.dim() == 2 && weight.is_cpu(), "weight must be a CPU matrix");
   LinearFewRowsArgs a{};
   a.dtype = dtype_of(weight, "weight");
   LMFAST_CHECK(a.dtype != DType::kF64 && dtype_of(x, "x") == a.dtype,
@@ -26,7 +27,6 @@ Tensor linear_few_rows(const Tensor& x, const Tensor& weight, const std::optiona
   a.columns = weight.size(0);
   a.depth = weight.size(1);
   LMFAST_CHECK(x.size(last) == a.depth, "x and weight must have rows of one length");
-  LMFAST_CHECK(x.dim() == 2 || x.is_contiguous(), "x must be contiguous, or a matrix");
   std::vector<int64_t> shape;
   a.rows = 1;
   for (int64_t d = 0; d < last; ++d) {

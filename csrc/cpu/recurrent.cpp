@@ -7,7 +7,7 @@
 namespace lmfast {
 namespace {
 
-// Tensors directions of a layer: one to a thread where that keeps the threads busy, without any
+// Both directions of a layer: one to a thread where that keeps the threads busy, without any
 // barrier; else one after the other, each by all threads.
 template <class Run>
 void run_both(Run& first, Run& second) {

@@ -103,6 +103,8 @@ class _FusedLayers(nn.RNNBase):
             h0, c0 = hx
         find = self._parameters.get
         weights: list[Any] = [find(name) for name in self._flat_weights_names]
+        if any(w is not None and w.is_meta for w in weights):
+            return None  # the operator would compute nothing, too
         if torch.compiler.is_compiling():
             shape = (self.num_layers, batch, self.hidden_size)
             given = [s for s in (h0, c0) if s is not None]
@@ -127,7 +129,10 @@ class _FusedLayers(nn.RNNBase):
         weight = self._flat_weights[0]
         if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or torch.jit.is_scripting():
             return None
-        if x.dtype != weight.dtype or x.shape[-1:] != (self.input_size,):
+        if x.shape[-1:] != (self.input_size,):
+            return None
+        given = [w for w in self._flat_weights if w is not None]
+        if any(w.dtype != x.dtype or w.device != x.device for w in given):
             return None
         if x.dim() not in ((2,) if packed else (2, 3)) or x.numel() == 0:
             return None

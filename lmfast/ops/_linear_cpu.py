@@ -110,8 +110,6 @@ def linear_of_few_rows(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False
 ) -> Tensor:
     """`linear` for CPU tensors of which `few_rows` holds: no checks, no autograd, no choice."""
-    if not x.is_contiguous() and (x.dim() != 2 or x.stride(1) != 1):
-        x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
     return _few_rows(x, matrix(weight), bias, relu)
 

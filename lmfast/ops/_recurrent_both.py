@@ -149,6 +149,11 @@ def _reference_both(x: Tensor, *args: Any, loop: Loop) -> tuple[Tensor, ...]:
     )
 
 
+def is_plain_fp32(t: Tensor) -> bool:
+    """An fp32 tensor, and not a DTensor, which an operator of many results does not take."""
+    return t.dtype == torch.float32 and not hasattr(t, "placements")
+
+
 def cpu_both_ways(x: Tensor, forward: Layer, reverse: Layer, loop: Loop) -> tuple[_Found, _Found]:
     """`cpu_layer` in both directions over the same rows.
 
@@ -161,7 +166,7 @@ def cpu_both_ways(x: Tensor, forward: Layer, reverse: Layer, loop: Loop) -> tupl
         y, h_n and c_n of each direction.
     """
     tensors = (x, *forward, *reverse)
-    plain = all(t is None or t.dtype == torch.float32 for t in tensors)
+    plain = all(t is None or is_plain_fp32(t) for t in tensors)
     narrow = runs_in_bf16(x, forward.w_hh, loop.batch, loop.cell)
     if not plain or narrow or torch.is_autocast_enabled("cpu"):
         return (

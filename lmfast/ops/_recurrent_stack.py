@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmfast._forward_mode import has_tangent
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import define, needs_grad
 from lmfast.ops._linear_cpu import has_plain_product, longest_chain, matrix
 from lmfast.ops._recurrent import forward_fake
-from lmfast.ops._recurrent_both import layers_of, listed
+from lmfast.ops._recurrent_both import is_plain_fp32, layers_of, listed
 from lmfast.ops._recurrent_products import gradients_fake, gradients_of_products, split_biases
 from lmfast.ops._recurrent_reference import GATES, Layer, Loop, loop_arguments, reference_layer
 
@@ -154,7 +155,9 @@ def runs_as_wavefront(x: Tensor, layers: Sequence[Layer], loop: Loop) -> bool:
     if weights > _MOST_WEIGHTS or torch.is_autocast_enabled("cpu") or x.shape[1] == 0:
         return False
     tensors = [x, *(t for layer in layers for t in layer)]
-    return has_plain_product() and all(t is None or t.dtype == torch.float32 for t in tensors)
+    if has_tangent(*tensors) or not has_plain_product():
+        return False
+    return all(t is None or (is_plain_fp32(t) and t.device == x.device) for t in tensors)
 
 
 def cpu_stack(

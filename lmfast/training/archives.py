@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import shutil
@@ -19,7 +20,10 @@ _DAMAGED: tuple[type[Exception], ...] = (
     tarfile.TarError,
     zipfile.BadZipFile,
     zlib.error,
+    gzip.BadGzipFile,
     EOFError,
+    RuntimeError,  # what zipfile says of an encrypted member
+    NotImplementedError,  # and of a compression it does not know
 )
 try:
     from lzma import LZMAError
@@ -50,7 +54,7 @@ def extract_archive(
         The files, in the archive's order.
 
     Raises:
-        DataError: another checksum; no such archive, or a damaged one; or a member that would be
+        DataError: another checksum; not an archive, or a damaged one; or a member that would be
             written outside the directory, or is a link or a device: then nothing is unpacked.
         OSError: a file cannot be read or written.
 
@@ -72,6 +76,11 @@ def extract_archive(
         with tarfile.open(archive) as tarred:
             return _unpack(archive, directory, _tar_members(tarred))
     except _DAMAGED as error:
+        raise DataError(f"{archive} is not a zip or tar archive, or damaged: {error}") from None
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # bzip2 has no error of its own.
         raise DataError(f"{archive} is not a zip or tar archive, or damaged: {error}") from None
 
 
@@ -124,8 +133,8 @@ def _unpack(archive: Path, directory: Path, members: Sequence[_Member]) -> list[
 def _place(archive: Path, directory: Path, member: _Member) -> Path:
     """Return where a member goes; links that are in the directory already are followed."""
     path = directory / member.name
-    inside = path.resolve().is_relative_to(directory.resolve())
-    if not inside or "\0" in member.name:
+    inside = "\0" not in member.name and path.resolve().is_relative_to(directory.resolve())
+    if not inside or (path.resolve() == directory.resolve() and not member.is_directory):
         raise DataError(f"{archive}: {member.name!r} would be written outside {directory}")
     if not (member.is_file or member.is_directory):
         raise DataError(f"{archive}: {member.name!r} is neither a file nor a directory")

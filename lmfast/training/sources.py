@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import warnings
 import zlib
 from abc import ABC, abstractmethod
@@ -40,6 +41,8 @@ class TextSource(ABC):
     def __init__(self, bad_lines: str, digits: str | None = None) -> None:
         if bad_lines not in ("error", "skip"):
             raise ValueError(f'bad_lines must be "error" or "skip", got {bad_lines!r}')
+        if digits is not None and not isinstance(digits, str):
+            raise TypeError(f"digits must be a string or None, got {digits!r}")
         self.bad_lines = bad_lines
         self.digits = digits
         self.skipped: dict[str, None] = {}
@@ -137,8 +140,8 @@ class _Files(TextSource):
             return
         if _file_identity(path) != self._identity[index]:
             raise DataError(
-                f"{path} has changed while it was read: "
-                f"it had {self._identity[index]['bytes']} bytes, now {stamp[0]}"
+                f"{path} has changed while it was read (it had {self._identity[index]['bytes']} "
+                f"bytes, now {stamp[0]}): restore it, or start again"
             )
         self._stamps[index] = stamp  # touched, not changed
 
@@ -290,19 +293,21 @@ class DatasetTexts(TextSource):
         self.field = field
         self._rows: Iterator[Any] = iter(())
         self._next_row = -1  # of the open iterator
+        self._reading = threading.Lock()  # several streams may read one source
 
     def start(self) -> Position:
         return {"row": 0}
 
     def read(self, position: Position) -> tuple[list[str], Position | None]:
         first = position["row"]
-        if first != self._next_row:
-            skip = getattr(self.dataset, "skip", None)
-            self._rows = iter(skip(first)) if skip else islice(self.dataset, first, None)
-        rows = list(islice(self._rows, _BLOCK_ROWS))
-        self._next_row = first + len(rows)
+        with self._reading:
+            if first != self._next_row:
+                skip = getattr(self.dataset, "skip", None)
+                self._rows = iter(skip(first)) if skip else islice(self.dataset, first, None)
+            rows = list(islice(self._rows, _BLOCK_ROWS))
+            next_row = self._next_row = first + len(rows)
         texts = [self._text(row, number) for number, row in enumerate(rows, first)]
-        following = {"row": self._next_row} if len(rows) == _BLOCK_ROWS else None
+        following = {"row": next_row} if len(rows) == _BLOCK_ROWS else None
         return self._replaced([text for text in texts if text.strip()]), following
 
     def describe(self, position: Position) -> str:

@@ -124,8 +124,8 @@ static inline int64_t attention_bwd_scratch_bytes(const AttentionArgs& a) {
 // Ranges: units, (B, Hkv, ranges); the forward's (B, Hkv, ranges, splits), and decoding's (B, Hkv,
 // splits). Combining and reducing: query rows, (B, H, T). Masks: their rows, (B, T).
 // Where bf16_products.h says so, the _amx kernels take bf16 queries with bf16 or int8 storage, and
-// attention_decode_pairs all of them in bf16; attention_decode_bytes takes int8 storage, with
-// AVX512-VNNI to advantage.
+// attention_decode_pairs all of them in bf16; attention_decode_bytes takes int8 storage and
+// at the AVX-512 levels needs AVX512-VNNI.
 LMFAST_DECLARE_KERNEL(attention_fwd, AttentionArgs)
 LMFAST_DECLARE_KERNEL(attention_fwd_amx, AttentionArgs)
 LMFAST_DECLARE_KERNEL(attention_decode, AttentionArgs)

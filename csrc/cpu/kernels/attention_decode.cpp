@@ -9,11 +9,8 @@
 //
 // Per 64 keys, which lie in one row of storage: scores, softmax with the running maximum, outputs
 // (attention_decode_unit.h). Products are in fp32 here, for every type; bf16 by bf16 is in
-// attention_decode_pairs.cpp. More rows than kDecodeRows are cheaper as lanes (attention_fwd.cpp).
-//
-// int8 by integer products (vpdpbusd on queries and probabilities of 23 bits in three parts, keys
-// as lanes by a transposition) was slower on Zen 4 than widening: 0.65 ms instead of 0.46 for 16
-// heads of 64 x 8192 keys, 1.14 instead of 0.97 for 32 / 8 heads of 128.
+// attention_decode_pairs.cpp, int8 with AVX512-VNNI in attention_decode_bytes.cpp. More rows than
+// kDecodeRows are cheaper as lanes (attention_fwd.cpp).
 #include "attention_decode_unit.h"
 
 namespace lmfast::LMFAST_ISA {

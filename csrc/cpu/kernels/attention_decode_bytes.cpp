@@ -5,7 +5,8 @@
 // four rows to a head that is half the speed of the memory. Here queries and probabilities are
 // integers of 24 bits, a row's largest being 127 * 2^16 or 2^24 - 1, cut into bytes that are
 // multiplied separately: 3 instructions a row, exact, and as near to the given number as fp32 sums
-// are. With queries of 16 bits, whose own rounding is coarser than 2^-9, two bytes are enough.
+// are. With bf16 and fp16 queries, whose own rounding is coarser but for small numbers of fp16, two
+// bytes are enough.
 //
 // Keys: 16 of them become lanes by a transposition of 32-bit words, 4 shuffles for 64 numbers and
 // all rows, so that no sum goes across lanes. An instruction takes unsigned by signed bytes: keys

@@ -10,7 +10,7 @@
 
 namespace lmfast {
 
-constexpr int64_t kEngineMagic = 0x6c6d656e67303031;  // changes with the structs
+constexpr int64_t kEngineMagic = 0x6c6d656e67303032;  // changes with structs and layouts
 constexpr int kEnginePanel = 16;                      // columns that lie together
 constexpr int64_t kEngineNone = -1;                   // an offset where there is nothing
 
@@ -105,7 +105,7 @@ struct EngineCell {
   EngineMatrix input, state, candidate;
   int64_t kind;
 };
-constexpr int64_t kEngineCellMagic = 0x6c6d656e67433031;  // of programs with EngineCell[layers]
+constexpr int64_t kEngineCellMagic = 0x6c6d656e67433032;  // of programs with EngineCell[layers]
 constexpr int64_t kEngineInputGates[] = {1, 4, 3, 3, 2, 3};
 constexpr int64_t kEngineStateGates[] = {1, 4, 3, 2, 0, 0};
 

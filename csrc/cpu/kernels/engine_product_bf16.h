@@ -195,7 +195,7 @@ LMFAST_INLINE void bf16_rows(int rows, const Bf16Panels& w, int64_t depth, const
 
 #endif
 
-// As multiply_panels, with rows in x.pairs; `staging` holds kEngineStaging bytes per depth.
+// As multiply_panels, with rows in x.pairs; `staging` holds widened panels.
 template <class Done>
 LMFAST_INLINE void multiply_rounded(const EngineMatrix& w, const char* memory, const Operand& x,
                                     int64_t rows, int64_t first, int64_t past, char* staging,

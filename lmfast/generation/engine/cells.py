@@ -25,7 +25,7 @@ from lmfast.nn.stack import GatedStack, MinStack
 if TYPE_CHECKING:  # whose caches are imported from here
     from lmfast.models.recurrent import RecurrentLanguageModel
 
-_MAGIC = 0x6C6D656E67433031
+_MAGIC = 0x6C6D656E67433032
 _NONE = -1
 # In the order of EngineCellKind in csrc/cpu/kernels/engine.h.
 KINDS = ("tanh", "lstm", "gru", "gru_textbook", "min_gru", "min_lstm")

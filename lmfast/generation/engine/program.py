@@ -12,7 +12,7 @@ from lmfast.generation.engine.packing import PANEL, Matrix, Packer, Storage, sto
 from lmfast.generation.engine.plan import CannotPack, Layer, Linear, Norm, Plan, Quantised
 from lmfast.generation.engine.rounding import quantise_rows
 
-_MAGIC = 0x6C6D656E67303031
+_MAGIC = 0x6C6D656E67303032
 _NONE = -1
 _ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 _MOST_HEAD_DIM = 256
