@@ -82,8 +82,9 @@ class Phases {
     int64_t at(int64_t c) const { return c == chunks ? units : c * units / chunks / align * align; }
   };
   Cut cut_of(int64_t units, int64_t work, int64_t align) const {
-    // Half a block of panels is read at half the speed, so blocks are divided only where there are
-    // too few of them.
+    // Part of a block of panels is read at part of the speed, so blocks are divided only where
+    // there are too few of them: a token of a 160 M Llama on two cores of a Zen 4, fp32 10.0 -> 7.5
+    // ms, bf16 4.7 -> 3.6.
     if (units < 2 * align * p_.participants) align = 1;
     return {units, chunk_count(units / align, work), align};
   }
