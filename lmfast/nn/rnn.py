@@ -104,7 +104,7 @@ class _FusedLayers(nn.RNNBase):
         find = self._parameters.get
         weights: list[Any] = [find(name) for name in self._flat_weights_names]
         if any(w is not None and w.is_meta for w in weights):
-            return None  # the operator would compute nothing, too
+            return None  # with these PyTorch would run the operator without its kernel
         if torch.compiler.is_compiling():
             shape = (self.num_layers, batch, self.hidden_size)
             given = [s for s in (h0, c0) if s is not None]
