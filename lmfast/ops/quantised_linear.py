@@ -161,7 +161,8 @@ def dequantised(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """(N, K) scale * code in ``dtype``."""
     if codes.dtype == torch.int8:
         return codes.to(dtype) * scales[:, None].to(dtype)
-    numbers = torch.stack((codes & 15, codes >> 4), -1).flatten(1).to(dtype) - 8
+    high = torch.bitwise_right_shift(codes, 4)  # of a DTensor, torch 2.13's >> shifts nothing
+    numbers = torch.stack((codes & 15, high), -1).flatten(1).to(dtype) - 8
     groups = numbers.view(codes.shape[0], scales.shape[1], -1)
     return (groups * scales[..., None].to(dtype)).flatten(1)
 
