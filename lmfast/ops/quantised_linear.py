@@ -9,8 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmfast._dispatch import Op, register_op, select
-from lmfast.ops._library import accumulation_dtype, check_same_device, check_tensor, define
+from lmfast._dispatch import Op, register, register_op, select
+from lmfast.ops._library import (
+    accumulation_dtype,
+    check_same_device,
+    check_tensor,
+    define,
+    needs_grad,
+    unsupported_by_cpu_kernels,
+    with_unit_last_stride,
+)
 from lmfast.testing import Sample
 
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -97,7 +105,8 @@ def quantised_linear(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        triton (inference), torch, which also computes the gradients of x and bias.
+        cpu (C++, inference, not float64) and triton (inference); torch, which also computes the
+        gradients of x and bias.
 
     Source:
         Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339 (a scale per row); Frantar et al. 2022,
@@ -182,7 +191,29 @@ def _fake(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tens
 
 
 # For kernels; the reference needs no operator.
-define("quantised_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor", _fake)
+_kernel = define(
+    "quantised_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor", _fake
+)
+
+# Up to how many rows the codes are multiplied as they lie; beyond, widening the whole matrix for
+# PyTorch's product costs less. Measured.
+_MOST_ROWS = 256
+
+
+def _forward(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.contiguous()
+    return _kernel(x, with_unit_last_stride(codes), scales.contiguous(), bias)
+
+
+def _unsupported(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> str | None:
+    if needs_grad(x, bias):
+        return "no kernel for gradients"
+    for t in (x, scales):
+        if t.dtype == torch.float64:
+            return "no kernel for torch.float64"
+    if x.numel() > _MOST_ROWS * x.shape[-1]:
+        return f"PyTorch's product of the widened matrix is faster for more than {_MOST_ROWS} rows"
+    return unsupported_by_cpu_kernels(x, scales, bias)
 
 
 def _samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
@@ -199,6 +230,15 @@ def _samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
         bias = normal(n).to(dtype)
         x = normal(rows, k).to(dtype)
         yield Sample(f"int4 {rows}x{k}x{n} groups of {group}", (x, codes, scales, bias))
+    codes, scales = quantise_weight(normal(19, 5000) / 70)
+    yield Sample("int8 deep", (normal(2, 5000).to(dtype), codes, scales.half()))
+    # More than a page to a row, more groups than are widened at a time, and an uneven rest.
+    codes, scales = quantise_weight(normal(21, 9520) / 97, 4, group=56)
+    yield Sample("int4 deep", (normal(2, 9520).to(dtype), codes, scales.bfloat16()))
+    codes, scales = quantise_weight(normal(37, 72) / 8, 4, group=2)
+    yield Sample("int4 groups of 2", (normal(50, 72).to(dtype), codes, scales.half()))
+    codes, scales = quantise_weight(normal(40, 64) / 8)
+    yield Sample("int8 codes apart", (normal(5, 33).to(dtype), codes[:, 3:36], scales))
     codes, scales = quantise_weight(normal(24, 40) / 6)
     x = normal(2, 40, 3).to(dtype).transpose(1, 2)
     yield Sample("strided", (x, codes, scales, normal(24).to(dtype)))
@@ -216,3 +256,5 @@ OP = register_op(
         peer=_peer,
     )
 )
+
+register("quantised_linear", "cpu", ("cpu",), _forward, None, _unsupported)

@@ -9,7 +9,8 @@
 // contiguous, the number of rows neither.
 #include "linear_few_rows.h"
 
-#include "../simd.h"
+#include "../lane_sums.h"
+#include "../prefetch.h"
 
 namespace lmfast::LMFAST_ISA {
 namespace {
@@ -26,27 +27,6 @@ constexpr int kRowsAtOnce = 3, kVecs = 4;
 constexpr int kStreams = 8, kShared = 4;
 // Columns of one row of x whose sums are kept.
 constexpr int kSpan = 2048;
-
-// The sums of the lanes of four vectors, in one order for all.
-LMFAST_INLINE void sum4(VecF a, VecF b, VecF c, VecF d, float* out) {
-#if defined(__AVX512F__)
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
-  const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
-  const __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
-                                   _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
-#elif defined(__AVX2__)
-  const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
-#else
-  out[0] = sum(a);
-  out[1] = sum(b);
-  out[2] = sum(c);
-  out[3] = sum(d);
-#endif
-}
 
 // sums[r][c] for kColumns rows of the weight and kRows rows of x.
 template <class T, int kRows, int kColumns>
@@ -67,7 +47,7 @@ inline __attribute__((noinline)) void dot_tile(const T* w, int64_t stride, const
 #pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) {
       const T* at = w + c * stride + k;
-      __builtin_prefetch(at + ahead);
+      prefetch(at + ahead);
       const VecF b = VecF::load(at);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) sum[c][r] = fmadd(a[r], b, sum[c][r]);
@@ -87,16 +67,7 @@ inline __attribute__((noinline)) void dot_tile(const T* w, int64_t stride, const
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    if constexpr (kColumns == 1) {
-      float first[4];
-      sum4(sum[0][r], VecF::zero(), VecF::zero(), VecF::zero(), first);
-      sums[r * kUnit] = first[0];
-    } else {
-#pragma GCC unroll 2
-      for (int c = 0; c < kColumns; c += 4) {
-        sum4(sum[c][r], sum[c + 1][r], sum[c + 2][r], sum[c + 3][r], sums + r * kUnit + c);
-      }
-    }
+    sum_lanes<kColumns>(&sum[0][r], kRows, sums + r * kUnit);
   }
 }
 
