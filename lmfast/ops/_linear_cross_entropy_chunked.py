@@ -26,10 +26,9 @@ def row_losses(
     ``targets`` must be valid indices.
     """
     lse = logits.logsumexp(-1)
-    chosen = logits.gather(-1, targets[:, None])[:, 0]
-    losses = lse - chosen
+    losses = lse - logits.gather(-1, targets[:, None])[:, 0]
     if label_smoothing:
-        losses = losses + label_smoothing * (chosen - logits.mean(-1))
+        losses = (1.0 - label_smoothing) * losses + label_smoothing * (lse - logits.mean(-1))
     if z_loss:
         losses = losses + z_loss * lse.square()
     return losses, lse
