@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmfast import _measured
-from lmfast._forward_mode import has_tangent
 from lmfast._sharding import prepare_sharding
+from lmfast._transforms import transform_of
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 
@@ -176,8 +176,8 @@ def is_requested(op: str) -> bool:
 def _reason_against(candidate: Implementation, device: str, args: tuple[Any, ...]) -> str | None:
     if candidate.devices and device not in candidate.devices:
         return f"runs on {' and '.join(candidate.devices)} tensors, not {device}"
-    if candidate.backend != "torch" and has_tangent(*args):
-        return "no kernel for forward-mode differentiation"
+    if candidate.backend != "torch" and (transform := transform_of(*args)):
+        return f"no kernel for {transform}"
     return candidate.supports(*args)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmfast.ops._library import accumulation_dtype
+from lmfast.ops._library import accumulation_dtype, is_readable
 from lmfast.ops._linear_cross_entropy_arguments import with_shape
 
 # 16 MB of fp32 logits: large enough for full matmul speed, small enough to stay in the
@@ -88,7 +88,7 @@ def chunked_linear_cross_entropy(
     keep = flat != ignore_index
     index = None
     # The number of rows kept is data: a graph must not depend on it, nor a GPU wait for it.
-    if hidden.device.type == "cpu" and not torch.compiler.is_compiling() and not keep.all():
+    if is_readable(keep) and not keep.all():
         index = keep.nonzero()[:, 0]
     scale = keep.to(accumulation_dtype(hidden.dtype))
     if reduction == "mean":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lmfast._dispatch import Op, implementation, register, register_op, select
+from lmfast._transforms import transform_of
 from lmfast.ops._autograd import apply
 from lmfast.ops._library import (
     check_same_device,
@@ -235,7 +236,11 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Any, ...]:
         settings = (*ctx.saved_tensors, ctx.offset, ctx.interleaved, ctx.backend, not ctx.inverse)
-        if needs_grad(dq, dk):
+        if transform_of(dq, dk):
+            cos, sin, positions, offset, interleaved = settings[:5]
+            sin = sin if ctx.inverse else -sin
+            grads = _reference(dq, dk, cos, sin, positions, offset, interleaved, False)
+        elif needs_grad(dq, dk):
             grads = apply(_Rope, dq, dk, *settings)
         else:
             grads = _Rope.forward(dq, dk, *settings)
