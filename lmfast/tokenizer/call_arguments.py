@@ -9,6 +9,10 @@ import numpy as np
 
 
 def check_text(text: object, name: str = "text") -> None:
+    if isinstance(text, (list, tuple)) and name == "text":
+        raise TypeError(
+            f"text must be one str or bytes, got a {type(text).__name__}; see encode_batch"
+        )
     if not isinstance(text, (str, bytes)):
         raise TypeError(f"{name} must be a str or bytes, got {type(text).__name__}")
 
@@ -63,8 +67,8 @@ def checked_ids(ids: Any, size: int, left_out: Collection[int]) -> Any:
         return []
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise TypeError(
-            f"ids must be a one-dimensional sequence of ints, got shape {array.shape} of "
-            f"{array.dtype}"
+            "ids must be a one-dimensional sequence of ints, got "
+            f"{type(ids).__name__} of shape {array.shape} and dtype {array.dtype}"
         )
     if left_out or array.dtype != np.int32:
         # Beyond 31 bits an id must not wrap into the vocabulary.
