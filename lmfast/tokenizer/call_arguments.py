@@ -9,12 +9,10 @@ import numpy as np
 
 
 def check_text(text: object, name: str = "text") -> None:
-    if isinstance(text, (list, tuple)) and name == "text":
-        raise TypeError(
-            f"text must be one str or bytes, got a {type(text).__name__}; see encode_batch"
-        )
     if not isinstance(text, (str, bytes)):
-        raise TypeError(f"{name} must be a str or bytes, got {type(text).__name__}")
+        several = name == "text" and isinstance(text, (list, tuple))
+        hint = "; encode_batch takes several" if several else ""
+        raise TypeError(f"{name} must be a str or bytes, got {type(text).__name__}{hint}")
 
 
 def checked_texts(texts: Any) -> list[str | bytes]:
