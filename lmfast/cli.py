@@ -38,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     parser = _parser(arguments[0] if arguments else None)
     options, unknown = parser.parse_known_args(arguments)
+    command = vars(options).pop("parser")  # no option: a run keeps those in a file
     if unknown:
-        _refuse(unknown, options.parser)
+        _refuse(unknown, command)
     try:
         return options.run(options)
     except KeyboardInterrupt:
