@@ -58,7 +58,8 @@ def rope(
     Raises:
         TypeError: wrong types or dtypes.
         ValueError: shapes that do not fit, an odd head size smaller than the tables, positions
-            past the tables (on a GPU such rows become NaN instead), ``inplace`` with gradients.
+            past the tables (on a GPU such rows become NaN instead), ``inplace`` with gradients or
+            with tensors whose parts overlap.
         BackendError: the backend asked for cannot run this call.
 
     Backends:
@@ -106,6 +107,14 @@ def _check(
     table = check_tables(cos, sin, q)
     if inplace and needs_grad(q, k):
         raise ValueError("inplace=True is for inference: q or k requires a gradient")
+    if inplace and not torch.compiler.is_compiling():
+        for name, t in (("q", q), ("k", k)):
+            if any(step == 0 and size > 1 for step, size in zip(t.stride(), t.shape)):
+                raise ValueError(
+                    f"{name} is expanded, so with inplace=True its parts would overlap"
+                )
+        if k is q:
+            raise ValueError("k must not be q with inplace=True: it would be rotated twice")
     starts, offset = check_positions(positions, q, cos.shape[0])
     return q, k, cos.to(table), sin.to(table), starts, offset, bool(interleaved), bool(inplace)
 
