@@ -110,9 +110,7 @@ def _check(
     if inplace and not torch.compiler.is_compiling():
         for name, t in (("q", q), ("k", k)):
             if any(step == 0 and size > 1 for step, size in zip(t.stride(), t.shape)):
-                raise ValueError(
-                    f"{name} is expanded, so with inplace=True its parts would overlap"
-                )
+                raise ValueError(f"{name} is expanded: with inplace=True its parts overlap")
         if k is q:
             raise ValueError("k must not be q with inplace=True: it would be rotated twice")
     starts, offset = check_positions(positions, q, cos.shape[0])
