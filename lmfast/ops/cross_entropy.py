@@ -174,6 +174,9 @@ def _samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("smoothing", (normal(9, 35), ids(35, 9)), {"label_smoothing": 0.1})
     yield Sample("z-loss", (normal(9, 35), ids(35, 9)), {"z_loss": 0.01})
     yield Sample("large", (normal(9, 35) * 1e4, ids(35, 9)), {"reduction": "none"})
+    masked = normal(5, 35)
+    masked[:, 7:12] = float("-inf")
+    yield Sample("classes masked out", (masked, ids(7, 5)))
 
 
 def _fake(
