@@ -200,6 +200,18 @@ class CMakeBuild(build_ext):
         ]
         print("\n".join(lines), file=sys.stderr)
 
+    def get_source_files(self) -> list[str]:
+        """What a source distribution holds besides the package: all to build and to test it."""
+        single = ("CMakeLists.txt", "Makefile", "constraints.txt", "CHANGELOG.md", ".clang-format")
+        found = [ROOT / name for name in single]
+        for folder in ("csrc", "tests", "benchmarks"):
+            found += (ROOT / folder).rglob("*")
+        return sorted(
+            str(path.relative_to(ROOT))
+            for path in found
+            if path.is_file() and "__pycache__" not in path.parts
+        )
+
     def get_outputs(self) -> list[str]:
         return [str(p) for p in self.output.glob("_*.so")] if hasattr(self, "output") else []
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from op_checks import RecordCalls
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import lmfast
@@ -328,45 +327,6 @@ def test_expanded_incoming_gradient(op: str) -> None:
         into.extend(torch.autograd.grad(sum(r.sum() for r in results), leaves))
     for f, e in zip(found, expected, strict=True):
         torch.testing.assert_close(f, e)
-
-
-@EVERY_OP
-def test_functional_transform(op: str) -> None:
-    differentiable(op)
-    arguments, leaves = with_gradients(op, samples(op, torch.float32)[0])
-
-    def loss(*tensors: Tensor) -> Tensor:
-        results = outputs(OPS[op].public(**substituted(arguments, leaves, tensors)))
-        return sum((r.float() * upstream(r)).sum() for r in results)
-
-    found = torch.func.grad(loss, argnums=tuple(range(len(leaves))))(*leaves)
-    expected = torch.autograd.grad(loss(*leaves), leaves)
-    for f, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(f, e)
-
-
-@EVERY_OP
-def test_forward_mode_derivative(op: str) -> None:
-    """A kernel without tangents would give zeros."""
-    differentiable(op)
-    arguments, leaves = with_gradients(op, samples(op, torch.float32)[0])
-    tangents = tuple(upstream(t) for t in leaves)
-
-    def results(*tensors: Tensor, backend: str | None = None) -> tuple[Tensor, ...]:
-        new = substituted(arguments, leaves, tensors)
-        return outputs(OPS[op].public(**new, backend=backend))
-
-    found = torch.func.jvp(results, tuple(leaves), tangents)[1]
-    slopes = torch.autograd.grad([r.sum() for r in results(*leaves)], leaves)
-    expected = sum((s * t).sum() for s, t in zip(slopes, tangents, strict=True))
-    torch.testing.assert_close(sum(f.sum() for f in found), expected, rtol=1e-4, atol=1e-4)
-    with torch.no_grad(), forward_ad.dual_level():
-        duals = [forward_ad.make_dual(*pair) for pair in zip(leaves, tangents, strict=True)]
-        for result, tangent in zip(results(*duals), found, strict=True):
-            torch.testing.assert_close(forward_ad.unpack_dual(result).tangent, tangent)
-        if "cpu" in OPS[op].implementations:
-            with pytest.raises(_dispatch.BackendError, match="cannot run"):
-                results(*duals, backend="cpu")
 
 
 @EVERY_OP

@@ -119,3 +119,21 @@ def test_threads_get_what_one_gets() -> None:
     for t in threads:
         t.join()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("place", ["embedding", "layers.1.attn", "layers.0.mlp", "layers.0.norm1"])
+def test_hooks_are_called(place: str) -> None:
+    """On a model that was packed already, and no more once they are removed."""
+    model, prompt = model_of(OPTIONS["llama"]), ids_of(2, 6)
+    before = lmfast.generate(model, prompt, 8)
+    hook = model.get_submodule(place).register_forward_hook(lambda m, args, out: out.flip(-1))
+    expected = prompt
+    with torch.no_grad():
+        for _ in range(8):
+            last = model(expected)[:, -1:].argmax(-1)
+            expected = torch.cat((expected, last), 1)
+    assert not torch.equal(expected, before)
+    assert torch.equal(lmfast.generate(model, prompt, 8), expected)
+    assert "forward hooks" in lmfast.Generator(model).explain()
+    hook.remove()
+    assert torch.equal(lmfast.generate(model, prompt, 8), before)

@@ -249,6 +249,13 @@ GOOD = torch.ones(2, 1, 3, 4)
             ValueError,
             "for inference",
         ),
+        (
+            lambda: ops.rope(GOOD[:, :1].expand(-1, 2, -1, -1), GOOD, *TABLES, inplace=True),
+            ValueError,
+            "q is expanded",
+        ),
+        (lambda: ops.rope(GOOD, GOOD, *TABLES, inplace=True), ValueError, "k must not be q"),
+        (lambda: ops.rope_tables(4.5, 4), TypeError, "length must be an int, got 4.5"),
         (lambda: ops.rope_tables(4, 3), ValueError, "positive even number, got 3"),
         (lambda: ops.rope_tables(-1, 4), ValueError, "length must not be negative"),
         (lambda: ops.rope_tables(4, 4, 0.0), ValueError, "base must be positive"),

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from lmfast._dispatch import Op, register_op, select
-from lmfast._forward_mode import has_tangent
+from lmfast._transforms import transform_of
 from lmfast.ops._autograd import apply, differentiate, recording_backward
-from lmfast.ops._library import check_same_device, check_tensor, needs_grad
+from lmfast.ops._library import check_same_device, check_tensor, is_autocast, needs_grad
 from lmfast.ops.linear import linear
 from lmfast.testing import Sample
 
@@ -72,7 +72,7 @@ def lora_linear(
     chosen = select(OP, args, backend)
     if chosen.backend != "torch":
         return chosen.forward(*args)
-    if torch.is_autocast_enabled(x.device.type) or has_tangent(*args):
+    if is_autocast(x) or transform_of(*args):
         return _reference(*args)
     if needs_grad(x, weight, a, b, bias, low):
         return apply(_LoRALinear, *args)[0]
@@ -108,7 +108,7 @@ def _check(
         raise ValueError(f"bias must have shape ({rows},), got {tuple(bias.shape)}")
     if low is not None and low.shape != x.shape:
         raise ValueError(f"low must have x's shape {tuple(x.shape)}, got {tuple(low.shape)}")
-    if not torch.is_autocast_enabled(x.device.type):
+    if not is_autocast(x):
         for name, tensor in given.items():
             if tensor.dtype != x.dtype:
                 raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")

@@ -15,6 +15,7 @@ from lmfast.ops._library import (
     check_same_device,
     check_tensor,
     define,
+    is_readable,
     unsupported_by_cpu_kernels,
     with_unit_last_stride,
 )
@@ -142,7 +143,7 @@ def check_settings(batch: int, **values: float | Tensor) -> Tensor:
                 raise ValueError(
                     f"{name} must be a number or have shape ({batch},), got {tuple(value.shape)}"
                 )
-            if value.is_cpu and not torch.compiler.is_compiling() and not bool(valid(value).all()):
+            if is_readable(value) and not bool(valid(value).all()):
                 raise ValueError(f"{name} must be {wanted}, got {value.tolist()}")
             device = value.device
         elif not valid(value):
@@ -220,7 +221,7 @@ def _check(
         if suppress.ndim != 1:
             raise ValueError(f"suppress must be one list of ids, got {tuple(suppress.shape)}")
         check_range("suppress", suppress, vocabulary)
-    if uniform is not None and uniform.is_cpu and not torch.compiler.is_compiling():
+    if uniform is not None and is_readable(uniform):
         if not bool(((uniform >= 0) & (uniform < 1)).all()):
             raise ValueError(f"uniform must be in [0, 1), got {uniform.tolist()}")
     return (

@@ -90,7 +90,15 @@ def is_recurrent(model: Any) -> bool:
 
 def plan_of(model: Any) -> Plan | CellPlan:
     """The plan of a model; CannotPack if the engine does not know it."""
+    _check_hooks(model)
     return recurrent_plan(model) if is_recurrent(model) else _decoder_maker(model)(model)
+
+
+def _check_hooks(model: Any) -> None:
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            where = repr(name) if name else "the model"
+            raise CannotPack(f"{where} has forward hooks, which the engine would not call")
 
 
 def _decoder_maker(model: Any) -> Callable[[Any], Plan]:
@@ -111,6 +119,7 @@ def _planner(make_plan: Callable[[Any], P], model: Any) -> Callable[[], P]:
         alive = reference()
         if alive is None:
             raise ValueError("the model this engine was packed from is gone: make a new engine")
+        _check_hooks(alive)
         return make_plan(alive)
 
     return plan
