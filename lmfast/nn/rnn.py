@@ -34,6 +34,15 @@ def _fits(t: object, shape: tuple[int, ...], like: Tensor) -> bool:
     )  # fmt: skip
 
 
+def _widened(value: Any, dtype: torch.dtype) -> Any:
+    """``value`` with the tensors that autocast casts in the weights' dtype."""
+    if isinstance(value, (tuple, list)) and not isinstance(value, PackedSequence):
+        return tuple(_widened(v, dtype) for v in value)
+    t = value.data if isinstance(value, PackedSequence) else value
+    casts = isinstance(t, Tensor) and t.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return value.to(dtype) if casts else value
+
+
 def _states(hx: Any, lstm: bool) -> tuple[Any, ...] | None:
     """(h,) or (h, c); None for anything else."""
     if not lstm:
@@ -61,11 +70,18 @@ class _FusedLayers(nn.RNNBase):
             if stepped is not None:
                 return stepped
         self._update_flat_weights()
-        prepared = self._prepare(input, hx)
+        narrow = torch.is_autocast_enabled("cpu")
+        given = (input, hx)
+        if narrow and isinstance(self._flat_weights[0], Tensor):
+            given = _widened(given, self._flat_weights[0].dtype)
+        prepared = self._prepare(*given)
         if prepared is None:
             return self._torch_layer.forward(self, input, hx)
         x, states, sizes, batch = prepared
         y, finals = self._layers(x, states, sizes, batch)
+        if narrow and self.mode != "GRU":  # autocast has no rule for torch.gru
+            dtype = torch.get_autocast_dtype("cpu")
+            y, finals = y.to(dtype), [s.to(dtype) for s in finals]
         result: Any
         if isinstance(input, PackedSequence):
             finals = [_permuted(s, input.unsorted_indices) for s in finals]
@@ -78,6 +94,27 @@ class _FusedLayers(nn.RNNBase):
                 y = y.transpose(0, 1)
             result = y
         return result, (tuple(finals) if self.mode == "LSTM" else finals[0])
+
+    def __prepare_scriptable__(self) -> nn.RNNBase:
+        """torch.nn's layer with these parameters: what ``torch.jit.script`` takes."""
+        options: dict[str, Any] = {"proj_size": self.proj_size} if self.proj_size else {}
+        if self.mode.startswith("RNN"):
+            options["nonlinearity"] = self.mode[4:].lower()
+        made: Any = self._torch_layer
+        layer: nn.RNNBase = made(
+            self.input_size,
+            self.hidden_size,
+            self.num_layers,
+            bias=self.bias,
+            batch_first=self.batch_first,
+            dropout=self.dropout,
+            bidirectional=self.bidirectional,
+            device="meta",
+            **options,
+        )
+        for name in layer._flat_weights_names:
+            setattr(layer, name, getattr(self, name))
+        return layer.train(self.training)
 
     def _one_step(self, x: Any, hx: Any) -> Any:
         """The result for one time step without gradients, None for everything else.
@@ -110,7 +147,8 @@ class _FusedLayers(nn.RNNBase):
             given = [s for s in (h0, c0) if s is not None]
             if not all(is_plain(s) and s.shape == shape for s in given):
                 return None
-            if not is_plain(weights[0]) or x.shape[2] != self.input_size:
+            # A weight that is computed, by a parametrization or a norm, is no parameter.
+            if not all(is_plain(w) for w in weights) or x.shape[2] != self.input_size:
                 return None
             y, h, c = step_op(x, h0, c0, weights, self.num_layers, CELLS.index(cell), False)
             return y, ((h, c) if cell == "lstm" else h)
@@ -127,7 +165,7 @@ class _FusedLayers(nn.RNNBase):
         packed = isinstance(input, PackedSequence)
         x = input.data if packed else input
         weight = self._flat_weights[0]
-        if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or torch.jit.is_scripting():
+        if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or torch.jit.is_tracing():
             return None
         if x.shape[-1:] != (self.input_size,):
             return None

@@ -54,6 +54,7 @@ def may_step(op: str) -> bool:
         and not torch.is_grad_enabled()
         and not _dispatch.is_requested(op)
         and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
     )
 
 
