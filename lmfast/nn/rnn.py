@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lmfast._dispatch import Op, select
 from lmfast.ops._recurrent import cpu_layer
+from lmfast.ops._recurrent_batch import autocast_casts
 from lmfast.ops._recurrent_both import cpu_both_ways
 from lmfast.ops._recurrent_projected import projected_layer, runs_projected
 from lmfast.ops._recurrent_reference import CELLS, Layer, Loop, made_layer
@@ -39,8 +40,7 @@ def _widened(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, (tuple, list)) and not isinstance(value, PackedSequence):
         return tuple(_widened(v, dtype) for v in value)
     t = value.data if isinstance(value, PackedSequence) else value
-    casts = isinstance(t, Tensor) and t.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return value.to(dtype) if casts else value
+    return value.to(dtype) if autocast_casts(t) else value
 
 
 def _states(hx: Any, lstm: bool) -> tuple[Any, ...] | None:

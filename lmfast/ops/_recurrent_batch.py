@@ -86,6 +86,11 @@ def _masked_steps(
     return y, (h, c) if cell == "lstm" else h
 
 
+def autocast_casts(t: object) -> bool:
+    """Whether ``t`` is a tensor whose dtype autocast would change, so that any of these will do."""
+    return isinstance(t, Tensor) and t.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
 def check_recurrent_arguments(
     x: object, h0: object, c0: object, weights: object, lengths: object, cell: str, reverse: bool
 ) -> tuple[Any, ...]:
@@ -103,6 +108,8 @@ def check_recurrent_arguments(
     for name, t in (("w_ih", w_ih), ("w_hh", w_hh)):
         if check_tensor(name, t).dim() != 2:
             raise ValueError(f"{name} must have 2 dimensions, got {tuple(t.shape)}")
+    if torch.is_autocast_enabled(x.device.type):
+        x, h0, c0 = (t.to(w_ih.dtype) if autocast_casts(t) else t for t in (x, h0, c0))
     gates, hidden = GATES[cell], w_hh.shape[1]
     shapes = {
         "w_ih": (w_ih, (gates * hidden, x.shape[2])),
