@@ -109,7 +109,8 @@ def check_recurrent_arguments(
         if check_tensor(name, t).dim() != 2:
             raise ValueError(f"{name} must have 2 dimensions, got {tuple(t.shape)}")
     if torch.is_autocast_enabled(x.device.type):
-        x, h0, c0 = (t.to(w_ih.dtype) if autocast_casts(t) else t for t in (x, h0, c0))
+        given: tuple[Any, ...] = (x, h0, c0)
+        x, h0, c0 = (t.to(w_ih.dtype) if autocast_casts(t) else t for t in given)
     gates, hidden = GATES[cell], w_hh.shape[1]
     shapes = {
         "w_ih": (w_ih, (gates * hidden, x.shape[2])),
