@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lmfast._dispatch import Op, select
 from lmfast.ops._recurrent import cpu_layer
-from lmfast.ops._recurrent_batch import autocast_casts
+from lmfast.ops._recurrent_batch import as_under_autocast
 from lmfast.ops._recurrent_both import cpu_both_ways
 from lmfast.ops._recurrent_projected import projected_layer, runs_projected
 from lmfast.ops._recurrent_reference import CELLS, Layer, Loop, made_layer
@@ -39,8 +39,9 @@ def _widened(value: Any, dtype: torch.dtype) -> Any:
     """``value`` with the tensors that autocast casts in the weights' dtype."""
     if isinstance(value, (tuple, list)) and not isinstance(value, PackedSequence):
         return tuple(_widened(v, dtype) for v in value)
-    t = value.data if isinstance(value, PackedSequence) else value
-    return value.to(dtype) if autocast_casts(t) else value
+    if isinstance(value, PackedSequence):
+        return value._replace(data=as_under_autocast(value.data, dtype))
+    return as_under_autocast(value, dtype)
 
 
 def _states(hx: Any, lstm: bool) -> tuple[Any, ...] | None:

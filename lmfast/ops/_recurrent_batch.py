@@ -86,9 +86,10 @@ def _masked_steps(
     return y, (h, c) if cell == "lstm" else h
 
 
-def autocast_casts(t: object) -> bool:
-    """Whether ``t`` is a tensor whose dtype autocast would change, so that any of these will do."""
-    return isinstance(t, Tensor) and t.dtype in (torch.float32, torch.bfloat16, torch.float16)
+def as_under_autocast(t: Any, dtype: torch.dtype) -> Any:
+    """``t`` in the weights' dtype if it is a tensor that autocast casts: any of its dtypes do."""
+    casts = isinstance(t, Tensor) and t.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return t.to(dtype) if casts else t
 
 
 def check_recurrent_arguments(
@@ -109,8 +110,8 @@ def check_recurrent_arguments(
         if check_tensor(name, t).dim() != 2:
             raise ValueError(f"{name} must have 2 dimensions, got {tuple(t.shape)}")
     if torch.is_autocast_enabled(x.device.type):
-        given: tuple[Any, ...] = (x, h0, c0)
-        x, h0, c0 = (t.to(w_ih.dtype) if autocast_casts(t) else t for t in given)
+        x = check_tensor("x", as_under_autocast(x, w_ih.dtype))
+        h0, c0 = (as_under_autocast(s, w_ih.dtype) for s in (h0, c0))
     gates, hidden = GATES[cell], w_hh.shape[1]
     shapes = {
         "w_ih": (w_ih, (gates * hidden, x.shape[2])),
