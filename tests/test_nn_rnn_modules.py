@@ -170,6 +170,17 @@ def test_autocast_gives_torchs_dtypes(mode: str, steps: int) -> None:
 
 
 @EVERY_MODE
+def test_packs_under_autocast(mode: str) -> None:
+    theirs, ours = pair(mode, 5, 7)
+    packed = pack_padded_sequence(torch.randn(4, 3, 5).bfloat16(), [4, 2, 1])
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = ours(packed)[0], theirs(packed)[0]
+    assert torch.equal(found.batch_sizes, expected.batch_sizes)
+    assert found.data.dtype == expected.data.dtype
+    torch.testing.assert_close(found.data.float(), expected.data.float(), rtol=0, atol=4e-2)
+
+
+@EVERY_MODE
 def test_jacobians_and_hessians_of_torch_func(mode: str) -> None:
     theirs, ours = pair(mode, 3, 4, 2)
     x = torch.randn(3, 2, 3)
