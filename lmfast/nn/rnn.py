@@ -80,8 +80,10 @@ class _FusedLayers(nn.RNNBase):
             return self._torch_layer.forward(self, input, hx)
         x, states, sizes, batch = prepared
         y, finals = self._layers(x, states, sizes, batch)
-        if narrow and self.mode != "GRU":  # autocast has no rule for torch.gru
+        if narrow:
             dtype = torch.get_autocast_dtype("cpu")
+            if self.mode == "GRU":  # for which autocast has no rule: the dtype of its state
+                dtype = (input.data if hx is None else hx).dtype
             y, finals = y.to(dtype), [s.to(dtype) for s in finals]
         result: Any
         if isinstance(input, PackedSequence):
