@@ -245,6 +245,22 @@ def test_torchscript_takes_torchs_layer_with_our_weights(
 
 
 @EVERY_MODE
+def test_torchs_onnx_exporters_see_torchs_operators(
+    mode: str, needs_cpu_kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, ours = pair(mode, 5, 7)
+    x = torch.randn(1, 2, 5)
+
+    def operators() -> set[str]:
+        nodes = torch.export.export(ours, (x,)).graph.nodes
+        return {str(n.target) for n in nodes if n.op == "call_function"}
+
+    assert any("lmfast" in name for name in operators())
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    assert not any("lmfast" in name for name in operators())
+
+
+@EVERY_MODE
 def test_compiled_steps_with_computed_weights(mode: str, needs_cpu_kernels: None) -> None:
     theirs, ours = pair(mode, 5, 7, 2)
     x = torch.randn(1, 2, 5)

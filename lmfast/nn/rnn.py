@@ -44,6 +44,10 @@ def _widened(value: Any, dtype: torch.dtype) -> Any:
     return as_under_autocast(value, dtype)
 
 
+def _exports_onnx() -> bool:
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
 def _states(hx: Any, lstm: bool) -> tuple[Any, ...] | None:
     """(h,) or (h, c); None for anything else."""
     if not lstm:
@@ -63,9 +67,11 @@ class _FusedLayers(nn.RNNBase):
     That class lends its forward and is no base: torch.compile refuses every instance of it.
     """
 
-    _torch_layer: type[nn.RNNBase]
+    _torch_layer: Any
 
     def forward(self, input: Any, hx: Any = None) -> Any:
+        if torch.jit.is_tracing() or _exports_onnx():  # for those that know torch.nn's operators
+            return self._torch_layer.forward(self, input, hx)
         if not torch.is_grad_enabled():
             stepped = self._one_step(input, hx)
             if stepped is not None:
@@ -103,18 +109,10 @@ class _FusedLayers(nn.RNNBase):
         options: dict[str, Any] = {"proj_size": self.proj_size} if self.proj_size else {}
         if self.mode.startswith("RNN"):
             options["nonlinearity"] = self.mode[4:].lower()
-        made: Any = self._torch_layer
-        layer: nn.RNNBase = made(
-            self.input_size,
-            self.hidden_size,
-            self.num_layers,
-            bias=self.bias,
-            batch_first=self.batch_first,
-            dropout=self.dropout,
-            bidirectional=self.bidirectional,
-            device="meta",
-            **options,
-        )
+        sizes = (self.input_size, self.hidden_size, self.num_layers)
+        options |= {"bias": self.bias, "batch_first": self.batch_first, "dropout": self.dropout}
+        options |= {"bidirectional": self.bidirectional, "device": "meta"}
+        layer: nn.RNNBase = self._torch_layer(*sizes, **options)
         for name in layer._flat_weights_names:
             setattr(layer, name, getattr(self, name))
         return layer.train(self.training)
@@ -168,7 +166,7 @@ class _FusedLayers(nn.RNNBase):
         packed = isinstance(input, PackedSequence)
         x = input.data if packed else input
         weight = self._flat_weights[0]
-        if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or torch.jit.is_tracing():
+        if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
             return None
         if x.shape[-1:] != (self.input_size,):
             return None
