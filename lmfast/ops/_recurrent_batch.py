@@ -109,7 +109,7 @@ def check_recurrent_arguments(
     for name, t in (("w_ih", w_ih), ("w_hh", w_hh)):
         if check_tensor(name, t).dim() != 2:
             raise ValueError(f"{name} must have 2 dimensions, got {tuple(t.shape)}")
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
         x = check_tensor("x", as_under_autocast(x, w_ih.dtype))
         h0, c0 = (as_under_autocast(s, w_ih.dtype) for s in (h0, c0))
     gates, hidden = GATES[cell], w_hh.shape[1]
