@@ -213,6 +213,24 @@ def test_jacobians_and_hessians_of_torch_func(mode: str) -> None:
             torch.testing.assert_close(f, e, **CLOSE)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("steps", [1, 3])
+@EVERY_MODE
+def test_vmap_without_gradients(mode: str, steps: int) -> None:
+    """Over inputs, and over the weights of an ensemble; torch.nn's layers have no rule for it."""
+    theirs, ours = pair(mode, 5, 7, 2)
+    x = torch.randn(4, steps, 2, 5)
+    weights = {n: torch.stack([p, 2 * p]) for n, p in ours.named_parameters()}
+    with torch.no_grad():
+        found = torch.vmap(lambda t: ours(t)[0])(x)
+        torch.testing.assert_close(found, torch.stack([theirs(t)[0] for t in x]), **CLOSE)
+        found = torch.vmap(lambda w: torch.func.functional_call(ours, w, (x[0],))[0])(weights)
+        torch.testing.assert_close(found[0], theirs(x[0])[0], **CLOSE)
+        if mode == "GRU":
+            cell = lmfast.nn.GRUCell(5, 7)
+            torch.testing.assert_close(torch.vmap(cell)(x[:, 0, 0]), cell(x[:, 0, 0]), **CLOSE)
+
+
 class Top(nn.Module):
     """TorchScript takes layers of torch.nn inside other modules."""
 

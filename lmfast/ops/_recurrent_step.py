@@ -47,6 +47,13 @@ step_op = define(
 )
 
 
+def in_transform() -> bool:
+    """Whether one of torch.func's transforms is active: vmap has no rule for lists of tensors."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active()
+
+
 def may_step(op: str) -> bool:
     """Whether a call that autograd does not record may go to the operator, whatever its tensors."""
     return (
@@ -55,6 +62,7 @@ def may_step(op: str) -> bool:
         and not _dispatch.is_requested(op)
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
+        and not in_transform()
     )
 
 
