@@ -70,12 +70,12 @@ class _FusedLayers(nn.RNNBase):
     _torch_layer: Any
 
     def forward(self, input: Any, hx: Any = None) -> Any:
-        if torch.jit.is_tracing() or _exports_onnx():  # for those that know torch.nn's operators
-            return self._torch_layer.forward(self, input, hx)
         if not torch.is_grad_enabled():
             stepped = self._one_step(input, hx)
             if stepped is not None:
                 return stepped
+        if torch.jit.is_tracing() or _exports_onnx():  # for those that know torch.nn's operators
+            return self._torch_layer.forward(self, input, hx)
         self._update_flat_weights()
         narrow = torch.is_autocast_enabled("cpu")
         given = (input, hx)
@@ -141,9 +141,9 @@ class _FusedLayers(nn.RNNBase):
             h0, c0 = hx
         find = self._parameters.get
         weights: list[Any] = [find(name) for name in self._flat_weights_names]
-        if any(w is not None and w.is_meta for w in weights):
-            return None  # with these PyTorch would run the operator without its kernel
         if torch.compiler.is_compiling():
+            if _exports_onnx():
+                return None
             shape = (self.num_layers, batch, self.hidden_size)
             given = [s for s in (h0, c0) if s is not None]
             if not all(is_plain(s) and s.shape == shape for s in given):

@@ -31,6 +31,9 @@ def _fake(
     cell: int,
     right: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if any(w.device != x.device for w in weights):
+        # With parameters on meta PyTorch would take these empty tensors for the result.
+        raise RuntimeError("weights must be on the device of x")
     hidden = weights[1].shape[0 if right else 1]
     states = x.new_empty(layers, x.numel() // x.shape[-1], hidden)
     lstm = CELLS[cell] == "lstm"
