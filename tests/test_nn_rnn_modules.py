@@ -133,6 +133,19 @@ def test_an_empty_batch_and_one_backward_after_another(mode: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(z, x)[0], first[0])
 
 
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0", "bias_hh_l0"])
+@EVERY_MODE
+def test_a_parameter_without_memory_is_torchs_error(mode: str, name: str) -> None:
+    theirs, ours = pair(mode, 5, 7)
+    messages = []
+    for m in (ours, theirs):
+        setattr(m, name, nn.Parameter(getattr(m, name).to("meta")))
+        with torch.no_grad(), pytest.raises(RuntimeError) as error:
+            m(torch.randn(1, 2, 5))
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
 @EVERY_MODE
 def test_hooks_run(mode: str) -> None:
     _, ours = pair(mode, 5, 7)
