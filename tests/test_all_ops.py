@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -34,9 +34,6 @@ DTYPE_IDS = [str(d).removeprefix("torch.") for d in DTYPES]
 EXCEPTIONS = {
     "additive_attention gradient": (3.0, 3.0),
     "attention gradient": (2.5, 2.0),
-    # Where inputs are so large that few states are not saturated, those few make the error: over 40
-    # draws the largest is still one state's, the whole tensor's error 1.05 times PyTorch's.
-    "elman_rnn output": (2.0, 1.5),
 }
 
 
@@ -45,6 +42,10 @@ EXCEPTIONS = {
 DRAWS = {"attention gradient": 12}
 # So do those of a layer's gradients in fp32. In narrow dtypes they are below half of the rule's.
 DRAWS_OF_FP32 = {f"{op} gradient": 32 for op in ("elman_rnn", "lstm", "gru")}
+# Where inputs are so large that few states of a layer are not saturated, those few make the error:
+# the largest of the 640 final states of one draw is 0.5 to 1.9 times PyTorch's, of 32 draws 0.6 to
+# 1.0 times, and the whole tensor's 0.95 times.
+DRAWS_OF_FP32["elman_rnn output"] = 32
 
 
 def check_error(
@@ -162,10 +163,13 @@ def upstream(result: Tensor) -> Tensor:
 def test_values(op: str, index: int, dtype: torch.dtype, cpu_isa: str) -> None:
     sample = samples(op, dtype)[index]
     with_kernel(op, sample)
-    found = call(op, sample, "cpu")
-    plain = call_peer(op, named_arguments(op, sample))
-    exact = call(op, sample.to_fp64(), "torch")
-    for i, (f, p, e) in enumerate(zip(found, plain, exact, strict=True)):
+    draws = []
+    for draw in range(DRAWS_OF_FP32.get(f"{op} output", 1) if dtype == torch.float32 else 1):
+        drawn = sample if draw == 0 else redrawn(op, sample, draw)
+        found = call(op, drawn, "cpu")
+        plain = call_peer(op, named_arguments(op, drawn))
+        draws.append((found, plain, call(op, drawn.to_fp64(), "torch")))
+    for i, (f, p, e) in enumerate(pooled(draws)):
         check_error(op, "output", i, f, p, e)
 
 
@@ -190,9 +194,14 @@ def test_gradients(op: str, index: int, dtype: torch.dtype, cpu_isa: str) -> Non
         draws.append((found, plain, torch.autograd.grad(results, leaves, given)))
     if not draws[0][0]:
         return
-    pooled = (map(torch.stack, zip(*kind, strict=True)) for kind in zip(*draws, strict=True))
-    for i, (f, p, e) in enumerate(zip(*pooled, strict=True)):
+    for i, (f, p, e) in enumerate(pooled(draws)):
         check_error(op, "gradient", i, f, p, e)
+
+
+def pooled(draws: list[Any]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Found, plain and exact of each tensor, those of all draws together."""
+    kinds = (map(torch.stack, zip(*kind, strict=True)) for kind in zip(*draws, strict=True))
+    return zip(*kinds, strict=True)
 
 
 def redrawn(op: str, sample: Sample, seed: int) -> Sample:
@@ -281,6 +290,26 @@ def test_inputs_and_incoming_gradients_stay(op: str) -> None:
                     assert torch.equal(now, value), f"{op} wrote to {name}"
         for g, k in zip(given, kept, strict=True):
             assert torch.equal(g, k), f"{op} wrote to an incoming gradient"
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@EVERY_OP
+def test_many_gradients_at_once_by_torch_func(op: str) -> None:
+    """vjp, and its pullback under vmap, as jacrev has it: the transform of vjp has ended then."""
+    differentiable(op)
+    sample = min(samples(op, torch.float32), key=lambda s: sum(t.numel() for t in s.tensors()))
+    arguments, leaves = with_gradients(op, sample)
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return outputs(OPS[op].public(**substituted(arguments, leaves, tensors)))
+
+    results, pull_back = torch.func.vjp(function, *(leaf.detach() for leaf in leaves))
+    given = tuple(torch.stack((upstream(r), upstream(r).flip(0) + 1)) for r in results)
+    found = torch.vmap(pull_back)(given)
+    for i in range(2):
+        expected = torch.autograd.grad(function(*leaves), leaves, [g[i] for g in given])
+        for f, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(f[i], e, rtol=1e-4, atol=1e-5)
 
 
 # Ops in which a product is PyTorch's: on some processors that depends on the threads.

@@ -30,7 +30,7 @@ from lmfast.ops._recurrent_reference import (
     loop_arguments,
     made_layer,
 )
-from lmfast.ops._recurrent_step import MAX_ROWS, step_op
+from lmfast.ops._recurrent_step import MAX_ROWS, in_transform, step_op
 
 
 def forward_fake(
@@ -156,7 +156,8 @@ def one_step(tensors: tuple[Any, ...], cell: str) -> tuple[Tensor, Tensor, Tenso
 
 def is_one_step(tensors: tuple[Any, ...], batch: int) -> bool:
     """Whether `one_step` is the fastest way for x (..., D) with one row for each of the batch."""
-    return 0 < batch <= MAX_ROWS and tensors[0].shape[-1] > 0 and not needs_grad(*tensors)
+    fits = 0 < batch <= MAX_ROWS and tensors[0].shape[-1] > 0
+    return fits and not in_transform() and not needs_grad(*tensors)
 
 
 # Bytes of input products that a call without a backward makes at a time, so that it does not need

@@ -31,6 +31,9 @@ def _fake(
     cell: int,
     right: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if any(w.device != x.device for w in weights):
+        # With parameters on meta PyTorch would take these empty tensors for the result.
+        raise RuntimeError("weights must be on the device of x")
     hidden = weights[1].shape[0 if right else 1]
     states = x.new_empty(layers, x.numel() // x.shape[-1], hidden)
     lstm = CELLS[cell] == "lstm"
@@ -47,6 +50,13 @@ step_op = define(
 )
 
 
+def in_transform() -> bool:
+    """Whether one of torch.func's transforms is active: vmap has no rule for lists of tensors."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active()
+
+
 def may_step(op: str) -> bool:
     """Whether a call that autograd does not record may go to the operator, whatever its tensors."""
     return (
@@ -54,6 +64,8 @@ def may_step(op: str) -> bool:
         and not torch.is_grad_enabled()
         and not _dispatch.is_requested(op)
         and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+        and not in_transform()
     )
 
 
