@@ -85,8 +85,11 @@ def test_sequences_are_removed_while_others_run():
     assert batch.step() == {}
     with pytest.raises(ValueError, match="cannot have num_beams"):
         batch.add([1], max_new_tokens=2, num_beams=2)
-    with pytest.raises(ValueError, match=r"ids must be \(T,\), got \(1, 1\)"):
-        batch.add([[1]], max_new_tokens=2)
+    for bad, shape in (([[1]], r"\(1, 1\)"), ([], r"\(0,\)")):
+        with pytest.raises(ValueError, match=rf"ids must be \(T,\) with T >= 1, got {shape}"):
+            batch.add(bad, max_new_tokens=2)
+    batch.remove(c)
+    assert batch.add([9], max_new_tokens=2) not in (a, b, c)  # which others may still hold
 
 
 @pytest.mark.parametrize("window", [None, 6])

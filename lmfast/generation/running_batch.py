@@ -64,6 +64,7 @@ class RunningBatch:
         self._state = start.sibling(0)
         self._logits: Tensor | None = None  # (n, V) of those running
         self._sequences: dict[int, _Sequence] = {}
+        self._next_key = 0
         self._running: list[int] = []
 
     @property
@@ -88,14 +89,14 @@ class RunningBatch:
             **options: of `GenerationOptions` for one row; no searches, no sliding context.
 
         Returns:
-            The key by which it is known.
+            The key by which it is known, of no other sequence of this batch.
 
         Raises:
             TypeError, ValueError: as `Generator.generate`.
         """
         prompt = torch.as_tensor(ids, device=self._runner.device)
-        if prompt.ndim != 1:
-            raise ValueError(f"ids must be (T,), got {tuple(prompt.shape)}")
+        if prompt.ndim != 1 or not len(prompt):
+            raise ValueError(f"ids must be (T,) with T >= 1, got {tuple(prompt.shape)}")
         job = self._make_job(prompt[None], options)
         chunk = job.options.prefill_chunk_size
         if self._prefix is None:
@@ -106,7 +107,8 @@ class RunningBatch:
             logits, state = self._prefix.logits, self._prefix.state.fork()
             if rest.lengths[0]:
                 logits, state = feed(self._runner, rest, state, chunk)
-        key = max(self._sequences, default=-1) + 1
+        key = self._next_key
+        self._next_key += 1
         sampler = Sampler(job.options, job.prompts, self._runner.vocab_size, job.eos_ids)
         self._sequences[key] = _Sequence(job, sampler, job.row_stops()[0], [])
         if job.options.max_new_tokens:

@@ -132,12 +132,18 @@ def _bias(
     if isinstance(wanted, Tensor):
         if wanted.shape != (vocab_size,):
             raise ValueError(f"logit_bias must be ({vocab_size},), got {tuple(wanted.shape)}")
-        return wanted.to(device, torch.float32)
-    check_ids("logit_bias", list(wanted), vocab_size)
-    bias = torch.zeros(vocab_size)
-    for index, value in wanted.items():
-        bias[index] = value
-    return bias.to(device)
+        bias = wanted.to(device, torch.float32)
+    else:
+        check_ids("logit_bias", list(wanted), vocab_size)
+        bias = torch.zeros(vocab_size)
+        for index, value in wanted.items():
+            bias[index] = value
+        bias = bias.to(device)
+    if bool((bias.isnan() | (bias == torch.inf)).any()):
+        raise ValueError(
+            "logit_bias must be finite, or -inf for ids never chosen; it has NaN or inf"
+        )
+    return bias
 
 
 def _seen(prompts: Prompts, vocab_size: int) -> Tensor:

@@ -145,7 +145,7 @@ def check_settings(batch: int, **values: float | Tensor) -> Tensor:
             if value.is_cpu and not torch.compiler.is_compiling() and not bool(valid(value).all()):
                 raise ValueError(f"{name} must be {wanted}, got {value.tolist()}")
             device = value.device
-        elif not valid(value):
+        elif not _is_valid(name, value):
             raise ValueError(f"{name} must be {wanted}, got {value}")
         columns.append(value)
     if device is None:
@@ -159,6 +159,13 @@ def check_settings(batch: int, **values: float | Tensor) -> Tensor:
         ],
         dim=1,
     )
+
+
+def _is_valid(name: str, value: Any) -> bool:
+    try:
+        return bool(_RANGES[name][0](value))
+    except TypeError:
+        raise TypeError(f"{name} must be a number or a tensor of them, got {value!r}") from None
 
 
 _Range = tuple[Callable[[Any], Any], str]
