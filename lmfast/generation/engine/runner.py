@@ -72,8 +72,7 @@ class EngineRunner:
         self._windows = plan.windows
         self._shape = (len(plan.layers), plan.kv_heads, plan.head_dim)
         self._tables = [rope.tables for rope in plan.ropes]
-        self._rope: list[Tensor] = []
-        self._rope_length = 0
+        self._rope: tuple[int, list[Tensor]] = 0, []  # in one piece, for threads
         self._watch = Watch(plan.parameters)
         self._lanes: WeakKeyDictionary[KVCache, dict[int, Lane]] = WeakKeyDictionary()
 
@@ -315,11 +314,11 @@ class EngineRunner:
 
     def _rotations(self, length: int) -> list[Tensor]:
         """Cosines and sines of every rotation, for at least `length` positions."""
-        if length > self._rope_length:
-            pairs = [tables(length) for tables in self._tables]
-            self._rope = [t for pair in pairs for t in pair]
-            self._rope_length = min((len(t) for t in self._rope), default=length)
-        return self._rope
+        known, tables = self._rope
+        if length > known:
+            tables = [t for make in self._tables for t in make(length)]
+            self._rope = min((len(t) for t in tables), default=length), tables
+        return tables
 
     def _check(self, ids: Tensor, state: KVCache, lengths: Tensor | None) -> list[int] | None:
         if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
