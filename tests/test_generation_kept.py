@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import threading
 import weakref
@@ -103,15 +104,21 @@ def test_training_mode_with_dropout_is_not_packed(made: list[str]) -> None:
     assert len(made) == 2  # its own modules, which need no packing
 
 
-def test_threads_get_what_one_gets() -> None:
+@pytest.mark.parametrize("shared", [False, True], ids=["lmfast.generate", "one Generator"])
+def test_threads_get_what_one_gets(shared: bool) -> None:
     model = model_of(OPTIONS["llama"])
     prompts = [ids_of(1, 4 + i, i) for i in range(6)]
-    expected = [lmfast.generate(model, p, 20) for p in prompts]
+    lengths = [20 + 15 * i for i in range(6)]
+    expected = [lmfast.generate(model, p, n) for p, n in zip(prompts, lengths, strict=True)]
     found: list[torch.Tensor | None] = [None] * 6
     fresh = model_of(OPTIONS["llama"])
+    generate = functools.partial(lmfast.generate, fresh)
+    if shared:  # and its model is gone
+        generate = lmfast.Generator(fresh).generate
+        del fresh
 
     def run(i: int) -> None:
-        found[i] = lmfast.generate(fresh, prompts[i], 20)
+        found[i] = generate(prompts[i], max_new_tokens=lengths[i])
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(6)]
     for t in threads:

@@ -266,6 +266,8 @@ class Generator:
         prompts = check_prompts(ids, attention_mask, runner.vocab_size)
         eos_ids = end_ids(self._ends.config(), options.eos_token_id)
         check_ids("eos_token_id", eos_ids, runner.vocab_size)
+        for sequence in options.stop_sequences:
+            check_ids("stop_sequences", sequence, runner.vocab_size)
         window = runner.max_positions
         if options.context_window is not None:
             if window is not None and options.context_window > window:
@@ -288,7 +290,8 @@ class Generator:
             want_log_probs=want_log_probs,
         )
         if options.choices is not None:
-            tree = ChoiceTree(options.choices, options.tokenizer, runner.vocab_size, eos_ids)
+            most = options.max_new_tokens
+            tree = ChoiceTree(options.choices, options.tokenizer, runner.vocab_size, eos_ids, most)
             rows = len(job.prompts.lengths)
             job = replace(job, choices=ChoiceRows(tree, rows, runner.vocab_size, ids.device))
         return job

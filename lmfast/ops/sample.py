@@ -146,7 +146,7 @@ def check_settings(batch: int, **values: float | Tensor) -> Tensor:
             if is_readable(value) and not bool(valid(value).all()):
                 raise ValueError(f"{name} must be {wanted}, got {value.tolist()}")
             device = value.device
-        elif not valid(value):
+        elif not _is_valid(name, value):
             raise ValueError(f"{name} must be {wanted}, got {value}")
         columns.append(value)
     if device is None:
@@ -160,6 +160,13 @@ def check_settings(batch: int, **values: float | Tensor) -> Tensor:
         ],
         dim=1,
     )
+
+
+def _is_valid(name: str, value: Any) -> bool:
+    try:
+        return bool(_RANGES[name][0](value))
+    except TypeError:
+        raise TypeError(f"{name} must be a number or a tensor of them, got {value!r}") from None
 
 
 _Range = tuple[Callable[[Any], Any], str]
