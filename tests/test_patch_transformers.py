@@ -187,7 +187,8 @@ def test_gradient_checkpointing() -> None:
 
 
 def test_copies_and_pickles() -> None:
-    model = patched("gemma2")
+    model = make("gemma2", attn_implementation="eager")
+    lmfast.patch(model)
     expected = model(IDS).logits
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(IDS).logits, expected)
@@ -215,3 +216,27 @@ def test_a_version_not_known_to_work_is_refused(monkeypatch: pytest.MonkeyPatch)
         assert not report.replaced
         assert f"transformers {version} is not known to work" in str(report)
         assert type(model) is transformers.LlamaForCausalLM
+
+
+def test_the_backend_reaches_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("llama")
+    expected = model(IDS).logits
+    before = model.config._attn_implementation
+    report = lmfast.patch(model, backend="torch")
+    assert 'attn_implementation="lmfast_torch"' in str(report)
+    own, backends = lmfast.ops.attention, []
+
+    def attention(*args: Any, backend: Any, **kwargs: Any) -> Tensor:
+        backends.append(backend)
+        return own(*args, backend=backend, **kwargs)
+
+    monkeypatch.setattr(lmfast.ops, "attention", attention)
+    assert_close(model(IDS).logits, expected)
+    assert backends == ["torch", "torch"]
+    lmfast.patch(model)
+    backends.clear()
+    assert_close(model(IDS).logits, expected)
+    assert backends == [None, None]
+    assert model.config._attn_implementation == "lmfast"
+    lmfast.unpatch(model)
+    assert model.config._attn_implementation == before

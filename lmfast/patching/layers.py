@@ -90,10 +90,12 @@ def _activation(original: type, name: str, backend: str | None = None) -> dict[s
 
 
 def plan_linear(module: nn.Module) -> Plan | str | None:
-    """nn.Linear, and the same with a transposed weight as GPT-2 has it."""
+    """nn.Linear, its like in another spelling, and with a transposed weight as GPT-2 has it."""
     transposed = type(module).__name__ == "Conv1D"
-    if type(module) is not nn.Linear and not transposed:
+    if not isinstance(module, nn.Linear) and not transposed:
         return None
+    if type(module) is not nn.Linear and _is_torchs(module):
+        return None  # made for quantisation, or read by nn.MultiheadAttention
     weights = own_weights(module)
     if not is_leaf(module) or not set(weights) <= {"weight", "bias"} or "weight" not in weights:
         return None
