@@ -100,8 +100,10 @@ def _inputs(model: PreTrainedModel, embedding: nn.Module, **more: Any) -> list[C
 
     def result(keep: Tensor | None) -> Any:
         def select(out: Any) -> Any:
-            values = out.logits if getattr(out, "logits", None) is not None else out[0]
-            chosen = [_plain(values)[keep] if keep is not None else _plain(values)]
+            values = _plain(out.logits if getattr(out, "logits", None) is not None else out[0])
+            # Classes of a whole row come from its last token, which is none of padding.
+            each = keep is not None and values.shape[:2] == keep.shape
+            chosen = [values[keep] if each else values]
             loss = getattr(out, "loss", None)
             return chosen if loss is None else [*chosen, loss]
 
