@@ -84,6 +84,11 @@ class CountingLinear(nn.Linear):
         return x @ self.weight.T + self.bias
 
 
+class NormOfSum(ScaledNorm):
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+        return super().forward(x if residual is None else x + residual) * scale
+
+
 def outcome(model: nn.Module, **options: str) -> str | None:
     (entry,) = [e for e in lmfast.patch(model, **options).entries if e.name == ""]
     return entry.replaced_by
@@ -323,3 +328,22 @@ def test_a_class_made_from_a_patched_one_is_unpatched_within() -> None:
     torch.testing.assert_close(model(x), expected)
     nn.utils.parametrize.remove_parametrizations(model[0], "weight")
     assert type(model[0]) is nn.Linear
+
+
+def test_arguments_by_name_and_optional_ones() -> None:
+    module, mlp = NormOfSum(8), Gated(F.silu)
+    x = torch.randn(2, 3, 8)
+    calls = [
+        lambda: module(x),
+        lambda: module(x=x),
+        lambda: module(x, x),
+        lambda: module(x, residual=x, scale=2.0),
+        lambda: mlp(x=x),
+    ]
+    expected = [call() for call in calls]
+    assert outcome(module) == "lmfast.ops.rms_norm"
+    assert outcome(mlp) == "lmfast.ops.swiglu"
+    for call, value in zip(calls, expected, strict=True):
+        torch.testing.assert_close(call(), value)
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        module(x, other=1)

@@ -40,15 +40,42 @@ def subclass(original: Any, name: str, options: Options) -> type[nn.Module]:
     if name not in _RECIPES:  # a pickle of a model of transformers
         importlib.import_module("lmfast.integrations.transformers")
     settings = {key: value for key, value in options if key not in ("label", "note")}
+    made = _RECIPES[name](original, **settings)
+    if "forward" in made:
+        made["forward"] = _for_every_call(original.forward, made["forward"])
     attributes = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
-        **_RECIPES[name](original, **settings),
+        **made,
         "__reduce_ex__": _reduce_ex,
         "_lmfast_swap": (original, name, options),
     }
     return type(original)(original.__name__, (original,), attributes)
+
+
+def _for_every_call(own: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """Our forward for the calls it was made for; the original one for all others it can take.
+
+    Those are arguments by name, where names differ, and optional arguments that ours has not.
+    """
+    try:
+        theirs = list(inspect.signature(own).parameters)
+        mine = inspect.signature(ours).parameters
+    except (TypeError, ValueError):
+        return ours
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if theirs == list(mine) or any(p.kind in variable for p in mine.values()):
+        return ours
+    count = len(mine) - 1
+
+    @functools.wraps(own)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != count:
+            return own(self, *args, **kwargs)
+        return ours(self, *args)
+
+    return forward
 
 
 def _new(original: type, name: str, options: Options) -> nn.Module:
