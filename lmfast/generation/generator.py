@@ -297,7 +297,15 @@ class Generator:
         return job
 
 
-def generate(model: Any, ids: Tensor, max_new_tokens: int | None = None, **options: Any) -> Tensor:
+def generate(
+    model: Any,
+    ids: Tensor,
+    max_new_tokens: int | None = None,
+    *,
+    weights: Weights | QuantisedWeights = "fp32",
+    group: int | None = None,
+    **options: Any,
+) -> Tensor:
     """Continue texts in one call: `Generator(model).generate(...)`.
 
     What the engine packed stays for the next call, as long as the model lives, and is packed anew
@@ -307,14 +315,15 @@ def generate(model: Any, ids: Tensor, max_new_tokens: int | None = None, **optio
 
     It is also what ``model.generate(ids, custom_generate=lmfast.generate)`` of transformers takes.
     What is then asked for in another way than by their configuration, such as processors of logits
-    of one's own, raises.
+    of one's own, raises; a streamer, which transformers does not pass on, sees the prompts only.
 
     Args:
         model: as of `Generator`.
         ids: (B, T) int64 prompts.
         max_new_tokens: upper limit of tokens added to each row.
-        **options: `attention_mask`, `weights`, `group`, and what `GenerationOptions` lists; from
-            transformers its `generation_config` and what goes with it.
+        weights, group: as of `Generator`.
+        **options: `attention_mask` and what `GenerationOptions` lists; from transformers its
+            `generation_config` and what goes with it.
 
     Returns:
         (B * R, T + n) int64: the prompts as given and the new ids.
@@ -331,7 +340,6 @@ def generate(model: Any, ids: Tensor, max_new_tokens: int | None = None, **optio
         >>> generate(model, torch.tensor([[3, 4]]), 5).shape
         torch.Size([1, 7])
     """
-    weights, group = options.pop("weights", "fp32"), options.pop("group", None)
     if "generation_config" in options:
         from lmfast.integrations.transformers_generate import options_from_transformers
 

@@ -72,8 +72,12 @@ def lora_linear(
     chosen = select(OP, args, backend)
     if chosen.backend != "torch":
         return chosen.forward(*args)
-    if is_autocast(x) or transform_of(*args):
+    if transform_of(*args):
         return _reference(*args)
+    if is_autocast(x):
+        if any(t is not None and t.dtype == torch.float64 for t in (x, weight, a, b, bias, low)):
+            return _reference(*args)  # autocast leaves fp64 alone
+        args = _in_autocast_dtype(*args)
     if needs_grad(x, weight, a, b, bias, low):
         return apply(_LoRALinear, *args)[0]
     return _products(*args)[0]
@@ -113,6 +117,12 @@ def _check(
             if tensor.dtype != x.dtype:
                 raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
     return x, weight, a, b, bias, float(scale), low
+
+
+def _in_autocast_dtype(*args: Any) -> tuple[Any, ...]:
+    """The arguments, tensors in the dtype of autocast's products; gradients go back through it."""
+    dtype = torch.get_autocast_dtype(args[0].device.type)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) else t for t in args)
 
 
 def _reference(
