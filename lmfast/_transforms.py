@@ -15,14 +15,26 @@ from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
 
+def in_transform() -> bool:
+    """Whether one of torch.func's transforms is active."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def transform_of(*values: Any) -> str | None:
     """What transforms a call with these arguments, or may: vmap or forward mode; else None.
 
     Outside of both this reads two numbers: 0.1 us.
     """
-    active = torch._C._are_functorch_transforms_active()
+    active = in_transform()
+    if torch.compiler.is_compiling():
+        # Nobody can ask for the levels there, nor does a tensor then say that it has a gradient.
+        return "torch.func" if active else _forward_mode(active, values)
     if active and any(level.key() == TransformType.Vmap for level in get_interpreter_stack() or ()):
         return "torch.func.vmap"
+    return _forward_mode(active, values)
+
+
+def _forward_mode(active: bool, values: tuple[Any, ...]) -> str | None:
     if forward_ad._current_level < 0:
         return None
     # Inside torch.func the tangent may lie below the wrapper of another transform.

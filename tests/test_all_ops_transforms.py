@@ -95,6 +95,22 @@ def test_gradients_of_every_element_of_a_batch(op: str) -> None:
 
 
 @EVERY_OP
+def test_compiled_transforms(op: str) -> None:
+    """In a graph being made no tensor says that a transform takes its gradient."""
+    differentiable(op)
+    arguments, leaves = with_gradients(op, samples(op, torch.float32)[0])
+    loss, places = loss_of(op, arguments, leaves), tuple(range(len(leaves)))
+    given = [t.detach() for t in leaves]
+    torch.compiler.reset()  # every operator's graph is of the same function of torch.func
+    slopes = torch.compile(torch.func.grad(loss, places), backend="eager", fullgraph=True)
+    for f, e in zip(slopes(*given), torch.func.grad(loss, places)(*given), strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-5)
+    batch = [torch.stack((t, t * 0.5)) for t in given]
+    values = torch.compile(torch.func.vmap(loss), backend="eager", fullgraph=True)(*batch)
+    torch.testing.assert_close(values, torch.func.vmap(loss)(*batch), rtol=1e-4, atol=1e-5)
+
+
+@EVERY_OP
 def test_jacobian_and_gradient_of_a_gradient(op: str) -> None:
     """``jacrev`` runs the backward of what it was recorded with, a kernel's, inside vmap."""
     differentiable(op)

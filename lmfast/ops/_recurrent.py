@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmfast._transforms import in_transform
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import define, needs_grad, unsupported_by_cpu_kernels
 from lmfast.ops._linear_cpu import fp32_product
@@ -30,7 +31,7 @@ from lmfast.ops._recurrent_reference import (
     loop_arguments,
     made_layer,
 )
-from lmfast.ops._recurrent_step import MAX_ROWS, in_transform, step_op
+from lmfast.ops._recurrent_step import MAX_ROWS, step_op
 
 
 def forward_fake(

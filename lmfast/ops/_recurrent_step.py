@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lmfast import _dispatch, _extension
+from lmfast._transforms import in_transform
 from lmfast.ops._library import define
 from lmfast.ops._recurrent_reference import CELLS
 
@@ -48,13 +49,6 @@ step_op = define(
     "bool right) -> (Tensor, Tensor, Tensor)",
     _fake,
 )
-
-
-def in_transform() -> bool:
-    """Whether one of torch.func's transforms is active: vmap has no rule for lists of tensors."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active()
 
 
 def may_step(op: str) -> bool:
