@@ -204,13 +204,11 @@ class CMakeBuild(build_ext):
         """What a source distribution holds besides the package: all to build and to test it."""
         single = ("CMakeLists.txt", "Makefile", "constraints.txt", "CHANGELOG.md", ".clang-format")
         found = [ROOT / name for name in single]
+        kinds = ("py", "cpp", "h", "cu", "cuh", "sh", "json", "md")
         for folder in ("csrc", "tests", "benchmarks"):
-            found += (ROOT / folder).rglob("*")
-        return sorted(
-            str(path.relative_to(ROOT))
-            for path in found
-            if path.is_file() and "__pycache__" not in path.parts
-        )
+            for kind in kinds:
+                found += (ROOT / folder).rglob(f"*.{kind}")
+        return sorted(str(path.relative_to(ROOT)) for path in found if path.is_file())
 
     def get_outputs(self) -> list[str]:
         return [str(p) for p in self.output.glob("_*.so")] if hasattr(self, "output") else []

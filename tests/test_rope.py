@@ -255,6 +255,7 @@ GOOD = torch.ones(2, 1, 3, 4)
             "q is expanded",
         ),
         (lambda: ops.rope(GOOD, GOOD, *TABLES, inplace=True), ValueError, "k must not be q"),
+        (lambda: ops.rope(GOOD, GOOD[:], *TABLES, inplace=True), ValueError, "k must not be q"),
         (lambda: ops.rope_tables(4.5, 4), TypeError, "length must be an int, got 4.5"),
         (lambda: ops.rope_tables(4, 3), ValueError, "positive even number, got 3"),
         (lambda: ops.rope_tables(-1, 4), ValueError, "length must not be negative"),

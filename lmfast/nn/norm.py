@@ -58,7 +58,8 @@ class RMSNorm(nn.Module):
 
         In two where hooks or a subclass's `forward` must see the norm's own call.
         """
-        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks
+        forward_hooks = self._forward_hooks or self._forward_pre_hooks
+        hooks = forward_hooks or self._backward_hooks or self._backward_pre_hooks
         if hooks or type(self).forward is not RMSNorm.forward:
             total = x + residual
             return self(total), total

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lmfast._dispatch import Op, implementation, register, register_op, select
-from lmfast._transforms import transform_of
+from lmfast._transforms import in_transform, transform_of
 from lmfast.ops._autograd import apply
 from lmfast.ops._library import (
     check_same_device,
@@ -111,10 +111,16 @@ def _check(
         for name, t in (("q", q), ("k", k)):
             if any(step == 0 and size > 1 for step, size in zip(t.stride(), t.shape)):
                 raise ValueError(f"{name} is expanded: with inplace=True its parts overlap")
-        if k is q:
+        if k is q or _begin_together(q, k):
             raise ValueError("k must not be q with inplace=True: it would be rotated twice")
     starts, offset = check_positions(positions, q, cos.shape[0])
     return q, k, cos.to(table), sin.to(table), starts, offset, bool(interleaved), bool(inplace)
+
+
+def _begin_together(q: Tensor, k: Tensor) -> bool:
+    if type(q) is not Tensor or type(k) is not Tensor or in_transform() or q.is_meta:
+        return False  # they need not have memory
+    return q.numel() > 0 and q.data_ptr() == k.data_ptr()
 
 
 def _reference(

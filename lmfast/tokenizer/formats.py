@@ -126,7 +126,7 @@ def save_json(model: Model, path: str | os.PathLike) -> None:
             json.dump(to_document(model), file, ensure_ascii=False, separators=(",", ":"))
         os.replace(temporary, path)
     except OSError as error:  # of the file asked for, not of the one beside it
-        raise type(error)(error.errno, error.strerror, os.fspath(path)) from None
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
