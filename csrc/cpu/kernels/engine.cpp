@@ -173,7 +173,8 @@ class Steps : public Products {
           attention_fwd(t, unit, unit + 1);
           continue;
         }
-        attention_decode(t, unit, unit + 1);
+        const bool bytes = t.stored.type == Stored::kI8 && a_.vnni;
+        (bytes ? attention_decode_bytes : attention_decode)(t, unit, unit + 1);
         if (row.splits == 1) {
           const int64_t rows = attention_rows(t);
           attention_combine(t, unit * rows, (unit + 1) * rows);
