@@ -47,6 +47,7 @@ class Sampler:
         self._bias = _bias(options.logit_bias, vocab_size, device)
         self._uniform = torch.zeros(batch, dtype=torch.float64, device=device)
         self._last_step = options.max_new_tokens - 1
+        self._at_once = _DRAWN_AT_ONCE
         self._drawn: list[Tensor] = []  # (B,) each, of the next steps, the first one last
         self._forward: Callable[..., tuple[Tensor, Tensor]] | None = None
         self.counts: Tensor | None = None
@@ -82,6 +83,10 @@ class Sampler:
             self._forward = select(OP, args).forward
         return self._forward(*args)[0]
 
+    def draw_each_step(self) -> None:
+        """Draw random numbers step by step from now on, as a step that is captured has to."""
+        self._at_once = 1
+
     def _numbers(self, logits: Tensor, step: int) -> Tensor:
         """The random numbers (B,) of a step: those that step by step would give.
 
@@ -91,7 +96,7 @@ class Sampler:
         if not logits.is_cpu:
             return uniform_numbers(logits, self._generator)
         if not self._drawn:
-            count = max(1, min(_DRAWN_AT_ONCE, self._last_step + 1 - step))
+            count = max(1, min(self._at_once, self._last_step + 1 - step))
             shape = (count, logits.shape[0])
             numbers = torch.rand(shape, dtype=torch.float64, generator=self._generator)
             self._drawn = list(numbers.unbind())[::-1]

@@ -142,6 +142,7 @@ class StaticStep:
         number: int,
     ) -> None:
         self._model, self._sampler, self._stop, self._pad_id = model, sampler, stop, pad_id
+        sampler.draw_each_step()
         self._number = number
         device = cache.device
         start = cache._lengths
