@@ -131,13 +131,14 @@ def test_rows_are_rounded_alone_as_in_a_batch(weights: str, cpu_isa: str) -> Non
             torch.testing.assert_close(after[row, step], one[0], **close)
 
 
-def test_prompts_that_begin_alike_are_rounded_as_each_alone() -> None:
+@pytest.mark.parametrize("chunk", [None, 64])
+def test_prompts_that_begin_alike_are_rounded_as_each_alone(chunk: int | None) -> None:
     runner = make_engine(model_of(OPTIONS["llama"], 64), "bf16", cache_dtype=torch.float32)
-    ids = ids_of(1, 90).repeat(3, 1)
-    ids[1, 50:], ids[2, 89] = ids_of(1, 40, 1)[0], 7
-    found, _ = prefill(runner, check_prompts(ids, None, V), 100, None)
+    ids = ids_of(1, 130).repeat(3, 1)
+    ids[1, 90:], ids[2, 129] = ids_of(1, 40, 1)[0], 7
+    found, _ = prefill(runner, check_prompts(ids, None, V), 140, chunk)
     for row in range(3):
-        alone, _ = runner.step(ids[row : row + 1], runner.new_state(1))
+        alone, _ = prefill(runner, check_prompts(ids[row : row + 1], None, V), 140, chunk)
         torch.testing.assert_close(found[row], alone[0], rtol=0, atol=1e-3)  # as above
 
 

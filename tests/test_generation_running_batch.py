@@ -184,3 +184,23 @@ def test_rows_of_siblings_and_forks_are_taken_over(window):
     if window is None:
         with pytest.raises(ValueError, match="by sibling or fork"):
             cache.append_rows(KVCache(1, 1, 1, 2))
+
+
+def test_a_sequence_can_be_removed_after_a_step_that_failed():
+    model = DecoderLanguageModel(50, 16, 2, 1, 0)
+    generator = Generator(model)
+    batch = generator.batch()
+    first, second = (batch.add([i], max_new_tokens=8) for i in (3, 7))
+    batch.step()
+    with torch.no_grad():
+        model.embedding.weight.mul_(1.0)
+    with pytest.raises(ValueError, match="repack"):
+        batch.step()
+    batch.remove(first)
+    assert batch.running == [second]
+    generator.repack()
+    while batch.running:
+        batch.step()
+    assert len(batch.new_ids(second)) == 8
+    with pytest.raises(KeyError):
+        batch.remove(first)

@@ -275,6 +275,21 @@ def test_torchscript_takes_torchs_layer_with_our_weights(
         assert torch.equal(dict(scripted.named_parameters())[name], p)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_leaves_nothing_out_in_silence() -> None:
+    class Scaled(lmfast.nn.GRU):
+        def forward(self, input: Any, hx: Any = None) -> Any:
+            y, h = super().forward(input, hx)
+            return 2 * y, h
+
+    hooked, parametrized = lmfast.nn.GRU(3, 4), lmfast.nn.GRU(3, 4)
+    hooked.register_forward_pre_hook(lambda module, args: None)
+    torch.nn.utils.parametrizations.weight_norm(parametrized, "weight_hh_l0")
+    for layer in (Scaled(3, 4), hooked, parametrized):
+        with pytest.raises(NotImplementedError, match="remove them first"):
+            torch.jit.script(Top(layer))
+
+
 @EVERY_MODE
 def test_torchs_onnx_exporters_see_torchs_operators(
     mode: str, needs_cpu_kernels: None, monkeypatch: pytest.MonkeyPatch

@@ -107,6 +107,10 @@ inline void gemm_f32(int64_t rows, int64_t lanes, int64_t depth, const float* a,
                      const float* b, int64_t b_stride, float* c, int64_t c_stride,
                      const float* added, int64_t added_stride) {
   constexpr int W = VecF::kWidth;
+  if constexpr (!kAdd) {  // not read, and null in some calls
+    added = c;
+    added_stride = c_stride;
+  }
   int64_t n = 0;
   for (; n + kGemmVecs * W <= lanes; n += kGemmVecs * W) {
     gemm_rows<kGemmVecs, kColumns, kAdd>(rows, depth, a, a_stride, b + n, b_stride, c + n, c_stride,

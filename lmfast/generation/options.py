@@ -51,7 +51,8 @@ class GenerationOptions:
         frequency_penalty, presence_penalty: against repeating generated tokens.
         logit_bias: added to the logits, id -> number, or (V,).
         suppress_tokens: ids never chosen, such as the unknown token's.
-        generator: source of randomness when drawing; PyTorch's default one if None.
+        generator: source of randomness when drawing; PyTorch's default one if None. On a CPU it is
+            asked for up to 16 tokens at once, and may have given more than were used.
 
     Searches:
 

@@ -54,6 +54,8 @@ def prefill(
     common = prompts.common() if batch > 1 else 0
     # What is left of a prompt must be rounded as the whole of it would be.
     common = min(common, min(prompts.lengths, default=0) - getattr(runner, "rounded_from", 1))
+    if chunk is not None:
+        common -= common % chunk  # so that every row is cut where it would be alone
     state = runner.new_state(1 if common >= _WORTH_SHARING else batch, capacity)
     if common >= _WORTH_SHARING and not hasattr(state, "reorder"):
         state = runner.new_state(batch, capacity)

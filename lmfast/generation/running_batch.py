@@ -158,10 +158,10 @@ class RunningBatch:
         Raises:
             KeyError: there is no such sequence.
         """
-        del self._sequences[key]
-        self._chosen.pop(key, None)
-        self._feed()
+        if key not in self._sequences:
+            raise KeyError(key)
         self._drop([key])
+        del self._sequences[key]
 
     def _feed(self) -> None:
         """Let the model see the newest ids, if it has not."""
@@ -190,7 +190,10 @@ class RunningBatch:
         rows = [row for row, key in enumerate(self._running) if key not in keys]
         if len(rows) == len(self._running):
             return
-        self._running = [self._running[row] for row in rows]
-        self._state.reorder(rows)
         assert self._logits is not None
+        self._state.reorder(rows)
         self._logits = self._logits[rows]
+        for key in set(keys).intersection(self._running):
+            self._chosen.pop(key, None)
+            self._unseen.pop(key, None)
+        self._running = [self._running[row] for row in rows]

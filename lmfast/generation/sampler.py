@@ -88,10 +88,11 @@ class Sampler:
         self._at_once = 1
 
     def _numbers(self, logits: Tensor, step: int) -> Tensor:
-        """The random numbers (B,) of a step: those that step by step would give.
+        """The random numbers (B,) of a step.
 
         On a CPU drawn for several steps at once: behind a token, whose weights have passed through
-        the caches, the generator's code is not in them, and drawing took 60 us instead of 5.
+        the caches, the generator's code is not in them, and drawing took 60 us instead of 5. While
+        all rows run they are those that step by step would give; a generator may be ahead of them.
         """
         if not logits.is_cpu:
             return uniform_numbers(logits, self._generator)

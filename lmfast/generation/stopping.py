@@ -121,4 +121,4 @@ def completes(
     if not strings:
         return False
     text, before = tokenizer.decode(list(ids)), tokenizer.decode(list(ids[:-1]))
-    return any(text.count(s) > before.count(s) for s in strings)
+    return any(text.find(s, max(0, len(before) - len(s) + 1)) >= 0 for s in strings)

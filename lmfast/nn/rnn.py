@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from lmfast._dispatch import Op, select
@@ -105,7 +106,17 @@ class _FusedLayers(nn.RNNBase):
         return result, (tuple(finals) if self.mode == "LSTM" else finals[0])
 
     def __prepare_scriptable__(self) -> nn.RNNBase:
-        """torch.nn's layer with these parameters: what ``torch.jit.script`` takes."""
+        """torch.nn's layer with these parameters: what ``torch.jit.script`` takes.
+
+        It puts that layer into the model it is given, which then runs without the fused operators;
+        script a deep copy to keep them.
+        """
+        own = type(self).forward is not _FusedLayers.forward
+        if own or self._forward_hooks or self._forward_pre_hooks or is_parametrized(self):
+            raise NotImplementedError(
+                f"torch.jit.script takes {type(self).__name__} as torch.nn's layer, without its "
+                "hooks, parametrizations and a subclass's forward: remove them first"
+            )
         options: dict[str, Any] = {"proj_size": self.proj_size} if self.proj_size else {}
         if self.mode.startswith("RNN"):
             options["nonlinearity"] = self.mode[4:].lower()

@@ -96,6 +96,8 @@ def plan_of(model: Any) -> Plan | CellPlan:
 
 def _check_hooks(model: Any) -> None:
     for name, module in model.named_modules():
+        if not name and hasattr(model, "step"):
+            continue  # those of its forward, which does not run here
         if module._forward_hooks or module._forward_pre_hooks:
             where = repr(name) if name else "the model"
             raise CannotPack(f"{where} has forward hooks, which the engine would not call")
