@@ -36,6 +36,7 @@ HOT = {
     "_linear_kernel",
     "_quantised_vector_kernel",
     "_quantised_matrix_kernel",
+    "_quantised_grad_kernel",
     "_sample_kernel",
 }
 # A saved predicate or address, outside the loops; arrays that spill take hundreds of bytes.
@@ -69,9 +70,11 @@ def test_triton_kernels_fit(triton_report: list[dict[str, Any]]) -> None:
     for r in triton_report:
         assert r["dynamic_shared"] <= SHARED_LIMIT, r
         assert r["local"] == 0, r
-        # Attention in float32 multiplies three times per product, and with every option at once
-        # holds a mask besides: neither is what people run, and both still fit the first cache.
-        rare = "attention" in r["case"] and ("float32" in r["case"] or "every" in r["case"])
+        # With every option at once attention holds a mask besides; in float32 it multiplies three
+        # times per product, and the gradients of heads of 256 have no tile without spills. Neither
+        # is what people run, and both still fit the first cache.
+        wide = "float32 attention backward 512x256" in r["case"]
+        rare = wide or ("attention" in r["case"] and "every" in r["case"])
         limit = STACK_LIMIT if r["kernel"] in HOT else 64
         assert r["stack"] <= (256 if rare else limit), r
 

@@ -9,8 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmfast._dispatch import Op, register_op, select
-from lmfast.ops._library import accumulation_dtype, check_same_device, check_tensor, define
+from lmfast._dispatch import Op, implementation, register_op, select
+from lmfast.ops._autograd import apply, differentiate, recording_backward
+from lmfast.ops._library import (
+    accumulation_dtype,
+    check_same_device,
+    check_tensor,
+    define,
+    needs_grad,
+)
 from lmfast.testing import Sample
 
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -97,7 +104,8 @@ def quantised_linear(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        triton (inference), torch, which also computes the gradients of x and bias.
+        triton, torch, which also computes the gradient of scales. Gradients of gradients through
+        PyTorch.
 
     Source:
         Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339 (a scale per row); Frantar et al. 2022,
@@ -111,7 +119,10 @@ def quantised_linear(
         tensor([[-1.0000,  4.5000]])
     """
     args = _check(x, codes, scales, bias)
-    return select(OP, args, backend).forward(*args)
+    chosen = select(OP, args, backend)
+    if chosen.backend != "torch" and needs_grad(x, bias):
+        return apply(_QuantisedLinear, *args, chosen.backend)
+    return chosen.forward(*args)
 
 
 def _check(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
@@ -180,8 +191,49 @@ def _fake(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tens
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-# For kernels; the reference needs no operator.
+# For kernels; the reference needs no operators.
 define("quantised_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor", _fake)
+define(
+    "quantised_linear_backward(Tensor dy, Tensor codes, Tensor scales) -> Tensor",
+    lambda dy, codes, scales: dy.new_empty(
+        (*dy.shape[:-1], codes.shape[1] * (1 if codes.dtype == torch.int8 else 2))
+    ),
+)
+
+
+class _QuantisedLinear(torch.autograd.Function):
+    """The gradients of x and bias by kernels; the matrix has none."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, backend: str
+    ) -> Tensor:
+        return implementation("quantised_linear", backend).forward(x, codes, scales, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, codes, scales, bias, ctx.backend = inputs
+        # x itself is needed for gradients of gradients alone, and is alive as the graph's input.
+        ctx.save_for_backward(x, codes, scales, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, codes, scales, bias = ctx.saved_tensors
+        if recording_backward():
+
+            def plain(x: Tensor, bias: Tensor | None) -> Tensor:
+                return _reference(x, codes, scales, bias)
+
+            dx, dbias = differentiate(plain, (x, bias), (dy,))
+            return dx, None, None, dbias, None
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            backward = implementation("quantised_linear", ctx.backend).backward
+            assert backward is not None
+            dx = backward(dy, codes, scales)
+        if bias is not None and ctx.needs_input_grad[3]:
+            dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+        return dx, None, None, dbias, None
 
 
 def _samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
@@ -211,7 +263,7 @@ OP = register_op(
         reference=_reference,
         check=_check,
         sample_inputs=_samples,
-        differentiable=(),
+        differentiable=("x", "bias"),
         peer=_peer,
     )
 )
