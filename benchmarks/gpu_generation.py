@@ -86,7 +86,8 @@ def generation_rows(
     for name, make in models.items():
         with torch.device(device):  # made where it runs: random numbers for a billion weights
             model = make().to(device, torch.bfloat16)
-        embedding = model.get_input_embeddings() if hasattr(model, "config") else model.embedding
+        of_transformers = hasattr(model, "get_input_embeddings")
+        embedding = model.get_input_embeddings() if of_transformers else model.embedding
         ids = torch.randint(1, embedding.weight.shape[0], (1, 32), device=device)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         matrices = [p for p in model.parameters() if p.shape == embedding.weight.shape]

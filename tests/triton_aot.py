@@ -37,6 +37,7 @@ POINTERS = {
     torch.int8: "*i8",
     torch.uint8: "*u8",
     torch.bool: "*i1",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Case = tuple[str, Callable[[], Any]]
@@ -199,6 +200,12 @@ def cache_cases(dtype: torch.dtype) -> Iterator[Case]:
             f"cached attention {name}",
             lambda q=q, k=keys, o=options: cached_attention(q, k, k, lengths, *o),
         )
+        if dtype == torch.bfloat16 and head_dim == 64:
+            small = keys.to(torch.float8_e4m3fn)
+            yield (
+                "cached attention float8",
+                lambda q=q, k=small, o=options: cached_attention(q, k, k, lengths, *o),
+            )
         if dtype == torch.bfloat16 and quantised:
             every = (table, scales, scales, 100, 30.0, heads, heads, 0.1)
             many = torch.empty(2, 8, 64, head_dim, dtype=dtype)
