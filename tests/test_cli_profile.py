@@ -144,6 +144,20 @@ def test_a_model_of_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert "LlamaForCausalLM" in capsys.readouterr().out
 
 
+def test_a_model_that_does_not_continue_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 8, "d_ff": 8, "num_layers": 1, "num_heads": 1, "d_kv": 8}
+    transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=20, **sizes)
+    ).save_pretrained(tmp_path)
+    assert main(["profile", "--model", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "holds no causal language model" in error
+    assert len(error.strip().splitlines()[-1]) < 400
+
+
 def test_layers_are_timed_in_order_and_hooks_removed() -> None:
     inner = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU())
     module = torch.nn.Sequential(inner, torch.nn.Linear(3, 2))

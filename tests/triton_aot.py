@@ -206,6 +206,13 @@ def cache_cases(dtype: torch.dtype) -> Iterator[Case]:
                 "cached attention float8",
                 lambda q=q, k=small, o=options: cached_attention(q, k, k, lengths, *o),
             )
+            tables, slots = (torch.empty(64, 32),) * 2, torch.zeros(2, dtype=torch.int64)
+            yield (
+                "rope_append float8",
+                lambda q=q, k=small, s=slots, t=tables: rope_append(
+                    q, q[:, :2], q[:, :2], k, k, None, None, s, None, *t, lengths, 0, False
+                ),
+            )
         if dtype == torch.bfloat16 and quantised:
             every = (table, scales, scales, 100, 30.0, heads, heads, 0.1)
             many = torch.empty(2, 8, 64, head_dim, dtype=dtype)

@@ -190,6 +190,34 @@ def test_cached_attention_joins_parts_of_a_paged_int8_cache() -> None:
     check_values(lmfast._dispatch.ops()["cached_attention"], sample, "triton")
 
 
+@pytest.mark.parametrize("rotary", [0, 6, 16])
+def test_rope_append_stores_eight_bit_floats(rotary: int) -> None:
+    """To the bit: all numbers there are, their middles and neighbours, and what is beyond."""
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = (codes[1:] + codes[:-1]) / 2
+    beside = middles.nextafter(codes[1:]), middles.nextafter(codes[:-1])
+    beyond = torch.tensor([449.0, 1e30, torch.inf, torch.nan])
+    values = torch.cat((codes, middles, *beside, beyond, -middles, -codes, -beyond))
+    v = values[: len(values) // 32 * 32].view(1, 2, -1, 16)
+    k, steps = torch.randn(v.shape), v.shape[2]
+    tables = lmfast.ops.rope_tables(steps, rotary) if rotary else (None, None)
+    stored = []
+    for backend in ("torch", "triton"):
+        keys, held = (torch.zeros(1, 2, steps, 16).to(torch.float8_e4m3fn) for _ in range(2))
+        forward = lmfast._dispatch.implementation("rope_append", backend).forward
+        slots = torch.arange(steps).flip(0).contiguous()
+        scales = (None, None)
+        forward(k.clone(), k, v, keys, held, *scales, slots, None, *tables, None, 0, False)
+        stored.append((keys, held.view(torch.uint8)))
+    nan = (stored[0][1] & 127) == 127
+    assert torch.equal((stored[1][1] & 127) == 127, nan)
+    assert torch.equal(stored[0][1][~nan], stored[1][1][~nan])
+    # Rotated in fp32 by either, the last digit may differ: at a middle it decides.
+    a, b = (keys.float() for keys, _ in stored)
+    assert ((a - b).abs() <= a.abs() / 8 + 2.0**-9).all()
+    assert (a == b).float().mean() > 0.99
+
+
 def test_cached_attention_on_eight_bit_floats() -> None:
     """Few and many queries, through a table: as on the same numbers in the queries' dtype."""
     generator = torch.Generator().manual_seed(16)

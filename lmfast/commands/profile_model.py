@@ -147,10 +147,9 @@ def _of_transformers(path: str, device: torch.device) -> ProfiledModel:
         raise ValueError(f"{path} holds a model of transformers, which is not installed") from error
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
-    except ValueError as error:
-        raise ValueError(
-            f"{path} holds no causal language model of transformers: {error}"
-        ) from error
+    except ValueError as error:  # its text names every architecture there is
+        first = str(error).splitlines()[0]
+        raise ValueError(f"{path} holds no causal language model: {first}") from error
     model.to(device)
     name = f"{type(model).__name__}"
     patch = getattr(lmfast, "patch", None)

@@ -83,7 +83,7 @@ def rope_append(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        cpu (C++) and triton (neither stores float8_e4m3fn), torch.
+        cpu (C++; stores no float8_e4m3fn), triton, torch.
 
     Source:
         Su et al., RoFormer, 2021, arXiv:2104.09864; the mapping of tokens to slots: Kwon et al.,
@@ -319,14 +319,19 @@ def launcher(op: Any) -> Callable[..., None]:
 
 
 def unsupported_by_kernels(
-    check: Callable[..., str | None],
+    check: Callable[..., str | None], *, float8: bool = False
 ) -> Callable[..., str | None]:
-    """The ``supports`` of an implementation whose kernels take what ``check`` lets pass."""
+    """The ``supports`` of an implementation whose kernels take what ``check`` lets pass.
+
+    Args:
+        check: called with q, k and v.
+        float8: the kernels store such numbers.
+    """
 
     def supports(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, *rest: Any) -> str | None:
         if (keys.dtype == torch.float64) != (q.dtype == torch.float64):
             return f"no kernel that stores {q.dtype} as {keys.dtype}"
-        if keys.dtype == FLOAT8:
+        if keys.dtype == FLOAT8 and not float8:
             return f"no kernel that stores {keys.dtype}"
         if keys.dtype == torch.int8 and keys.shape[3] > _MAX_QUANTISED_HEAD_DIM:
             return (

@@ -329,7 +329,7 @@ register(
     DEVICES,
     rope_append_launcher(twin("rope_append", "rope_append")),
     None,
-    append_unsupported_by(unsupported),
+    append_unsupported_by(unsupported, float8=True),
 )
 register_two_calls("triton", DEVICES)
 register("sample", "triton", DEVICES, _sample, None, lambda logits, *rest: unsupported(logits))
