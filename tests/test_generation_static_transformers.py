@@ -110,3 +110,13 @@ def test_generate_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
         results.append(generator.generate(IDS, attention_mask=LEFT, **options))
     assert taken == [1]
     assert torch.equal(results[0][:, : results[1].shape[1]], results[1])
+
+
+def test_says_why_not() -> None:
+    rotation = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    reason = transformers_static.why_not_static(make("llama", rope_parameters=rotation))
+    assert reason == "the rotation (dynamic) depends on the length of the text"
+    model = make("llama")
+    assert transformers_static.why_not_static(model) is None
+    model._can_compile_fullgraph = False
+    assert "one graph" in str(transformers_static.why_not_static(model))
