@@ -27,6 +27,7 @@ OPERATORS = (
     "geglu",
     "linear",
     "lora_linear",
+    "quantised_linear",
     "attention",
     "additive_attention",
     "cross_entropy",
@@ -42,6 +43,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "elman model": lambda: RecurrentLanguageModel(13, 16, 2, 0),
     "lstm model": lambda: RecurrentLanguageModel(13, 16, 2, 0, cell="lstm"),
 }
+NAMES = (*OPERATORS, *MODELS, "few rows", "placements")
 LENGTH = 36  # of the models' texts: stacks of recurrent layers this long run as one
 PLACES = {"whole": Replicate(), "divided": Shard(0)}
 # fp32, and sums over processes in another order.
@@ -93,6 +95,8 @@ def _results(op: Op, sample: Sample) -> tuple[list[Tensor], list[Tensor]]:
     with torch.no_grad():
         outputs = _tensors(op.public(*sample.args, **sample.kwargs))
     names = op.differentiable
+    if not names:
+        return outputs, []
     leaves = [t for t in _tensors(sample.args[: len(names)]) if t.is_floating_point()]
     if op.name == "rope":
         leaves = leaves[:2]  # tables are no parameters

@@ -61,7 +61,7 @@ def test_a_checkpoint_of_two_processes_is_resumed_by_one(two, tmp_path, name):
         torch.testing.assert_close(run.model.state_dict()[key].float(), value)
 
 
-@pytest.mark.parametrize("name", [*dtensor_cases.OPERATORS, *dtensor_cases.MODELS, "placements"])
+@pytest.mark.parametrize("name", sorted(dtensor_cases.NAMES))
 def test_dtensors(two, name):
     """Values and gradients on whole and divided DTensors are those on plain tensors."""
     assert json.loads((two / "dtensors.json").read_text())[name] == ""

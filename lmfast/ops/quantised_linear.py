@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmfast._dispatch import Op, implementation, register_op, select
+from lmfast._dispatch import Op, implementation, register, register_op, select
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import (
     accumulation_dtype,
@@ -17,6 +17,8 @@ from lmfast.ops._library import (
     check_tensor,
     define,
     needs_grad,
+    unsupported_by_cpu_kernels,
+    with_unit_last_stride,
 )
 from lmfast.testing import Sample
 
@@ -104,7 +106,8 @@ def quantised_linear(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        triton, torch, which also computes the gradient of scales. Gradients of gradients through
+        cpu (C++, not float64, up to 256 rows), triton, and torch, which also computes the gradient
+        of scales. Gradients of x on the CPU by PyTorch's product, gradients of gradients through
         PyTorch.
 
     Source:
@@ -172,7 +175,8 @@ def dequantised(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """(N, K) scale * code in ``dtype``."""
     if codes.dtype == torch.int8:
         return codes.to(dtype) * scales[:, None].to(dtype)
-    numbers = torch.stack((codes & 15, codes >> 4), -1).flatten(1).to(dtype) - 8
+    high = torch.bitwise_right_shift(codes, 4)  # of a DTensor, torch 2.13's >> shifts nothing
+    numbers = torch.stack((codes & 15, high), -1).flatten(1).to(dtype) - 8
     groups = numbers.view(codes.shape[0], scales.shape[1], -1)
     return (groups * scales[..., None].to(dtype)).flatten(1)
 
@@ -192,7 +196,9 @@ def _fake(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tens
 
 
 # For kernels; the reference needs no operators.
-define("quantised_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor", _fake)
+_kernel = define(
+    "quantised_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor", _fake
+)
 define(
     "quantised_linear_backward(Tensor dy, Tensor codes, Tensor scales) -> Tensor",
     lambda dy, codes, scales: dy.new_empty(
@@ -236,6 +242,33 @@ class _QuantisedLinear(torch.autograd.Function):
         return dx, None, None, dbias, None
 
 
+# Up to how many rows the codes are multiplied as they lie; beyond, widening the whole matrix for
+# PyTorch's product costs less. Measured.
+_MOST_ROWS = 256
+
+
+def _forward(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    bias = None if bias is None else bias.contiguous()
+    return _kernel(x, with_unit_last_stride(codes), scales.contiguous(), bias)
+
+
+def _backward(dy: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """The gradient of x, by PyTorch's product of the widened matrix."""
+    wide = accumulation_dtype(dy.dtype)
+    return (dy.to(wide) @ dequantised(codes, scales, wide)).to(dy.dtype)
+
+
+def _unsupported(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> str | None:
+    if needs_grad(scales):
+        return "no kernel for the gradient of scales"
+    for t in (x, scales):
+        if t.dtype == torch.float64:
+            return "no kernel for torch.float64"
+    if x.numel() > _MOST_ROWS * x.shape[-1]:
+        return f"PyTorch's product of the widened matrix is faster for more than {_MOST_ROWS} rows"
+    return unsupported_by_cpu_kernels(x, scales, bias)
+
+
 def _samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     generator = torch.Generator(device).manual_seed(0)
 
@@ -250,6 +283,15 @@ def _samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
         bias = normal(n).to(dtype)
         x = normal(rows, k).to(dtype)
         yield Sample(f"int4 {rows}x{k}x{n} groups of {group}", (x, codes, scales, bias))
+    codes, scales = quantise_weight(normal(19, 5000) / 70)
+    yield Sample("int8 deep", (normal(2, 5000).to(dtype), codes, scales.half()))
+    # More than a page to a row, more groups than are widened at a time, and an uneven rest.
+    codes, scales = quantise_weight(normal(21, 9520) / 97, 4, group=56)
+    yield Sample("int4 deep", (normal(2, 9520).to(dtype), codes, scales.bfloat16()))
+    codes, scales = quantise_weight(normal(37, 72) / 8, 4, group=2)
+    yield Sample("int4 groups of 2", (normal(50, 72).to(dtype), codes, scales.half()))
+    codes, scales = quantise_weight(normal(40, 64) / 8)
+    yield Sample("int8 codes apart", (normal(5, 33).to(dtype), codes[:, 3:36], scales))
     codes, scales = quantise_weight(normal(24, 40) / 6)
     x = normal(2, 40, 3).to(dtype).transpose(1, 2)
     yield Sample("strided", (x, codes, scales, normal(24).to(dtype)))
@@ -267,3 +309,5 @@ OP = register_op(
         peer=_peer,
     )
 )
+
+register("quantised_linear", "cpu", ("cpu",), _forward, _backward, _unsupported)

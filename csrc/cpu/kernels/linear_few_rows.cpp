@@ -3,13 +3,16 @@
 //
 // Floor: reading W once. With rows of W contiguous a sum runs along lanes; 8 rows of W at a time
 // are 8 streams, and 4 x 6 sums (rows of W x rows of x) share every load when there are more rows.
-// With columns of W contiguous (GPT-2 keeps its matrices so) a lane is a column: 64 at a time for
-// several rows; one row alone walks eight steps of the depth from end to end, its sums in L1, which
-// took it from 22 to 40 GB/s. The number of threads changes no bit of a sum; with rows of W
-// contiguous, the number of rows neither.
+// What comes next is fetched into the second level (prefetch.h): bf16, one row, 18-25 -> 25-39 GB/s
+// on two cores of Zen 4, fp32, 8 rows, 19-21 -> 28.
+// With columns of W contiguous (GPT-2 keeps its matrices so) a lane is a column. Eight steps of the
+// depth are read from end to end, each weight loaded and widened once for all rows of x, whose sums
+// lie in L1: one row took 22 GB/s by tiles of 64 columns and takes 25-38 so, 8 rows 12-16 and 22-28
+// (fp32), 9-14 and 10-22 (bf16). Neither the number of threads nor that of rows changes a bit.
 #include "linear_few_rows.h"
 
-#include "../simd.h"
+#include "../lane_sums.h"
+#include "../prefetch.h"
 
 namespace lmfast::LMFAST_ISA {
 namespace {
@@ -18,35 +21,14 @@ constexpr int W = VecF::kWidth;
 constexpr int kUnit = static_cast<int>(kFewRowsColumns);
 constexpr int kMost = static_cast<int>(kFewRows);
 #if defined(__AVX512F__)
-constexpr int kRowsAtOnce = 6, kVecs = 4;
+constexpr int kRowsAtOnce = 6;
 #else
-constexpr int kRowsAtOnce = 3, kVecs = 4;
+constexpr int kRowsAtOnce = 3;
 #endif
 // Columns at once for few rows of x (1 or 2) and for more.
 constexpr int kStreams = 8, kShared = 4;
-// Columns of one row of x whose sums are kept.
-constexpr int kSpan = 2048;
-
-// The sums of the lanes of four vectors, in one order for all.
-LMFAST_INLINE void sum4(VecF a, VecF b, VecF c, VecF d, float* out) {
-#if defined(__AVX512F__)
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
-  const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
-  const __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
-                                   _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
-#elif defined(__AVX2__)
-  const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
-#else
-  out[0] = sum(a);
-  out[1] = sum(b);
-  out[2] = sum(c);
-  out[3] = sum(d);
-#endif
-}
+// Sums of columns that stay in L1, of all rows together.
+constexpr int kSums = 4096;
 
 // sums[r][c] for kColumns rows of the weight and kRows rows of x.
 template <class T, int kRows, int kColumns>
@@ -67,7 +49,7 @@ inline __attribute__((noinline)) void dot_tile(const T* w, int64_t stride, const
 #pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) {
       const T* at = w + c * stride + k;
-      __builtin_prefetch(at + ahead);
+      prefetch(at + ahead);
       const VecF b = VecF::load(at);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) sum[c][r] = fmadd(a[r], b, sum[c][r]);
@@ -87,16 +69,7 @@ inline __attribute__((noinline)) void dot_tile(const T* w, int64_t stride, const
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-    if constexpr (kColumns == 1) {
-      float first[4];
-      sum4(sum[0][r], VecF::zero(), VecF::zero(), VecF::zero(), first);
-      sums[r * kUnit] = first[0];
-    } else {
-#pragma GCC unroll 2
-      for (int c = 0; c < kColumns; c += 4) {
-        sum4(sum[c][r], sum[c + 1][r], sum[c + 2][r], sum[c + 3][r], sums + r * kUnit + c);
-      }
-    }
+    sum_lanes<kColumns>(&sum[0][r], kRows, sums + r * kUnit);
   }
 }
 
@@ -156,116 +129,52 @@ LMFAST_INLINE void finish(const LinearFewRowsArgs& a, const float* sums, int64_t
   }
 }
 
-// kRows rows and kVecs_ vectors of columns; the depth in blocks, so that chains of additions stay
-// short. `lanes` of the last vector are there.
-template <class T, int kRows, int kVecs_>
-inline __attribute__((noinline)) void column_tile(const LinearFewRowsArgs& a, int64_t row,
-                                                  int64_t column, int lanes) {
-  constexpr int64_t kBlock = 64;
-  float sums[kRows][kVecs_ * W];
-  const float* x = a.x + row * a.x_stride;
-  const T* weight = static_cast<const T*>(a.weight) + column;
-  for (int64_t k0 = 0; k0 < a.depth || k0 == 0; k0 += kBlock) {
-    const int64_t past = a.depth - k0 < kBlock ? a.depth : k0 + kBlock;
-    VecF sum[kRows][kVecs_];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 16
-      for (int v = 0; v < kVecs_; ++v) sum[r][v] = VecF::zero();
-    }
-    for (int64_t k = k0; k < past; ++k) {
-      const T* w = weight + k * a.stride;
-      VecF b[kVecs_];
-#pragma GCC unroll 16
-      for (int v = 0; v < kVecs_; ++v) {
-        b[v] = v + 1 < kVecs_ || lanes == W ? VecF::load(w + v * W) : VecF::load(w + v * W, lanes);
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const VecF s = VecF::set1(x[r * a.x_stride + k]);
-#pragma GCC unroll 16
-        for (int v = 0; v < kVecs_; ++v) sum[r][v] = fmadd(s, b[v], sum[r][v]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 16
-      for (int v = 0; v < kVecs_; ++v) {
-        float* p = sums[r] + v * W;
-        if (k0 > 0) sum[r][v] = sum[r][v] + VecF::load(p);
-        sum[r][v].store(p);
-      }
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    finish<T>(a, sums[r], row + r, column, (kVecs_ - 1) * W + lanes);
-  }
-}
-
-template <class T, int kVecs_, int kRows>
-LMFAST_INLINE void column_rows(const LinearFewRowsArgs& a, int64_t row, int64_t column, int lanes) {
-  for (; row + kRows <= a.rows; row += kRows) {
-    column_tile<T, kRows, kVecs_>(a, row, column, lanes);
-  }
-  if constexpr (kRows > 1) {
-    if (row < a.rows) column_rows<T, kVecs_, kRows - 1>(a, row, column, lanes);
-  }
-}
-
-// One row of x: eight rows of the depth at a time, each read from end to end; the sums lie in L1.
+// Adds kDepth rows of the depth, each read from end to end, to the sums of all rows of x: the
+// weights are loaded and widened once for all of them.
 template <class T, int kDepth>
-LMFAST_INLINE void add_rows(const T* w, int64_t stride, const float* x, float* sums, int columns) {
-  VecF s[kDepth];
+LMFAST_INLINE void add_depth(const LinearFewRowsArgs& a, int64_t k, int64_t column, int columns,
+                             float* sums, int64_t span) {
+  const T* weight = static_cast<const T*>(a.weight) + k * a.stride + column;
+  const int64_t ahead = kDepth * a.stride;
+  for (int c = 0; c < columns; c += W) {
+    const int n = columns - c < W ? columns - c : W;
+    VecF b[kDepth];
 #pragma GCC unroll 8
-  for (int i = 0; i < kDepth; ++i) s[i] = VecF::set1(x[i]);
-  int c = 0;
-  for (; c + W <= columns; c += W) {
-    VecF sum = s[0] * VecF::load(w + c);
+    for (int i = 0; i < kDepth; ++i) {
+      const T* w = weight + i * a.stride + c;
+      if (c % (64 / static_cast<int>(sizeof(T))) == 0) prefetch(w + ahead);
+      b[i] = n == W ? VecF::load(w) : VecF::load(w, n);
+    }
+    const float* x = a.x + k;
+    float* sum = sums + c;
+    for (int64_t r = 0; r < a.rows; ++r, x += a.x_stride, sum += span) {
+      VecF s = VecF::set1(x[0]) * b[0];
 #pragma GCC unroll 8
-    for (int i = 1; i < kDepth; ++i) sum = fmadd(s[i], VecF::load(w + i * stride + c), sum);
-    (sum + VecF::load(sums + c)).store(sums + c);
+      for (int i = 1; i < kDepth; ++i) s = fmadd(VecF::set1(x[i]), b[i], s);
+      (s + VecF::load(sum)).store(sum);
+    }
   }
-  if (c < columns) {
-    const int n = columns - c;
-    VecF sum = VecF::load(sums + c, n);
-#pragma GCC unroll 8
-    for (int i = 0; i < kDepth; ++i) sum = fmadd(s[i], VecF::load(w + i * stride + c, n), sum);
-    sum.store(sums + c, n);
-  }
-}
-
-template <class T>
-void one_by_columns(const LinearFewRowsArgs& a, int64_t column, int columns) {
-  float sums[kSpan] = {};
-  const T* w = static_cast<const T*>(a.weight) + column;
-  int64_t k = 0;
-  for (; k + 8 <= a.depth; k += 8) {
-    add_rows<T, 8>(w + k * a.stride, a.stride, a.x + k, sums, columns);
-  }
-  for (; k < a.depth; ++k) add_rows<T, 1>(w + k * a.stride, a.stride, a.x + k, sums, columns);
-  finish<T>(a, sums, 0, column, columns);
 }
 
 template <class T>
 void by_columns(const LinearFewRowsArgs& a, int64_t column, int64_t past) {
-  if (a.rows == 1) {
-    for (; column < past; column += kSpan) {
-      one_by_columns<T>(a, column, past - column < kSpan ? static_cast<int>(past - column) : kSpan);
-    }
-    return;
-  }
-  for (; column + kVecs * W <= past; column += kVecs * W) {
-    column_rows<T, kVecs, kRowsAtOnce>(a, 0, column, W);
-  }
-  for (; column < past; column += W) {
-    const int lanes = past - column < W ? static_cast<int>(past - column) : W;
-    column_rows<T, 1, kRowsAtOnce>(a, 0, column, lanes);
+  const int64_t units = kSums / kUnit / a.rows;
+  const int64_t span = units * kUnit;
+  float sums[kSums];
+  for (; column < past; column += span) {
+    const int columns = static_cast<int>(past - column < span ? past - column : span);
+    memset(sums, 0, sizeof(float) * static_cast<size_t>(a.rows * span));
+    int64_t k = 0;
+    for (; k + 8 <= a.depth; k += 8) add_depth<T, 8>(a, k, column, columns, sums, span);
+    for (; k < a.depth; ++k) add_depth<T, 1>(a, k, column, columns, sums, span);
+    for (int64_t r = 0; r < a.rows; ++r) finish<T>(a, sums + r * span, r, column, columns);
   }
 }
 
 template <class T>
 void run(const LinearFewRowsArgs& a, int64_t begin, int64_t end) {
   const int64_t first = begin * kUnit, past = end * kUnit < a.columns ? end * kUnit : a.columns;
+  if (a.rows == 0) return;
   if (a.by_columns) {
     by_columns<T>(a, first, past);
     return;
