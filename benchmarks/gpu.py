@@ -10,7 +10,8 @@ bytes written, or of a large bf16 product, both measured in the same process. By
 are the fewest the operator can do with. ``call`` is the time the host needs per eager call, without
 a graph: what counts in decoding. Peers: eager PyTorch, torch.compile, SDPA's backends, cuDNN's
 recurrent layers, and Liger and flash-attn where they are installed. Whole generation, by a CUDA
-graph per token and by the loop, comes last.
+graph per token and by the loop, comes first; where the time is over, the rest is left out and
+counted.
 
 ``--choose`` keeps what was measured in ``lmfast/ops/gpu_choices.json``: from then on the automatic
 choice on this kind of GPU takes, for calls of the measured classes, the backend that was fastest.
@@ -227,6 +228,14 @@ def show(row: dict[str, Any]) -> None:
     print(f"{row['case']:<44} " + " | ".join(cells), flush=True)
 
 
+def keep(report: dict[str, Any], row: dict[str, Any], path: Path) -> None:
+    """Shows a row and writes the report with it: what was measured stays if the rest fails."""
+    show(row)
+    report["rows"].append(row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.json"))
@@ -257,6 +266,10 @@ def main() -> None:
     )
     table, kind = _measured.TABLE, _measured.device_kind(torch.device("cuda", 0))
     started = time.perf_counter()
+    models = {n: m for n, m in MODELS.items() if options.filter in f"generate {n}"}
+    for row in generation_rows(copy, models=models):
+        keep(report, row, options.out)
+    torch.cuda.empty_cache()
     for cases in CASES:
         for case in cases():
             if options.filter not in case.name:
@@ -265,22 +278,12 @@ def main() -> None:
                 report["left_out"] = report.get("left_out", 0) + 1
                 continue
             row = measure(case, copy, matmul, properties.L2_cache_size)
-            show(row)
-            report["rows"].append(row)
+            keep(report, row, options.out)
             if options.choose:
                 keep_choice(table, kind, case, row)
                 _measured.PATH.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(report, indent=1) + "\n")
             torch._dynamo.reset()
             torch.cuda.empty_cache()
-    models = [m for m in MODELS if options.filter in f"generate {m[0]}"]
-    if time.perf_counter() - started < options.seconds:
-        for row in generation_rows(copy, models=models):
-            show(row)
-            report["rows"].append(row)
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(report, indent=1) + "\n")
     if report.get("left_out"):
         print(f"{report['left_out']} cases left out after {options.seconds:.0f} s")
     plot(report, options.out.with_suffix(".png"))

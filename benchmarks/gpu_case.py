@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +67,37 @@ def operand(*shape: int, grad: bool = False) -> Tensor:
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_(grad)
 
 
+@dataclass
+class Switched:
+    """A variant that runs, gradients included, with an environment variable set."""
+
+    call: Callable[..., Any]
+    variable: str
+    value: str
+
+    def __call__(self, *operands: Any) -> Any:
+        return self.call(*operands)
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        before = os.environ.get(self.variable)
+        os.environ[self.variable] = self.value
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[self.variable]
+            else:
+                os.environ[self.variable] = before
+
+
 def run_once(case: Case, variant: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
     """One call of a variant, with its gradients if they are part of the case."""
+    with variant.around() if isinstance(variant, Switched) else nullcontext():
+        return _run(case, variant, operands)
+
+
+def _run(case: Case, variant: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
     outputs = variant(*operands)
     if not case.backward:
         return outputs

@@ -200,6 +200,17 @@ def cache_cases() -> Iterator[Case]:
         moved=2 * 32 * 8 * 8192 * (128 + 4),
     )
 
+    def float8() -> tuple[Any, ...]:
+        q, k, v, lengths = make(32, 8192)
+        return q, *(t.to(torch.float8_e4m3fn) for t in (k, v)), lengths
+
+    yield Case(
+        "decode attention float8 32x32/8x8192x128",
+        float8,
+        our_variants("cached_attention", run),
+        moved=2 * 32 * 8 * 8192 * 128,
+    )
+
     def append_operands(batch: int) -> tuple[Any, ...]:
         q, k = operand(batch, 32, 1, 128), operand(batch, 8, 1, 128)
         keys = operand(batch, 8, 4096, 128)

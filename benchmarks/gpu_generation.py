@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
+import lmfast
 from lmfast.generation import Generator
-from lmfast.models import DecoderLanguageModel
+from lmfast.models import DecoderLanguageModel, RecurrentLanguageModel
 
-# Name, (V, E, heads, blocks), key heads, tied; in bfloat16, one row of 32 tokens.
-MODELS: tuple[tuple[str, tuple[int, int, int, int], int, bool], ...] = (
-    ("8.6M", (32011, 128, 8, 2), 8, False),
-    ("124M", (50257, 768, 12, 12), 12, True),
-    ("1.2B", (128256, 2048, 32, 16), 8, True),
-)
+
+def decoder(vocab: int, width: int, heads: int, blocks: int, kv_heads: int, tied: bool) -> Any:
+    return DecoderLanguageModel(
+        *(vocab, width, heads, blocks, 0),
+        num_kv_heads=kv_heads,
+        mlp="swiglu",
+        final_norm=True,
+        tie_weights=tied,
+    )
+
+
+def gpt2() -> Any:
+    """GPT-2 of transformers, with random weights, patched."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config()).eval()
+    lmfast.patch(model)
+    return model
+
+
+# In bfloat16, one row of 32 tokens.
+MODELS: dict[str, Callable[[], Any]] = {
+    "8.6M": lambda: decoder(32011, 128, 8, 2, 8, False),
+    "124M": lambda: decoder(50257, 768, 12, 12, 12, True),
+    "1.2B": lambda: decoder(128256, 2048, 32, 16, 8, True),
+    "LSTM 2x1024": lambda: RecurrentLanguageModel(32011, 1024, 2, 0, cell="lstm"),
+}
+if importlib.util.find_spec("transformers"):
+    MODELS["GPT-2 of transformers"] = gpt2
 ROUNDS = 5
 
 
@@ -43,7 +68,11 @@ def seconds_per_token(generator: Generator, ids: torch.Tensor, new: int) -> floa
 
 
 def generation_rows(
-    copy: float, *, models: Any = MODELS, new: int = 256, device: str = "cuda"
+    copy: float,
+    *,
+    models: Mapping[str, Callable[[], Any]] = MODELS,
+    new: int = 256,
+    device: str = "cuda",
 ) -> Iterator[dict[str, Any]]:
     """Rows as of `benchmarks.gpu`: the bytes of a token are those of the weights.
 
@@ -54,14 +83,16 @@ def generation_rows(
         device: "cuda"; "cpu" for tests.
     """
     before = os.environ.get("LMFAST_CUDA_GRAPHS")
-    for name, sizes, kv_heads, tied in models:
-        model = DecoderLanguageModel(
-            *sizes, 0, num_kv_heads=kv_heads, mlp="swiglu", final_norm=True, tie_weights=tied
-        ).to(device, torch.bfloat16)
-        ids = torch.randint(1, sizes[0], (1, 32), device=device)
+    for name, make in models.items():
+        with torch.device(device):  # made where it runs: random numbers for a billion weights
+            model = make().to(device, torch.bfloat16)
+        of_transformers = hasattr(model, "get_input_embeddings")
+        embedding = model.get_input_embeddings() if of_transformers else model.embedding
+        ids = torch.randint(1, embedding.weight.shape[0], (1, 32), device=device)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        if not tied:
-            weights -= model.embedding.weight.numel() * 2  # of which one row is read
+        matrices = [p for p in model.parameters() if p.shape == embedding.weight.shape]
+        if len(matrices) > 1:  # not shared with the output: one row of it is read
+            weights -= embedding.weight.numel() * 2
         row: dict[str, Any] = {"case": f"generate {name}", "bytes": weights, "variants": {}}
         try:
             for variant, switch in (("graph", "1"), ("loop", "0")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lmfast
-from benchmarks.gpu_case import Case, operand, our_variants, with_peers
+from benchmarks.gpu_case import Case, Switched, operand, our_variants, with_peers
 from lmfast._dispatch import ops
 
 
@@ -35,10 +36,11 @@ def recurrent_cases() -> Iterator[Case]:
                     state = (zero, zero) if run is torch.lstm else zero
                     return run(x, state, w, True, 1, 0.0, True, False, True)[0]
 
+                by_grid = Switched(partial(ours, backend="cuda"), "LMFAST_RECURRENT_CLUSTERS", "0")
                 yield Case(
                     f"{name} fwd+bwd {batch}x{steps}x{hidden} {str(dtype).removeprefix('torch.')}",
                     make,
-                    {**our_variants(name, ours), "cudnn": cudnn},
+                    {**our_variants(name, ours), "cuda, no clusters": by_grid, "cudnn": cudnn},
                     moved=2 * 2 * batch * steps * hidden * (torch.finfo(dtype).bits // 8),
                     flops=3 * 2 * 2 * batch * steps * gates * hidden**2,
                     backward=True,

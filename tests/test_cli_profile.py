@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+import lmfast
 from lmfast.cli import main
 from lmfast.commands.profile_measure import LayerTimes, launches, measured_ceilings
 from lmfast.commands.profile_model import ProfiledModel, profiled_model
+from lmfast.commands.profile_work import Work
 from lmfast.models import DecoderLanguageModel
 from lmfast.training import save_model
 
@@ -65,6 +67,60 @@ def test_tables_and_files(
     if kind == "decoder":
         assert "layers.0.attention" in calls or "layers.0.attn" in calls
     assert json.loads(trace.read_text())["traceEvents"]
+    assert "of ceiling" in out
+    for counted in ("layers", "operations"):
+        assert any(row["gb_per_second"] > 0 for row in content[counted])
+        # What runs in the engine is one operator, and is not counted as arithmetic.
+        assert mode == "generation" or any(row["gflop_per_second"] > 0 for row in content[counted])
+
+
+def test_work_is_counted_by_operator_and_by_layer() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2, bias=False))
+    x, table = torch.ones(3, 4), torch.ones(100, 6)
+    work = Work()
+    with torch.no_grad(), work.by_layer(model, 1), work:
+        model(x)
+        torch.nn.functional.embedding(torch.tensor([5, 7]), table)
+        x.view(4, 3)
+    assert work.flops["aten::addmm"] + work.flops["aten::mm"] == 2 * 3 * (4 * 8 + 8 * 2)
+    assert work.bytes["aten::addmm"] == 4 * (8 + 3 * 4 + 4 * 8 + 3 * 8)
+    assert work.bytes["aten::embedding"] == 4 * 2 * 2 * 6
+    assert work.bytes["aten::view"] == 0
+    assert (work.layer_flops["0"], work.layer_flops["1"]) == (2 * 3 * 4 * 8, 2 * 3 * 8 * 2)
+    assert work.layer_bytes["1"] == 4 * (3 * 8 + 8 * 2 + 3 * 2)
+
+
+def test_work_of_this_packages_operators(needs_cpu_kernels: None) -> None:
+    q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 1, 5, 4)
+    leaf = q.clone().requires_grad_()
+    work = Work()
+    with work:
+        lmfast.ops.attention(leaf, k, k).sum().backward()  # sees 3, 4 and 5 keys
+        with torch.no_grad():
+            lmfast.ops.cached_attention(q, k, k, torch.tensor([4]))
+    once = 4 * 4 * 2 * (3 + 4 + 5)
+    assert work.flops["lmfast::attention"] == once
+    assert work.flops["lmfast::attention_backward"] == 2.5 * once
+    assert work.flops["lmfast::cached_attention"] == 4 * 4 * 2 * 3 * 4
+    assert work.bytes["lmfast::cached_attention"] == 4 * (2 * 4 * 4 + 2 * 2 * 3 * 4)
+
+
+def test_experts_count_as_often_as_a_token_meets_them(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=60,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    model = model_of(model=str(tmp_path))
+    attention = 2 * 16 * 16 + 2 * 16 * 8
+    assert model.matrix_entries() == attention + 16 * 4 + 2 * 3 * 16 * 24 + 60 * 16
 
 
 def test_a_model_of_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,6 +142,20 @@ def test_a_model_of_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[s
         arguments = ["--mode", mode, "--steps", "1", "--new-tokens", "3", "--batch-size", "2"]
         assert main(["profile", "--model", str(tmp_path), *arguments]) == 0
         assert "LlamaForCausalLM" in capsys.readouterr().out
+
+
+def test_a_model_that_does_not_continue_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 8, "d_ff": 8, "num_layers": 1, "num_heads": 1, "d_kv": 8}
+    transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=20, **sizes)
+    ).save_pretrained(tmp_path)
+    assert main(["profile", "--model", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "holds no causal language model" in error
+    assert len(error.strip().splitlines()[-1]) < 400
 
 
 def test_layers_are_timed_in_order_and_hooks_removed() -> None:

@@ -17,27 +17,6 @@ import torch
 ROOT = Path(__file__).parent.parent
 NVCC = shutil.which("nvcc")
 SHARED_LIMIT = 227 * 1024
-# Kernels whose time is the op's time: spilled registers would add memory traffic to each row.
-HOT = {
-    "_rms_norm_fwd_kernel",
-    "_rms_norm_bwd_kernel",
-    "_rope_kernel",
-    "_glu_fwd_kernel",
-    "_glu_bwd_kernel",
-    "_attention_fwd_kernel",
-    "_attention_dq_kernel",
-    "_attention_dkv_kernel",
-    "_cross_entropy_kernel",
-    "_rope_append_kernel",
-    "_additive_scores_kernel",
-    "_additive_grad_kernel",
-    "_linear_recurrence_fwd_kernel",
-    "_linear_recurrence_bwd_kernel",
-    "_linear_kernel",
-    "_quantised_vector_kernel",
-    "_quantised_matrix_kernel",
-    "_sample_kernel",
-}
 # A saved predicate or address, outside the loops; arrays that spill take hundreds of bytes.
 STACK_LIMIT = 16
 
@@ -69,11 +48,15 @@ def test_triton_kernels_fit(triton_report: list[dict[str, Any]]) -> None:
     for r in triton_report:
         assert r["dynamic_shared"] <= SHARED_LIMIT, r
         assert r["local"] == 0, r
-        # Attention in float32 multiplies three times per product, and with every option at once
-        # holds a mask besides: neither is what people run, and both still fit the first cache.
-        rare = "attention" in r["case"] and ("float32" in r["case"] or "every" in r["case"])
-        limit = STACK_LIMIT if r["kernel"] in HOT else 64
-        assert r["stack"] <= (256 if rare else limit), r
+        # With every option at once attention holds a mask besides; in float32 it multiplies three
+        # times per product, and the gradients of heads of 256 have no tile without spills. Neither
+        # is what people run, and both still fit the first cache.
+        limit = STACK_LIMIT
+        if "float32 attention backward 512x256" in r["case"]:
+            limit = 256
+        elif "attention" in r["case"] and "every option" in r["case"]:
+            limit = 64
+        assert r["stack"] <= limit, r
 
 
 def _cuda_sources() -> list[Path]:

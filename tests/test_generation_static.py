@@ -1,4 +1,7 @@
-"""The step on static buffers, run eagerly on the CPU, says what the ordinary loop says."""
+"""The step on static buffers, run eagerly on the CPU, says what the ordinary loop says.
+
+Models of transformers: test_generation_static_transformers.py.
+"""
 
 from __future__ import annotations
 
@@ -121,19 +124,48 @@ def test_says_why_not(options: dict[str, Any], reason: str) -> None:
     assert "need a GPU" in str(static_step.unsupported(job))
 
 
+class _Other:
+    """A model of somebody else, which may look at its values."""
+
+    vocab_size = V
+
+    def new_state(self, batch: int, capacity: int | None) -> Tensor:
+        return torch.zeros(1, batch, 1)
+
+    def step(self, ids: Tensor, state: Tensor, lengths: Tensor | None = None) -> tuple:
+        return torch.zeros(len(ids), V), state
+
+
 def test_other_models_and_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted, ids = loop.GenerationOptions(max_new_tokens=2), torch.tensor([[3, 4]])
-    recurrent = generator_of(RecurrentLanguageModel(V, 8, 1, 0))
-    assert "only decoders" in str(static_step.unsupported(recurrent._job(ids, None, wanted)))
+    other = generator_of(_Other())
+    assert "only lmfast's decoders" in str(static_step.unsupported(other._job(ids, None, wanted)))
     job = generator_of(model())._job(ids, None, wanted)
     assert static_step.unsupported(job, on_cpu=True) is None
     monkeypatch.setenv("LMFAST_CUDA_GRAPHS", "0")
     assert "LMFAST_CUDA_GRAPHS" in str(static_step.unsupported(job, on_cpu=True))
 
 
-def made_step() -> static_step.StaticStep:
+def recurrent(cell: str = "lstm") -> RecurrentLanguageModel:
+    torch.manual_seed(1)
+    return RecurrentLanguageModel(V, 16, 2, 0, cell=cell).double()
+
+
+@pytest.mark.parametrize("cell", ["elman", "rnn", "lstm", "gru", "gru_textbook", "min_lstm"])
+def test_recurrent_models_say_the_same(cell: str, static: list[int]) -> None:
+    ids = torch.randint(1, V, (3, 9), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    options: dict[str, Any] = {"max_new_tokens": 21, "eos_token_id": [1, 2], "attention_mask": mask}
+    found = generate(recurrent(cell), ids, 5, **options)
+    assert static == [1]
+    static_step.unsupported = lambda job: "not now"  # the fixture puts it back
+    expected = generate(recurrent(cell), ids, 5, **options)
+    assert torch.equal(found[:, : expected.shape[1]], expected)
+
+
+def made_step(decoder: Any) -> static_step.StaticStep:
     """A step with everything in it: draws, penalties, ids and sequences that end a row."""
-    decoder = model()
     wanted = loop.GenerationOptions(
         max_new_tokens=20,
         eos_token_id=3,
@@ -144,23 +176,24 @@ def made_step() -> static_step.StaticStep:
     )
     job = generator_of(decoder)._job(torch.randint(4, V, (2, 5)), None, wanted)
     sampler = loop.Sampler(wanted, job.prompts, V, job.eos_ids)
-    logits, cache = job.start()
+    logits, state = job.start()
     stop = static_step.StopOnDevice(2, job.eos_ids, wanted.stop_sequences, logits.device)
-    step = static_step.StaticStep(decoder, cache, sampler, stop, 0, 15, 1)
-    step.begin(logits.argmax(-1))
-    return step
+    static = job.runner.static_model(state, 15)
+    return static_step.StaticStep(static, sampler, stop, 0, logits.argmax(-1), 1)
 
 
+@pytest.mark.parametrize("kind", [model, recurrent])
 @torch.inference_mode()
-def test_a_step_moves_no_tensor() -> None:
+def test_a_step_moves_no_tensor(kind: Any) -> None:
     """What a graph has captured stays where it was: every step writes to the same memory."""
-    step = made_step()
+    step = made_step(kind())
     places = [t.data_ptr() for t in step.everything()]
     before = [t.clone() for t in step.everything()]
     for _ in range(15):
         step()
     assert [t.data_ptr() for t in step.everything()] == places
-    assert torch.equal(step.lengths, before[0] + 15)
+    if kind is model:
+        assert torch.equal(step.model.lengths, before[0] + 15)
     # Put back, a step says the same again: the capture relies on it.
     torch.manual_seed(6)
     found = []
@@ -173,11 +206,12 @@ def test_a_step_moves_no_tensor() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("kind", [model, recurrent])
 @pytest.mark.parametrize("looks", [False, True])
-def test_a_step_looks_at_no_value(looks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_looks_at_no_value(looks: bool, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With tensors that have no values: whatever would wait for a GPU raises."""
     with torch.no_grad():
-        step = made_step()
+        step = made_step(kind())
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as on a GPU, unchecked
         if looks:
             update = step._stop.update

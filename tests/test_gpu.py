@@ -21,7 +21,7 @@ from op_checks import (
 import lmfast
 from lmfast import _dispatch
 from lmfast._dispatch import Op
-from lmfast.testing import Sample, assert_within_error_rule, relative_error
+from lmfast.testing import Sample, relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -271,20 +271,6 @@ def test_weight_gradient_has_the_same_bits_every_run(backend: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_more_than_two_to_the_32_elements(backend: str) -> None:
-    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
-        pytest.skip("needs 40 GB of free GPU memory")
-    x = torch.empty(2**20 + 3, 4104, device="cuda", dtype=torch.bfloat16)[:, :4096]
-    x[:5].normal_()
-    x[-5:].normal_()
-    y = lmfast.ops.rms_norm(x, backend=backend)
-    for rows in (slice(0, 5), slice(-5, None)):
-        plain = lmfast.ops.rms_norm(x[rows], backend="torch")
-        exact = lmfast.ops.rms_norm(x[rows].double(), backend="torch")
-        assert_within_error_rule(y[rows], plain, exact)
-
-
 @EVERY_PAIR
 def test_operators_pass_opcheck(op: Op, backend: str) -> None:
     names = {
@@ -298,7 +284,7 @@ def test_operators_pass_opcheck(op: Op, backend: str) -> None:
         "sample": ("sample",),
         "linear": ("linear",),
         "lora_linear": ("linear",),
-        "quantised_linear": ("quantised_linear",),
+        "quantised_linear": ("quantised_linear", "quantised_linear_backward"),
         "decode_attention": ("decode_attention",) if backend == "cuda" else (),
         "rope_append": ("rope_append",),
         "additive_attention": ("additive_attention", "additive_attention_backward"),
@@ -323,6 +309,8 @@ def test_operators_pass_opcheck(op: Op, backend: str) -> None:
         "linear": (x.view(6, 64), normal(65, 64), normal(65), True, None, None, 1.0),
         "quantised_linear": (x, torch.ones(65, 64, device="cuda").to(torch.int8))
         + (torch.rand(65, device="cuda"), None),
+        "quantised_linear_backward": (x, torch.ones(64, 9, device="cuda").to(torch.uint8))
+        + (torch.rand(64, 3, device="cuda"),),
         "decode_attention": (q[:, :, :1], *q[:, :1, :1].expand(2, 2, 1, 1, 64).unbind(), keys)
         + (keys.clone(), None, None, starts, None, cos, sin, True, *(None,) * 5),
         "rope_append": (q, q[:, :1], q[:, :1], keys, keys.clone(), None, None, slots, None)

@@ -15,11 +15,12 @@ from torch.overrides import TorchFunctionMode
 from benchmarks import gpu, gpu_case
 from benchmarks.gpu_case import Case, run_once
 from benchmarks.gpu_cases import CASES
-from benchmarks.gpu_generation import generation_rows
+from benchmarks.gpu_generation import decoder, generation_rows
+from lmfast.models import RecurrentLanguageModel
 
 # They exist on a GPU only, have no function for shapes alone, or start the compiler.
 LEFT_OUT = ("compile", "F.linear_cross_entropy", "cudnn", "flash", "efficient")
-LEFT_OUT += ("flash-attn", "liger")
+LEFT_OUT += ("flash-attn", "liger", "cuda, no clusters")
 
 
 class OnCpu(TorchFunctionMode):
@@ -53,14 +54,18 @@ def test_every_case_runs(
 
 
 def test_generation_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    models = (("tiny", (50, 16, 2, 1), 1, True), ("untied", (50, 16, 2, 1), 2, False))
+    models = {
+        "tiny": lambda: decoder(50, 16, 2, 1, 1, True),
+        "untied": lambda: decoder(50, 16, 2, 1, 2, False),
+        "recurrent": lambda: RecurrentLanguageModel(50, 16, 2, 0, cell="lstm"),
+    }
     rows = list(generation_rows(1e9, models=models, new=3, device="cpu"))
-    assert [r["case"] for r in rows] == ["generate tiny", "generate untied"]
+    assert [r["case"] for r in rows] == [f"generate {name}" for name in models]
     for row in rows:
         assert set(row["variants"]) == {"graph", "loop"}
         assert row["bytes"] > 2 * 50 * 16
         gpu.show(row)
-    assert capsys.readouterr().out.count("tokens/s") == 4
+    assert capsys.readouterr().out.count("tokens/s") == 6
 
 
 def test_the_plot(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from op_checks import DTYPES
 import lmfast
 from lmfast import _dispatch
 from lmfast.generation import Generator, static_step
-from lmfast.models import DecoderLanguageModel
+from lmfast.models import DecoderLanguageModel, RecurrentLanguageModel
 from lmfast.testing import Sample, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -57,6 +57,39 @@ def test_decode_attention_in_a_graph_that_is_replayed(backend: str) -> None:
         assert torch.equal(out, expected)
         lengths += 1
     assert torch.equal(keys, expected_storage[0])
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_attention_on_eight_bit_floats(backend: str) -> None:
+    """As on the numbers that they stand for."""
+    q = normal(3, 8, 1, 128)
+    keys, values = (normal(3, 2, 5000, 128).to(torch.float8_e4m3fn) for _ in range(2))
+    lengths = torch.tensor([5000, 3, 0], device="cuda")
+    found = lmfast.ops.cached_attention(q, keys, values, lengths, backend=backend)
+    wide = (t.double() for t in (keys, values))
+    exact = lmfast.ops.cached_attention(q.double(), *wide, lengths, backend="torch")
+    assert relative_error(found, exact) <= torch.finfo(q.dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_new_tokens_are_rounded_to_eight_bit_floats(dtype: torch.dtype) -> None:
+    """To the bit as the reference, over all magnitudes and what is beyond."""
+    exponents = torch.arange(-16, 12, device="cuda").repeat_interleave(8)
+    x = (normal(1, 1, 1, len(exponents), dtype=torch.float32) * 2.0**exponents).to(dtype)
+    x[..., 5], x[..., 77] = torch.nan, torch.inf
+    stored = []
+    for backend in ("cuda", "triton", "torch"):
+        keys, values = (torch.zeros(1, 1, 9, x.shape[3], device="cuda") for _ in range(2))
+        keys, values = keys.to(torch.float8_e4m3fn), values.to(torch.float8_e4m3fn)
+        lengths = torch.tensor([4], device="cuda")
+        out = lmfast.ops.decode_attention(x, x, -x, keys, values, lengths, backend=backend)
+        assert out.isnan().any()
+        stored.append((keys.view(torch.uint8), values.view(torch.uint8)))
+    pairs = (zip(found, stored[-1], strict=True) for found in stored[:-1])
+    for found, expected in (pair for both in pairs for pair in both):
+        nan = (expected & 127) == 127
+        assert torch.equal((found & 127) == 127, nan)
+        assert torch.equal(found[~nan], expected[~nan])
 
 
 def check_recurrent(name: str, sample: Sample, dtype: torch.dtype, backend: str) -> None:
@@ -116,6 +149,22 @@ def test_persistent_kernels_at_full_size(
         check_recurrent(name, sample, dtype, "cuda")
 
 
+@pytest.mark.parametrize("clusters", ["1", "0"])
+def test_recurrent_operators_pass_opcheck(clusters: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMFAST_RECURRENT_CLUSTERS", clusters)
+    sizes, hidden = torch.tensor([3, 3, 1]), 16
+    projected, w = normal(7, 4 * hidden), normal(4 * hidden, hidden).div(4)
+    states, lstm = normal(2, 3, hidden).unbind(), 2
+    forward = torch.ops.lmfast.recurrent_forward.default
+    arguments = (projected, w, None, *states, sizes, 3, lstm, False, True)
+    torch.library.opcheck(forward, arguments)
+    y, h_n, c_n, gates, cells = forward(*arguments)
+    torch.library.opcheck(
+        torch.ops.lmfast.recurrent_backward.default,
+        (y, h_n, c_n, y, gates, cells, w, *states, sizes, 3, lstm, False),
+    )
+
+
 def test_persistent_kernels_in_a_graph() -> None:
     weights = normal(512, 64).div(8), normal(512, 128).div(12)
     x = normal(5, 7, 64)
@@ -132,12 +181,56 @@ def test_persistent_kernels_in_a_graph() -> None:
         assert torch.equal(y, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize(("hidden", "batch"), [(64, 5), (256, 64), (512, 130)])
+def test_clusters_and_the_whole_gpu_agree(
+    name: str, hidden: int, batch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both kernels of a layer, one within clusters, one across the GPU: to rounding, and the same
+    bits every run. Lengths, states, both directions."""
+    gates = {"lstm": 4, "gru": 3, "elman_rnn": 1}[name]
+    shapes = ((gates * hidden, 24), (gates * hidden, hidden), *((gates * hidden,),) * 2)
+    weights = [normal(*s, dtype=torch.float32).mul(hidden**-0.5).to(dtype) for s in shapes]
+    x, lengths = normal(batch, 13, 24, dtype=dtype), torch.randint(1, 14, (batch,), device="cuda")
+    dy = normal(batch, 13, hidden, dtype=dtype)
+    for options in ({}, {"lengths": lengths}, {"lengths": lengths, "reverse": True}):
+        found = []
+        for clusters in ("1", "0", "1"):
+            monkeypatch.setenv("LMFAST_RECURRENT_CLUSTERS", clusters)
+            leaves = [t.detach().requires_grad_() for t in (x, *weights)]
+            op = getattr(lmfast.ops, name)
+            y = op(leaves[0], None, tuple(leaves[1:]), backend="cuda", **options)[0]
+            found.append([y, *torch.autograd.grad(y, leaves, dy)])
+        for inside, across, again in zip(*found, strict=True):
+            assert torch.equal(inside, again)
+            assert relative_error(inside, across.double()) <= 8 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 50, "top_p": 0.9}])
+@pytest.mark.parametrize("kind", ["decoder", "lstm", "elman", "gru", "llama", "llama, patched"])
 def test_generation_by_a_graph_is_that_of_the_loop(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    kind: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(1)
-    model = DecoderLanguageModel(1000, 128, 4, 3, 0, num_kv_heads=2, mlp="swiglu").cuda()
+    model: Any
+    if kind.startswith("llama"):
+        transformers = pytest.importorskip("transformers")
+        config = transformers.LlamaConfig(
+            vocab_size=1000,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        model = transformers.LlamaForCausalLM(config).eval().cuda()
+        if kind.endswith("patched"):
+            lmfast.patch(model)
+    elif kind == "decoder":
+        model = DecoderLanguageModel(1000, 128, 4, 3, 0, num_kv_heads=2, mlp="swiglu").cuda()
+    else:
+        model = RecurrentLanguageModel(1000, 128, 2, 0, cell=kind).cuda()
     ids = torch.randint(1, 1000, (3, 33), device="cuda")
     results = []
     for graphs in ("1", "0"):

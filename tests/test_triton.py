@@ -1,4 +1,4 @@
-"""Runs triton_interpreted.py with Triton's interpreter, in a process of its own."""
+"""Runs triton_interpreted*.py with Triton's interpreter, in a process of its own."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 
 def test_kernels_in_the_interpreter() -> None:
-    file = Path(__file__).with_name("triton_interpreted.py")
+    folder = Path(__file__).parent
+    files = sorted(map(str, folder.glob("triton_interpreted*.py")))
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", str(file), "-x", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", *files, "-x", "-p", "no:cacheprovider"],
         env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=file.parent.parent,
+        cwd=folder.parent,
         capture_output=True,
         text=True,
     )

@@ -8,7 +8,9 @@ assembler reports.
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -35,6 +37,7 @@ POINTERS = {
     torch.int8: "*i8",
     torch.uint8: "*u8",
     torch.bool: "*i1",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Case = tuple[str, Callable[[], Any]]
@@ -155,8 +158,11 @@ def attention_cases(dtype: torch.dtype) -> Iterator[Case]:
         (1, 128, plain._replace(lengths=starts)),
         (4, 256, every),
     ):
-        # The slowest to compile: float16 compiles like bfloat16, float32 is for comparison.
-        if dtype != torch.bfloat16 and (head_dim != 128 or options.window):
+        # The slowest to compile: float16 compiles like bfloat16, float32 has tiles of its own.
+        plainly = options.mask is None and not options.window
+        if dtype == torch.float16 and (head_dim != 128 or not plainly):
+            continue
+        if dtype == torch.float32 and not (plainly and length > 1):
             continue
         q = torch.empty(2, 8, length, head_dim, dtype=dtype)
         k = torch.empty(2, 2, 512, head_dim, dtype=dtype)
@@ -194,6 +200,19 @@ def cache_cases(dtype: torch.dtype) -> Iterator[Case]:
             f"cached attention {name}",
             lambda q=q, k=keys, o=options: cached_attention(q, k, k, lengths, *o),
         )
+        if dtype == torch.bfloat16 and head_dim == 64:
+            small = keys.to(torch.float8_e4m3fn)
+            yield (
+                "cached attention float8",
+                lambda q=q, k=small, o=options: cached_attention(q, k, k, lengths, *o),
+            )
+            tables, slots = (torch.empty(64, 32),) * 2, torch.zeros(2, dtype=torch.int64)
+            yield (
+                "rope_append float8",
+                lambda q=q, k=small, s=slots, t=tables: rope_append(
+                    q, q[:, :2], q[:, :2], k, k, None, None, s, None, *t, lengths, 0, False
+                ),
+            )
         if dtype == torch.bfloat16 and quantised:
             every = (table, scales, scales, 100, 30.0, heads, heads, 0.1)
             many = torch.empty(2, 8, 64, head_dim, dtype=dtype)
@@ -272,7 +291,7 @@ def additive_cases(dtype: torch.dtype) -> Iterator[Case]:
 
 def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
     from lmfast.triton import linear as kernels
-    from lmfast.triton.quantised_linear import quantised_linear
+    from lmfast.triton.quantised_linear import quantised_linear, quantised_linear_backward
 
     x, weight = torch.empty(16, 512, dtype=dtype), torch.empty(256, 512, dtype=dtype)
     bias, a, b = weight[:, 0].contiguous(), weight[:16].t(), weight[:16, :256]
@@ -283,6 +302,9 @@ def linear_cases(dtype: torch.dtype) -> Iterator[Case]:
         yield f"int8 x{rows}", lambda r=rows: quantised_linear(x[:r], codes, weight[:, 0], bias)
         scales = torch.empty(256, 16, dtype=torch.float16)
         yield f"int4 x{rows}", lambda r=rows, s=scales: quantised_linear(x[:r], bytes_, s, None)
+    dy = x[:, :256].contiguous()
+    yield "int8 backward", lambda: quantised_linear_backward(dy, codes, weight[:, 0])
+    yield "int4 backward", lambda: quantised_linear_backward(dy, bytes_, scales)
 
 
 def sample_cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -321,7 +343,8 @@ def every_config(name: str, key: Any, configs: Any, device: Any, run: Callable[.
 
 
 def main(out: str) -> None:
-    from lmfast.triton import attention, linear, quantised_linear, rms_norm_backward
+    import lmfast.triton
+    from lmfast.triton import _tuning
 
     compiled: dict[str, dict[str, Any]] = {}
     current = ""
@@ -346,10 +369,13 @@ def main(out: str) -> None:
         }
 
     JITFunction.run = compile_only
-    for launcher in (attention, rms_norm_backward):
-        launcher.multiprocessors = lambda device: 132  # an H200's: the launchers choose by it
-    for tuned in (linear, quantised_linear):
-        tuned.pick = every_config
+    # Whatever a launcher has of these: an H200's multiprocessors, and every configuration.
+    for module in pkgutil.iter_modules(lmfast.triton.__path__, "lmfast.triton."):
+        launcher = importlib.import_module(module.name)
+        if hasattr(launcher, "multiprocessors"):
+            launcher.multiprocessors = lambda device: 132
+        if getattr(launcher, "pick", None) is _tuning.pick:
+            launcher.pick = every_config
     for dtype in DTYPES:
         for cases in CASES:
             for name, call in cases(dtype):

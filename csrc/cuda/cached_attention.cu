@@ -69,7 +69,9 @@ Call describe(const Tensor& q, const Tensor& keys, const Tensor& values, const T
   check_same_shape(keys, values, "keys", "values");
   LMFAST_CHECK(keys.scalar_type() == values.scalar_type(), "values must have keys' dtype");
   const bool int8 = keys.scalar_type() == ScalarType::Char;
-  LMFAST_CHECK(int8 || dtype_of(keys, "keys") == dtype, "keys must have q's dtype or be int8");
+  LMFAST_CHECK(
+      int8 || keys.scalar_type() == ScalarType::Float8_e4m3fn || dtype_of(keys, "keys") == dtype,
+      "keys must have q's dtype or be int8 or float8_e4m3fn");
   LMFAST_CHECK(keys.size(3) == q.size(3) && keys.size(1) > 0 && q.size(1) % keys.size(1) == 0,
                "the heads of q must be a multiple of those of keys, of one size");
   LMFAST_CHECK(q.size(2) * (q.size(1) / keys.size(1)) <= kCacheMaxRows &&
@@ -177,6 +179,8 @@ void run(Call& call, const Tensor& q, const Tensor& keys) {
     using T = typename decltype(t)::type;
     if (keys.scalar_type() == ScalarType::Char) {
       launch<T, int8_t>(call, batch, stream);
+    } else if (keys.scalar_type() == ScalarType::Float8_e4m3fn) {
+      launch<T, e4m3>(call, batch, stream);
     } else {
       launch<T, T>(call, batch, stream);
     }

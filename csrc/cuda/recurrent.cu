@@ -8,6 +8,7 @@
 
 #include "kernels/recurrent.cuh"
 #include "launch.h"
+#include "recurrent_cluster.h"
 
 namespace lmfast::gpu {
 namespace {
@@ -39,26 +40,53 @@ const void* matrix(const Optional& t, const Tensor& like, const char* name,
   return t.has_value() ? matrix(*t, like, name, shape) : nullptr;
 }
 
-RecurrentPlan plan_for(RecurrentCell cell, int64_t hidden, int64_t batch, bool half,
-                       bool backward) {
+// `fits` is false where neither clusters nor the whole GPU hold the weights; `clusters`: which.
+RecurrentPlan plan_for(RecurrentCell cell, int64_t hidden, int64_t batch, DType dtype,
+                       bool backward, bool& clusters) {
+  const RecurrentPlan within =
+      cluster_plan(cell, static_cast<int>(hidden), static_cast<int>(batch), dtype, backward);
+  clusters = within.fits;
+  if (clusters) return within;
   int device = 0, shared = 0;
   LMFAST_CHECK(cudaGetDevice(&device) == cudaSuccess, "no current CUDA device");
   cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const int gates = recurrent_gates(cell);
   const int h = static_cast<int>(hidden);
   return recurrent_plan(backward ? 1 : gates, backward ? gates * h : h, h, static_cast<int>(batch),
-                        half, multiprocessors(), std::min(shared, kRecurrentMaxShared));
+                        dtype != DType::kF32, multiprocessors(),
+                        std::min(shared, kRecurrentMaxShared));
+}
+
+// Calls run(Type<T>, rows, depth) for the tile of the plan.
+template <typename Run>
+void with_tile(DType dtype, const RecurrentPlan& plan, Run run) {
+  with_type(dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    constexpr const RecurrentTile(&tiles)[3] = sizeof(T) == 2 ? kHalfTiles : kFloatTiles;
+    const auto at = [&](auto i) {
+      constexpr RecurrentTile tile = tiles[decltype(i)::value];
+      if (plan.tile_rows == tile.rows && plan.depth == tile.depth) {
+        run(t, std::integral_constant<int, tile.rows>{}, std::integral_constant<int, tile.depth>{});
+      }
+    };
+    at(std::integral_constant<int, 0>{});
+    at(std::integral_constant<int, 1>{});
+    at(std::integral_constant<int, 2>{});
+  });
 }
 
 // What both directions share; keeps the device's copies of sizes and counters alive.
 struct Layer {
   RecurrentShape s{};
   RecurrentPlan plan{};
+  bool clusters = false;
+  DType dtype;
   std::vector<Tensor> kept;
   cudaStream_t stream = nullptr;
 
   Layer(const Tensor& w_hh, const Tensor& like, int64_t rows, int64_t batch,
-        const Optional& batch_sizes, int64_t cell, bool reverse, bool backward) {
+        const Optional& batch_sizes, int64_t cell, bool reverse, bool backward)
+      : dtype(dtype_of(like, "the input's product")) {
     LMFAST_CHECK(cell >= 0 && cell <= 3, "no GPU kernel for this cell");
     s.cell = static_cast<RecurrentCell>(cell);
     const int64_t hidden = w_hh.dim() == 2 ? w_hh.size(1) : 0;
@@ -67,9 +95,9 @@ struct Layer {
                      w_hh.size(0) == recurrent_gates(s.cell) * hidden,
                  "w_hh must be (gates * hidden, hidden) in the dtype and on the GPU of the others");
     LMFAST_CHECK(batch >= 0 && batch < (1 << 30) && hidden < (1 << 20), "too large");
-    const bool half = dtype_of(like, "the input's product") != DType::kF32;
-    LMFAST_CHECK(!half || hidden % 8 == 0, "in 16 bits the hidden size must be a multiple of 8");
-    plan = plan_for(s.cell, hidden, batch, half, backward);
+    LMFAST_CHECK(dtype == DType::kF32 || hidden % 8 == 0,
+                 "in 16 bits the hidden size must be a multiple of 8");
+    plan = plan_for(s.cell, hidden, batch, dtype, backward, clusters);
     LMFAST_CHECK(plan.fits, "the weights of ", hidden, " hidden units do not fit on this GPU");
     stream = current_stream(like);
     s.reverse = reverse;
@@ -82,12 +110,16 @@ struct Layer {
     s.unit_blocks = plan.unit_blocks;
     s.group_rows = plan.group_rows;
     s.at_once = plan.at_once;
+    s.row_stride = plan.row_stride;
+    s.gate_stride = plan.gate_stride;
+    s.partial_size = plan.partial_size;
     if (batch_sizes.has_value()) {
       copy_sizes(*batch_sizes, like, rows);
     } else {
       LMFAST_CHECK(batch == 0 ? rows == 0 : rows % batch == 0, "rows must be a multiple of batch");
       s.steps = batch == 0 ? 0 : static_cast<int>(rows / batch);
     }
+    if (clusters) return;
     Tensor arrived = new_zeros(like, {plan.groups}, ScalarType::Int);
     s.arrived = static_cast<unsigned*>(arrived.mutable_data_ptr());
     kept.push_back(arrived);
@@ -120,8 +152,16 @@ struct Layer {
     kept.push_back(copy);
   }
 
+  // Starts kernel(type, rows, depth), of the plan's tile, or its twin for clusters.
+  template <typename Args, typename KernelOf>
+  void launch(const Args& args, const char* name, KernelOf kernel_of) {
+    if (clusters) return launch_in_clusters(args, plan, dtype, stream);
+    with_tile(dtype, plan,
+              [&](auto t, auto r, auto d) { launch_together(kernel_of(t, r, d), args, name); });
+  }
+
   template <typename Args>
-  void launch(void (*kernel)(Args), Args args, const char* name) {
+  void launch_together(void (*kernel)(Args), Args args, const char* name) {
     const void* function = reinterpret_cast<const void*>(kernel);
     LMFAST_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       plan.shared_bytes) == cudaSuccess,
@@ -133,24 +173,6 @@ struct Layer {
     LMFAST_CHECK(error == cudaSuccess, name, " did not start: ", cudaGetErrorString(error));
   }
 };
-
-// Calls run(Type<T>, rows, depth) for the tile of the plan.
-template <typename Run>
-void with_tile(DType dtype, const RecurrentPlan& plan, Run run) {
-  with_type(dtype, [&](auto t) {
-    using T = typename decltype(t)::type;
-    constexpr const RecurrentTile(&tiles)[3] = sizeof(T) == 2 ? kHalfTiles : kFloatTiles;
-    const auto at = [&](auto i) {
-      constexpr RecurrentTile tile = tiles[decltype(i)::value];
-      if (plan.tile_rows == tile.rows && plan.depth == tile.depth) {
-        run(t, std::integral_constant<int, tile.rows>{}, std::integral_constant<int, tile.depth>{});
-      }
-    };
-    at(std::integral_constant<int, 0>{});
-    at(std::integral_constant<int, 1>{});
-    at(std::integral_constant<int, 2>{});
-  });
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_forward(
     const Tensor& projected, const Tensor& w_hh, const Optional& hidden_bias, const Optional& h0,
@@ -194,8 +216,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> recurrent_forward(
   a.h = static_cast<float*>(state.mutable_data_ptr());
   a.c = a.h + batch * hidden;
   LMFAST_CHECK(!h0.has_value() || aligned({&*h0}), "h0 must be aligned to 16 bytes");
-  with_tile(dtype_of(projected, "projected"), layer.plan, [&](auto t, auto r, auto d) {
-    layer.launch(recurrent_fwd_kernel<typename decltype(t)::type, r, d>, a, "recurrent_fwd_kernel");
+  layer.launch(a, "recurrent_fwd_kernel", [](auto t, auto r, auto d) {
+    return recurrent_fwd_kernel<typename decltype(t)::type, r, d>;
   });
   return {y, h_n, c_n, gates, cells};
 }
@@ -238,8 +260,8 @@ std::tuple<Tensor, Tensor> recurrent_backward(const Optional& dy, const Optional
     a.carry = static_cast<float*>(state.mutable_data_ptr());
     a.carry_last = carry.mutable_data_ptr();
   }
-  with_tile(dtype_of(y, "y"), layer.plan, [&](auto t, auto r, auto d) {
-    layer.launch(recurrent_bwd_kernel<typename decltype(t)::type, r, d>, a, "recurrent_bwd_kernel");
+  layer.launch(a, "recurrent_bwd_kernel", [](auto t, auto r, auto d) {
+    return recurrent_bwd_kernel<typename decltype(t)::type, r, d>;
   });
   return {dgates, carry};
 }
@@ -249,11 +271,12 @@ bool recurrent_fits(const Tensor& like, int64_t hidden, int64_t batch, int64_t c
                     bool backward) {
   if (cell < 0 || cell > 3 || hidden < 1 || hidden >= (1 << 20)) return false;
   const DeviceGuard guard(like.get_device_index());
-  const bool half = dtype_of(like, "x") != DType::kF32;
-  if (half && hidden % 8 != 0) return false;
+  const DType dtype = dtype_of(like, "x");
+  if (dtype != DType::kF32 && hidden % 8 != 0) return false;
   const auto kind = static_cast<RecurrentCell>(cell);
-  return plan_for(kind, hidden, batch, half, false).fits &&
-         (!backward || plan_for(kind, hidden, batch, half, true).fits);
+  bool clusters = false;
+  return plan_for(kind, hidden, batch, dtype, false, clusters).fits &&
+         (!backward || plan_for(kind, hidden, batch, dtype, true, clusters).fits);
 }
 
 }  // namespace

@@ -26,6 +26,7 @@ from lmfast.commands.profile_measure import (
     synchronize,
 )
 from lmfast.commands.profile_model import ProfiledModel, profiled_model
+from lmfast.commands.profile_work import Work
 from lmfast.training.memory import peak_bytes, peak_device_bytes
 
 
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Run training steps or generation on random ids and print tokens per second, arithmetic "
         "and bytes per second beside what this machine reaches at most, peak memory, launches, "
-        "and the time of each part, layer and operation."
+        "and time, bytes and arithmetic of each part, layer and operation."
     )
     parser.add_argument(
         "--model", metavar="DIR", help="a saved model, of this package or transformers; else --kind"
@@ -105,15 +106,28 @@ def run(options: argparse.Namespace) -> int:
         "flops_per_second": ceilings.flops_per_second,
     }
     _print_rates(figures, ceilings)
-    layers = LayerTimes(options.depth, device)
+    layers, work = LayerTimes(options.depth, device), Work()
     with layers.recording(model.module):
         call()
-        if not layers.rows():  # the engine runs them all in one operator
+        if not layers.rows():  # the engine, or a graph, runs them all at once
+            forward()
+    with work.by_layer(model.module, options.depth), work:
+        call()
+    found = work
+    if layers.rows() and not work.layer_bytes:
+        found = Work()
+        with found.by_layer(model.module, options.depth), found, torch.no_grad():
             forward()
     figures["layers"] = [
-        {"layer": n, "calls": c, "milliseconds": 1e3 * s} for n, c, s in layers.rows()
+        {
+            "layer": name,
+            "calls": calls,
+            "milliseconds": 1e3 * seconds,
+            **rates(found.layer_bytes[name] / calls, found.layer_flops[name] / calls, seconds),
+        }
+        for name, calls, seconds in layers.rows()
     ]
-    _print_layers(figures["layers"])
+    _print_layers(figures["layers"], ceilings)
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -122,7 +136,8 @@ def run(options: argparse.Namespace) -> int:
         synchronize(device)
     operators, kernels = launches(recorded.events())
     figures["operator_calls"], figures["kernel_launches"] = operators, kernels
-    _print_operations(recorded.key_averages(), options.top, device)
+    figures["operations"] = operations(recorded.key_averages(), work, device)[: options.top]
+    _print_operations(figures["operations"], ceilings)
     started = f", {kernels:,} kernels started" if device.type == "cuda" else ""
     what = "a training step" if training else f"{options.new_tokens} steps"
     print(f"\n{what}: {operators:,} operators called{started}")
@@ -232,26 +247,70 @@ def _print_rates(figures: dict[str, Any], ceilings: Ceilings) -> None:
     )
 
 
-def _print_layers(layers: list[dict[str, Any]]) -> None:
-    if not layers:
-        return
-    rows = [["layer, forward", "calls", "ms each"]]
-    rows += [[r["layer"], str(r["calls"]), f"{r['milliseconds']:.3f}"] for r in layers]
-    print(format_table(rows) + "\n")
+def rates(moved: float, flops: float, seconds: float) -> dict[str, float]:
+    """Bytes and operations per second."""
+    seconds = max(seconds, 1e-9)
+    return {"gb_per_second": moved / seconds / 1e9, "gflop_per_second": flops / seconds / 1e9}
 
 
-def _print_operations(averages: Any, top: int, device: torch.device) -> None:
+def operations(averages: Any, work: Work, device: torch.device) -> list[dict[str, Any]]:
+    """The operators of a profile by their own time, with what `work` counted of each.
+
+    On a GPU, kernels in the place of operators where most were started by a graph, which does not
+    say by whom.
+    """
     on_gpu = device.type == "cuda"
 
     def seconds(event: Any) -> float:
         return (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
 
-    ranked = sorted(averages, key=seconds, reverse=True)
-    total = sum(seconds(event) for event in ranked) or 1.0
-    rows = [["operation", "calls", "ms", "share"]]
-    for event in ranked[:top]:
-        share = seconds(event) / total
-        rows.append(
-            [event.key[:60], str(event.count), f"{seconds(event) * 1e3:.2f}", f"{share:.0%}"]
-        )
+    events = [event for event in averages if seconds(event) > 0]
+    total = sum(map(seconds, events))
+    if on_gpu:
+        own = [event for event in events if "::" in event.key and event.self_cpu_time_total > 0]
+        others = [event for event in events if event not in own]
+        launched, run = (sum(map(seconds, part)) for part in (own, others))
+        events, total = (own, launched) if launched > 0.5 * run else (others, run)
+    ranked = sorted(events, key=seconds, reverse=True)
+    return [
+        {
+            "operation": event.key,
+            "calls": event.count,
+            "milliseconds": 1e3 * seconds(event),
+            "share": seconds(event) / (total or 1.0),
+            **rates(work.bytes[event.key], work.flops[event.key], seconds(event)),
+        }
+        for event in ranked
+    ]
+
+
+def _cells(row: dict[str, Any], ceilings: Ceilings) -> list[str]:
+    """Rates as text, and the larger share of what the machine reaches; nothing counted: a dash."""
+    moved, flops = row["gb_per_second"], row["gflop_per_second"]
+    share = max(moved * 1e9 / ceilings.bytes_per_second, flops * 1e9 / ceilings.flops_per_second)
+    return [
+        f"{moved:,.1f}" if moved else "-",
+        f"{flops:,.1f}" if flops else "-",
+        f"{share:.0%}" if moved or flops else "-",
+    ]
+
+
+_RATES = ["GB/s", "GFLOP/s", "of ceiling"]
+
+
+def _print_layers(layers: list[dict[str, Any]], ceilings: Ceilings) -> None:
+    if not layers:
+        return
+    rows = [["layer, forward", "calls", "ms each", *_RATES]]
+    for r in layers:
+        cells = [r["layer"], str(r["calls"]), f"{r['milliseconds']:.3f}", *_cells(r, ceilings)]
+        rows.append(cells)
+    print(format_table(rows) + "\n")
+
+
+def _print_operations(found: list[dict[str, Any]], ceilings: Ceilings) -> None:
+    rows = [["operation", "calls", "ms", "share", *_RATES]]
+    for r in found:
+        cells = [r["operation"][:60], str(r["calls"]), f"{r['milliseconds']:.2f}"]
+        rows.append([*cells, f"{r['share']:.0%}", *_cells(r, ceilings)])
     print(format_table(rows))

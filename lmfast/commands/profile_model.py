@@ -36,6 +36,8 @@ class ProfiledModel:
         attention_width: query heads times head size, 0 without attention.
         cache_width: key heads times head size, for keys and values each.
         layers: with attention.
+        experts_used: share of the experts that a token meets, of models that have them: parameters
+            of three dimensions are those of all experts of a layer.
     """
 
     module: nn.Module
@@ -48,6 +50,7 @@ class ProfiledModel:
     attention_width: int
     cache_width: int
     layers: int
+    experts_used: float = 1.0
 
     def parameters(self) -> int:
         """Every value counted once."""
@@ -60,7 +63,8 @@ class ProfiledModel:
         given = {m.data_ptr(): m for m in matrices}
         given.pop(self.embedding.data_ptr(), None)
         given[self.output.data_ptr()] = self.output
-        return sum(t.numel() for t in given.values())
+        experts = sum(p.numel() for p in self.module.parameters() if p.ndim == 3)
+        return sum(t.numel() for t in given.values()) + round(experts * self.experts_used)
 
     def flops_per_token(self, context: int) -> float:
         """Floating-point operations of one token's forward pass at the end of training rows.
@@ -141,7 +145,11 @@ def _of_transformers(path: str, device: torch.device) -> ProfiledModel:
         from transformers import AutoModelForCausalLM
     except ImportError as error:
         raise ValueError(f"{path} holds a model of transformers, which is not installed") from error
-    model: Any = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
+    except ValueError as error:  # its text names every architecture there is
+        first = str(error).splitlines()[0]
+        raise ValueError(f"{path} holds no causal language model: {first}") from error
     model.to(device)
     name = f"{type(model).__name__}"
     patch = getattr(lmfast, "patch", None)
@@ -149,9 +157,12 @@ def _of_transformers(path: str, device: torch.device) -> ProfiledModel:
         patch(model)
         name += ", patched"
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_attention_heads", None) or 0  # none in state-space models
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    experts = experts or getattr(config, "n_routed_experts", None)
+    used = getattr(config, "num_experts_per_tok", None)
 
     def loss(inputs: Tensor, targets: Tensor) -> Tensor:
         logits = model(input_ids=inputs, use_cache=False).logits
@@ -173,4 +184,5 @@ def _of_transformers(path: str, device: torch.device) -> ProfiledModel:
         attention_width=heads * head_dim,
         cache_width=kv_heads * head_dim,
         layers=config.num_hidden_layers,
+        experts_used=used / experts if used and experts else 1.0,
     )

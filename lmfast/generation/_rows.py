@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lmfast.generation._blocks import BlockTable
 from lmfast.generation._step import Placement, Step, check_integer, integers
-from lmfast.generation._storage import STORAGE_DTYPES, on_device
+from lmfast.generation._storage import on_device
 from lmfast.generation._window import WindowedLayers
+from lmfast.ops._storage import STORAGE_DTYPES
 
 Group = BlockTable | WindowedLayers  # layers whose tokens lie in the same places
 Cache = TypeVar("Cache", bound="CachedRows")

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
+from lmfast.ops._storage import FLOAT8
+
 _ALIGNMENT = 64  # bytes: a cache line, and a vector of AVX-512
 
 
@@ -115,8 +116,10 @@ class Storage:
         return Storage(*parts, *(None,) * (4 - len(parts)))
 
     def read(self, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Views (rows, Hkv, count, D) of keys and values; of int8 storage copies in ``dtype``."""
+        """Views (rows, Hkv, count, D) of keys and values; of 8-bit storage copies in ``dtype``."""
         keys, values = self.keys[:, :, :count], self.values[:, :, :count]
+        if keys.dtype == FLOAT8:
+            return keys.to(dtype), values.to(dtype)
         if self.key_scales is None or self.value_scales is None:
             return keys, values
         return (

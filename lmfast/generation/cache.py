@@ -45,8 +45,8 @@ class KVCache(CachedRows):
         num_kv_heads: Hkv.
         head_dim: D.
         max_length: tokens per row there may be; None = without limit.
-        dtype, device: of the storage; float32, bfloat16, float16, float64, or int8 with one float32
-            scale per key and value. The layers may compute in another.
+        dtype, device: of the storage; float32, bfloat16, float16, float64, float8_e4m3fn, or int8
+            with one float32 scale per key and value. The layers may compute in another.
         window: keys a query sees at most, itself included; of all layers, or one per layer. None =
             all.
         rows: storage rows to make at once, for forks and rows added later: without, they are added
@@ -147,8 +147,8 @@ class KVCache(CachedRows):
 
         Returns:
             Keys and values (B, Hkv, S, D), S = longest row + T: views of the storage; copies where
-            rows share, and in k's dtype from int8. In a shorter row what lies behind its end is to
-            be masked. Of a layer with a window, the last tokens of each row: see `first`.
+            rows share, and in k's dtype from 8 bits. What lies behind the end of a shorter row is
+            to be masked. Of a layer with a window, the last tokens of each row: see `first`.
         """
         if not k.is_floating_point():
             raise TypeError(f"k must have a floating-point dtype, got {k.dtype}")
@@ -206,7 +206,7 @@ class KVCache(CachedRows):
         return q
 
     def contents(self, layer: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """Return all keys and values of a layer, as `append` does; int8 ones in `dtype`."""
+        """Return all keys and values of a layer, as `append` does; 8-bit ones in `dtype`."""
         group, placement = self._look(layer)
         return group.gathered(layer, placement).read(placement.longest, dtype or torch.float32)
 

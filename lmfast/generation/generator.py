@@ -62,9 +62,9 @@ class Generator:
         TypeError: the model is none of these.
         ValueError: weights that the engine cannot provide for this model.
 
-    Backends: the compiled engine, or those of the model's modules; on a GPU, for a
-    `DecoderLanguageModel`, its modules in a CUDA graph per token, unless an option needs the host
-    after every token.
+    Backends: the compiled engine, or those of the model's modules; on a GPU, for decoders,
+    recurrent models and those of transformers that run on static buffers, the modules in a CUDA
+    graph per token, unless an option needs the host after every token.
 
     Example:
         >>> import torch

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lmfast.generation import static_models
 from lmfast.generation.states import RecurrentState
 
 
@@ -73,6 +74,18 @@ class ModuleRunner:
             state.tensor = after
             return logits, state
         return logits, after
+
+    def why_not_static(self) -> str | None:
+        """Why the model has no step on static buffers, or None."""
+        return static_models.why_not_static(self._model)
+
+    def may_be_static(self, state: Any) -> bool:
+        """Whether a state can be brought onto static buffers."""
+        return static_models.may_be_static(state)
+
+    def static_model(self, state: Any, steps: int) -> static_models.StaticModel:
+        """The model on static buffers, with room for so many steps; the state is used up."""
+        return static_models.static_model(self._model, state, steps)
 
 
 def step_rows_with_tokens(

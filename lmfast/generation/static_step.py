@@ -18,13 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfast import ops
-from lmfast.generation import _whole_step
-from lmfast.generation._blocks import BlockTable
-from lmfast.generation._storage import Storage, on_device
-from lmfast.generation.cache import KVCache
-from lmfast.generation.module_runner import ModuleRunner
 from lmfast.generation.sampler import Sampler
+from lmfast.generation.static_models import StaticModel
 from lmfast.generation.stopping import StopOnDevice
 
 # Steps between two looks of the host.
@@ -33,79 +28,23 @@ STEPS_PER_LOOK = 8
 _WARM_UP = 2
 
 
-class StaticLayer:
-    """One layer of a cache whose lengths are a tensor: what attention layers take for a cache.
-
-    `rope_append` only keeps the tokens: `attend` rotates, stores and attends in one operator.
-    """
-
-    def __init__(
-        self, storage: Storage, lengths: Tensor, table: Tensor | None, capacity: int
-    ) -> None:
-        self._storage, self._lengths, self._table = storage, lengths, table
-        self.longest = capacity - 1  # what rotation tables are made for
-        self._new: tuple[Any, ...] = ()
-
-    def rope_append(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        *,
-        interleaved: bool,
-        positions: int | Tensor | None,
-    ) -> Tensor:
-        """Take the tokens of the step."""
-        assert positions is None
-        self._new = (k, v, cos, sin, interleaved)
-        return q
-
-    def attend(self, q: Tensor, *, mask: Tensor | None = None, **options: Any) -> Tensor:
-        """Rotate, store and attend; the lengths count the new token already."""
-        assert mask is None
-        k, v, cos, sin, interleaved = self._new
-        s = self._storage
-        return ops.decode_attention(
-            *(q, k, v, s.keys, s.values, self._lengths, cos, sin),
-            interleaved=interleaved,
-            table=self._table,
-            key_scales=s.key_scales,
-            value_scales=s.value_scales,
-            **options,
-        )
-
-
-class StaticCache:
-    """The layers, under the method by which models ask for them."""
-
-    def __init__(self, layers: list[StaticLayer]) -> None:
-        self._layers = layers
-
-    def layer(self, index: int, counts: Any = None) -> StaticLayer:
-        """Return one layer; all rows have one token per step."""
-        return self._layers[index]
-
-
 def takes(runner: Any) -> bool:
     """Whether a runner's model has a step on static buffers."""
-    from lmfast.models.decoder import DecoderLanguageModel  # it stands on the cache
-
-    return isinstance(runner, ModuleRunner) and isinstance(runner._model, DecoderLanguageModel)
+    return hasattr(runner, "why_not_static") and runner.why_not_static() is None
 
 
 def unsupported(job: Any, *, on_cpu: bool = False) -> str | None:
     """Why a job cannot be decoded by a static step, or None."""
     o = job.options
-    if not takes(job.runner):
-        return "only decoders of lmfast.models have a step on static buffers"
+    if not hasattr(job.runner, "why_not_static"):
+        return "the engine runs whole steps by itself"
+    reason = job.runner.why_not_static()
+    if reason is not None:
+        return reason
     if job.prompts.ids.device.type != "cuda" and not on_cpu:
         return "CUDA graphs need a GPU"
     if os.environ.get("LMFAST_CUDA_GRAPHS") == "0":
         return "switched off by LMFAST_CUDA_GRAPHS=0"
-    if any(layer.attn.rope._depends_on_length for layer in job.runner._model.layers):
-        return "the rotation depends on the length of the text"
     for name, given in (
         ("stop strings", bool(o.strings())),
         ("choices", job.choices is not None),
@@ -122,56 +61,36 @@ class StaticStep:
     """The tensors of a step, and the step.
 
     Args:
-        model: a `DecoderLanguageModel`.
-        cache: after the prompts.
+        model: with the prompts' state on static buffers.
         sampler: chooses ids.
         stop: ends rows; None: nothing does.
         pad_id: follows in a row that has ended.
-        steps: most steps there may be: room in the cache is found for all of them now.
+        new: (B,) the first ids, those chosen from the prompts' logits.
         number: how many ids were chosen before, for the sampler: at least `min_new_tokens`.
     """
 
     def __init__(
         self,
-        model: Any,
-        cache: KVCache,
+        model: StaticModel,
         sampler: Sampler,
         stop: StopOnDevice | None,
         pad_id: int,
-        steps: int,
+        new: Tensor,
         number: int,
     ) -> None:
-        self._model, self._sampler, self._stop, self._pad_id = model, sampler, stop, pad_id
+        self.model, self._sampler, self._stop, self._pad_id = model, sampler, stop, pad_id
         sampler.draw_each_step()
         self._number = number
-        device = cache.device
-        start = cache._lengths
-        whole = _whole_step.begin(cache, steps, None)
-        self.lengths = on_device(start.copy(), device)
-        self.new = torch.zeros(len(start), dtype=torch.int64, device=device)
-        self.finished = torch.zeros(len(start), dtype=torch.bool, device=device)
-        self.ring = torch.zeros(STEPS_PER_LOOK, len(start), dtype=torch.int64, device=device)
-        self._at = torch.zeros(1, dtype=torch.int64, device=device)
-        longest = int(whole.new.ends.max())
-        layers = []
-        for group, storage in zip(
-            cache._group_of, _whole_step.storage_of(cache, whole), strict=True
-        ):
-            table = whole.placements[group].table
-            layers.append(StaticLayer(storage, self.lengths, table, longest))
-        self._cache = StaticCache(layers)
-
-    def begin(self, new: Tensor) -> None:
-        """Set the first ids (B,), those chosen from the prompts' logits."""
-        self.new.copy_(new)
-        if self._stop is not None:
-            self.finished.copy_(self._stop.update(new))
+        self.new = new.clone()
+        self.finished = torch.zeros_like(new, dtype=torch.bool)
+        self.ring = new.new_zeros(STEPS_PER_LOOK, len(new))
+        self._at = new.new_zeros(1)
+        if stop is not None:
+            self.finished.copy_(stop.update(new))
 
     def __call__(self) -> None:
         """Feed the ids, choose the next ones, note who has ended: on the device alone."""
-        self.lengths += 1
-        logits, _ = self._model.step(self.new[:, None], self._cache)
-        new = self._sampler(logits, self._number)
+        new = self._sampler(self.model(self.new), self._number)
         new = new.masked_fill(self.finished, self._pad_id)
         self._sampler.count(new)
         self.new.copy_(new)
@@ -181,8 +100,8 @@ class StaticStep:
         self._at.add_(1).remainder_(STEPS_PER_LOOK)
 
     def everything(self) -> list[Tensor]:
-        """All tensors that a step changes, but for the cache."""
-        state = [self.lengths, self.new, self.finished, self.ring, self._at]
+        """All tensors that a step changes, but for keys and values."""
+        state = [*self.model.state(), self.new, self.finished, self.ring, self._at]
         if self._sampler.counts is not None:
             state.append(self._sampler.counts)
         return state + ([] if self._stop is None else self._stop.state())
@@ -223,25 +142,24 @@ def capture(step: StaticStep, generator: torch.Generator | None) -> Callable[[],
 
 
 def decode_static(
-    job: Any, sampler: Sampler, logits: Tensor, cache: KVCache
+    job: Any, sampler: Sampler, logits: Tensor, state: Any
 ) -> Iterator[Tensor] | None:
-    """Yield the new ids (B,) of one step after the other, from the prompts' logits and cache.
+    """Yield the new ids (B,) of one step after the other, from the prompts' logits and state.
 
-    None if the cache cannot be appended to in place: a layer that keeps only a window.
+    None if the state cannot be brought onto static buffers: a cache that keeps only a window.
     """
-    if not all(isinstance(group, BlockTable) for group in cache._groups):
+    if not job.runner.may_be_static(state):
         return None
-    return _steps(job, sampler, logits, cache)
+    return _steps(job, sampler, logits, state)
 
 
-def _steps(job: Any, sampler: Sampler, logits: Tensor, cache: KVCache) -> Iterator[Tensor]:
+def _steps(job: Any, sampler: Sampler, logits: Tensor, state: Any) -> Iterator[Tensor]:
     o = job.options
     batch, device = len(job.prompts.lengths), logits.device
     stop = None
     if job.eos_ids or o.stop_sequences:
         stop = StopOnDevice(batch, job.eos_ids, o.stop_sequences, device)
     left, number = o.max_new_tokens, 0
-    model = job.runner._model
     finished: Tensor | None = None
     # Until the minimum is reached a step differs from the next: these run one by one.
     while True:
@@ -256,9 +174,9 @@ def _steps(job: Any, sampler: Sampler, logits: Tensor, cache: KVCache) -> Iterat
             break
         if stop is not None:
             finished = stop.update(new, False)
-        logits, _ = model.step(new[:, None], cache)
-    step = StaticStep(model, cache, sampler, stop, job.pad_id, left, number)
-    step.begin(new)
+        logits, state = job.runner.step(new[:, None], state)
+    model = job.runner.static_model(state, left)
+    step = StaticStep(model, sampler, stop, job.pad_id, new, number)
     if stop is not None and bool(step.finished.all()):
         return
     run = capture(step, o.generator)

@@ -57,6 +57,13 @@ def attention_forward(
         return _with_weights(
             query, key, value, attention_mask, dropout, scaling, causal, softcap, sinks
         )
+    ends = getattr(key, "lmfast_ends", None)  # StaticTransformer: the mask is the rows' length
+    alone = attention_mask is None or attention_mask.dtype == torch.bool
+    if ends is not None and alone and length == 1 and key.shape == value.shape and not dropout:
+        out = ops.cached_attention(
+            query, key, value, ends, softcap=softcap, sinks=sinks, scale=scaling
+        )
+        return out.transpose(1, 2).contiguous(), None
     if dropout or kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs

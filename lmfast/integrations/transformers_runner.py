@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from lmfast.generation.module_runner import step_rows_with_tokens
+from lmfast.integrations import transformers_static
 
 
 class TransformersState:
@@ -196,6 +197,24 @@ class TransformersRunner:
             columns = (columns + shift[:, None]) % width
             logits = logits.gather(1, columns[..., None].expand_as(logits))
         return logits, state
+
+    def why_not_static(self) -> str | None:
+        """Why the model has no step on static buffers, or None."""
+        return transformers_static.why_not_static(self._model)
+
+    def may_be_static(self, state: TransformersState) -> bool:
+        """Whether a state can be brought onto static buffers."""
+        return transformers_static.may_be_static(state)
+
+    def static_model(
+        self, state: TransformersState, steps: int
+    ) -> transformers_static.StaticTransformer:
+        """The model on static buffers, with room for so many steps; the state is used up."""
+        return transformers_static.StaticTransformer(
+            *(self._model, state, steps),
+            takes_positions=self._positions,
+            takes_last_only=self._last_only,
+        )
 
     def _ragged_step(
         self, ids: Tensor, state: TransformersState, lengths: Tensor, all_positions: bool

@@ -16,8 +16,7 @@ from lmfast.ops._attention_arguments import (
 )
 from lmfast.ops._cached_attention_reference import TABLE_BLOCK, CacheOptions
 from lmfast.ops._library import check_range, check_same_device, check_tensor, needs_grad
-
-STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float64)
+from lmfast.ops._storage import STORAGE_DTYPES, STORAGE_NAMES
 
 
 def _check_query(q: object) -> Tensor:
@@ -31,9 +30,7 @@ def _check_stored(name: str, value: object, q: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in STORAGE_DTYPES:
-        raise TypeError(
-            f"{name} must be float32, bfloat16, float16, float64 or int8, got {value.dtype}"
-        )
+        raise TypeError(f"{name} must be {STORAGE_NAMES}, got {value.dtype}")
     if value.dim() != 4 or value.shape[3] != q.shape[3]:
         raise ValueError(
             f"{name} must have shape (R, Hkv, C, {q.shape[3]}), with q's head size, "

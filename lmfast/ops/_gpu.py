@@ -14,6 +14,7 @@ from lmfast import _extension
 from lmfast._dispatch import implementation, register
 from lmfast.ops._cached_attention_reference import CacheOptions
 from lmfast.ops._library import needs_grad
+from lmfast.ops._storage import FLOAT8
 from lmfast.ops.decode_attention import launch as launch_decode_attention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,7 +64,7 @@ def _cached_unsupported(
         )
     if q.shape[3] > 256:
         return f"the kernel takes head sizes to 256, got {q.shape[3]}"
-    if keys.dtype not in (q.dtype, torch.int8):
+    if keys.dtype not in (q.dtype, torch.int8, FLOAT8):
         return f"no CUDA kernel for {q.dtype} queries on {keys.dtype} storage"
     o = CacheOptions(*options)
     for t in (keys, values, o.key_scales, o.value_scales):

@@ -1,7 +1,8 @@
 """The recurrent layers on an NVIDIA GPU by the persistent kernels of the CUDA extension.
 
 The products over all steps are cuBLAS's, in the dtype of x; the loop over time is one kernel each
-way that keeps the weights on the chip. The way there is the CPU kernels': the same operators.
+way that keeps the weights on the chip: on Hopper within clusters where up to 16 multiprocessors
+hold them, else across the whole GPU. The way there is the CPU kernels': the same operators.
 """
 
 from __future__ import annotations

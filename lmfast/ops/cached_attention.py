@@ -49,8 +49,8 @@ def cached_attention(
     Args:
         q: (B, H, T, D), float32, bfloat16, float16 or float64; any strides.
         keys, values: (R, Hkv, C, D), the storage, of one dtype: float32, bfloat16, float16 (q's
-            dtype or not), float64, or int8 with scales; H a multiple of Hkv, head h reads head
-            h // (H / Hkv). Without a table R = B. Read in place.
+            dtype or not), float64, float8_e4m3fn, or int8 with scales; H a multiple of Hkv, head h
+            reads head h // (H / Hkv). Without a table R = B. Read in place.
         lengths: integers of shape () or (B,): keys valid per row, the T new ones included.
         table: (B, ceil(C / 64)) int32: the keys of row b at positions [64 j, 64 j + 64) lie in
             storage row table[b, j], at the same positions there. So rows that begin alike (beams,
@@ -77,7 +77,8 @@ def cached_attention(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        cpu (C++) and triton (not for float64), torch.
+        cuda (up to 4 query rows per key head) and triton (neither for float64), cpu (C++; neither
+        float64 nor float8_e4m3fn), torch.
 
     Source:
         Dao et al. 2022, arXiv:2205.14135 (online softmax); keys split over threads: Dao et al.

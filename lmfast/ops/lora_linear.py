@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfast._dispatch import Op, register_op, select
+from lmfast._dispatch import Op, implementation, register_op, select
 from lmfast._transforms import transform_of
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import check_same_device, check_tensor, is_autocast, needs_grad
 from lmfast.ops.linear import linear
 from lmfast.testing import Sample
+
+# On a GPU; above, the matrix is no longer what takes the time.
+_MOST_FUSED_ROWS = 64
 
 
 def lora_linear(
@@ -56,8 +59,8 @@ def lora_linear(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        torch, whose large products are those of ``lmfast.ops.linear``; triton (inference, up to 64
-        rows and rank 128, where it is taken by itself).
+        torch, whose large products are those of ``lmfast.ops.linear``; triton (ranks to 128; taken
+        by itself up to 64 rows, where the matrix is what takes the time).
 
     Source:
         Hu et al. 2021, LoRA, arXiv:2106.09685.
@@ -71,6 +74,8 @@ def lora_linear(
     args = _check(x, weight, a, b, bias=bias, scale=scale, low=low)
     chosen = select(OP, args, backend)
     if chosen.backend != "torch":
+        if needs_grad(x, weight, a, b, bias):
+            return apply(_LoRALinear, *args, chosen.backend)[0]
         return chosen.forward(*args)
     if transform_of(*args):
         return _reference(*args)
@@ -79,7 +84,7 @@ def lora_linear(
             return _reference(*args)  # autocast leaves fp64 alone
         args = _in_autocast_dtype(*args)
     if needs_grad(x, weight, a, b, bias, low):
-        return apply(_LoRALinear, *args)[0]
+        return apply(_LoRALinear, *args, "torch")[0]
     return _products(*args)[0]
 
 
@@ -164,12 +169,17 @@ class _LoRALinear(torch.autograd.Function):
         bias: Tensor | None,
         scale: float,
         low: Tensor | None,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
-        return _products(x, weight, a, b, bias, scale, low)
+        if backend == "torch":
+            return _products(x, weight, a, b, bias, scale, low)
+        forward = implementation("lora_linear", backend).forward
+        y = forward(x, weight, a, b, bias, scale, low)
+        return y, x.reshape(-1, x.shape[-1]) @ a
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, a, b, bias, ctx.scale, low = inputs
+        x, weight, a, b, bias, ctx.scale, low, ctx.backend = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, a, b, bias, low, output[1])
@@ -178,20 +188,24 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
         x, weight, a, b, bias, low, inner = ctx.saved_tensors
         if dy is None:
-            return (None,) * 7
+            return (None,) * 8
         if recording_backward():
 
             def plain(x, weight, a, b, bias, low):  # type: ignore[no-untyped-def]
                 return _reference(x, weight, a, b, bias, ctx.scale, low)
 
             *grads, dlow = differentiate(plain, (x, weight, a, b, bias, low), (dy,))
-            return *grads, None, dlow
+            return *grads, None, dlow, None
         wanted = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.shape[-1])
         source = (x if low is None else low).reshape(-1, x.shape[-1])
-        dinner = (rows @ b.t()).mul_(ctx.scale)  # (rows, R)
         dx = dweight = da = db = dbias = dlow = None
-        if wanted[0]:
+        if wanted[0] and ctx.backend != "torch":
+            # dy weight + scale (dy b^T) a^T has the form of the forward.
+            forward = implementation("lora_linear", ctx.backend).forward
+            dx = forward(rows, weight.t(), b.t(), a.t(), None, ctx.scale, None).view(x.shape)
+        dinner = (rows @ b.t()).mul_(ctx.scale)  # (rows, R)
+        if wanted[0] and dx is None:
             dx = linear(rows, weight.t())
             if low is None:
                 dx.addmm_(dinner, a.t())
@@ -206,7 +220,14 @@ class _LoRALinear(torch.autograd.Function):
             dbias = rows.sum(0)
         if low is not None and wanted[6]:
             dlow = (dinner @ a.t()).view(x.shape)
-        return dx, dweight, da, db, dbias, None, dlow
+        return dx, dweight, da, db, dbias, None, dlow, None
+
+
+def _prefer(x: Tensor, *rest: Any) -> tuple[str, str] | None:
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    if x.is_cuda and rows > _MOST_FUSED_ROWS:
+        return "torch", f"{rows} rows: above {_MOST_FUSED_ROWS} cuBLAS's products are faster"
+    return None
 
 
 def _samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
@@ -240,5 +261,6 @@ OP = register_op(
         check=_check,
         sample_inputs=_samples,
         differentiable=("x", "weight", "a", "b", "bias", "low"),
+        prefer=_prefer,
     )
 )

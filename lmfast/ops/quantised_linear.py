@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmfast._dispatch import Op, register, register_op, select
+from lmfast._dispatch import Op, implementation, register, register_op, select
+from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import (
     accumulation_dtype,
     check_same_device,
@@ -105,8 +106,9 @@ def quantised_linear(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        cpu (C++, inference, not float64) and triton (inference); torch, which also computes the
-        gradients of x and bias.
+        cpu (C++, not float64, up to 256 rows), triton, and torch, which also computes the gradient
+        of scales. Gradients of x on the CPU by PyTorch's product, gradients of gradients through
+        PyTorch.
 
     Source:
         Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339 (a scale per row); Frantar et al. 2022,
@@ -120,7 +122,10 @@ def quantised_linear(
         tensor([[-1.0000,  4.5000]])
     """
     args = _check(x, codes, scales, bias)
-    return select(OP, args, backend).forward(*args)
+    chosen = select(OP, args, backend)
+    if chosen.backend != "torch" and needs_grad(x, bias):
+        return apply(_QuantisedLinear, *args, chosen.backend)
+    return chosen.forward(*args)
 
 
 def _check(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
@@ -190,10 +195,52 @@ def _fake(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tens
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-# For kernels; the reference needs no operator.
+# For kernels; the reference needs no operators.
 _kernel = define(
     "quantised_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor", _fake
 )
+define(
+    "quantised_linear_backward(Tensor dy, Tensor codes, Tensor scales) -> Tensor",
+    lambda dy, codes, scales: dy.new_empty(
+        (*dy.shape[:-1], codes.shape[1] * (1 if codes.dtype == torch.int8 else 2))
+    ),
+)
+
+
+class _QuantisedLinear(torch.autograd.Function):
+    """The gradients of x and bias by kernels; the matrix has none."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, backend: str
+    ) -> Tensor:
+        return implementation("quantised_linear", backend).forward(x, codes, scales, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, codes, scales, bias, ctx.backend = inputs
+        # x itself is needed for gradients of gradients alone, and is alive as the graph's input.
+        ctx.save_for_backward(x, codes, scales, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, codes, scales, bias = ctx.saved_tensors
+        if recording_backward():
+
+            def plain(x: Tensor, bias: Tensor | None) -> Tensor:
+                return _reference(x, codes, scales, bias)
+
+            dx, dbias = differentiate(plain, (x, bias), (dy,))
+            return dx, None, None, dbias, None
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            backward = implementation("quantised_linear", ctx.backend).backward
+            assert backward is not None
+            dx = backward(dy, codes, scales)
+        if bias is not None and ctx.needs_input_grad[3]:
+            dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+        return dx, None, None, dbias, None
+
 
 # Up to how many rows the codes are multiplied as they lie; beyond, widening the whole matrix for
 # PyTorch's product costs less. Measured.
@@ -205,9 +252,15 @@ def _forward(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> T
     return _kernel(x, with_unit_last_stride(codes), scales.contiguous(), bias)
 
 
+def _backward(dy: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """The gradient of x, by PyTorch's product of the widened matrix."""
+    wide = accumulation_dtype(dy.dtype)
+    return (dy.to(wide) @ dequantised(codes, scales, wide)).to(dy.dtype)
+
+
 def _unsupported(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> str | None:
-    if needs_grad(x, bias):
-        return "no kernel for gradients"
+    if needs_grad(scales):
+        return "no kernel for the gradient of scales"
     for t in (x, scales):
         if t.dtype == torch.float64:
             return "no kernel for torch.float64"
@@ -252,9 +305,9 @@ OP = register_op(
         reference=_reference,
         check=_check,
         sample_inputs=_samples,
-        differentiable=(),
+        differentiable=("x", "bias"),
         peer=_peer,
     )
 )
 
-register("quantised_linear", "cpu", ("cpu",), _forward, None, _unsupported)
+register("quantised_linear", "cpu", ("cpu",), _forward, _backward, _unsupported)

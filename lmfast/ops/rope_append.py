@@ -23,8 +23,8 @@ from lmfast.ops._library import (
 )
 from lmfast.ops._rope_append_samples import samples
 from lmfast.ops._rotation import angles, check_positions, check_tables, rotate
+from lmfast.ops._storage import FLOAT8, STORAGE_DTYPES, STORAGE_NAMES, rounded
 
-STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
 # Vectors smaller than this are stored as zeros in int8: their inverse could overflow.
 SMALLEST = 1e-30
 # int8 storage needs a whole vector on the stack before the first element is written.
@@ -54,14 +54,15 @@ def rope_append(
     ``row, column = divmod(slots[b T + t], C)``. The rotation is ``lmfast.ops.rope``'s; k is rounded
     once, to the storage dtype, and is itself left as it is. int8 storage has one scale per vector:
     ``scale = max|x| / 127``, ``code = round(x / scale)``; a vector with NaN or infinity reads as
-    NaN. For inference: there is no gradient.
+    NaN. float8_e4m3fn storage has none: numbers are rounded to the nearest, those beyond 448 to
+    448, infinity to NaN. For inference: there is no gradient.
 
     Args:
         q: (B, H, T, D), float32, bfloat16, float16 or float64; any strides. Overwritten. H may
             be 0.
         k, v: (B, Hkv, T, D), q's dtype; any strides.
-        keys, values: (R, Hkv, C, D), the storage, of one dtype: any of q's dtypes, or int8 with
-            scales. Written to.
+        keys, values: (R, Hkv, C, D), the storage, of one dtype: any of q's dtypes, int8 with
+            scales, or float8_e4m3fn. Written to.
         slots: (N,) int64, where each token goes: row * C + column, no two alike.
         cos, sin: (L, D_rot / 2) float32 from ``rope_tables``; None: nothing is rotated.
         positions, interleaved: as in ``lmfast.ops.rope``.
@@ -82,7 +83,7 @@ def rope_append(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        cpu (C++), triton, torch.
+        cpu (C++; stores no float8_e4m3fn), triton, torch.
 
     Source:
         Su et al., RoFormer, 2021, arXiv:2104.09864; the mapping of tokens to slots: Kwon et al.,
@@ -203,9 +204,7 @@ def _check_storage(
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
         if t.dtype not in STORAGE_DTYPES:
-            raise TypeError(
-                f"{name} must be float32, bfloat16, float16, float64 or int8, got {t.dtype}"
-            )
+            raise TypeError(f"{name} must be {STORAGE_NAMES}, got {t.dtype}")
         check_same_device(name, t, "k", k)
     if keys.shape != values.shape or keys.dtype != values.dtype:
         raise ValueError(
@@ -266,7 +265,7 @@ def _store(
         vectors = vectors[tokens]  # [N, Hkv, D]
     rows, columns = slots // storage.shape[2], slots % storage.shape[2]
     if scales is None:
-        storage[rows, :, columns] = vectors.to(storage.dtype)
+        storage[rows, :, columns] = rounded(vectors, storage.dtype)
     else:
         storage[rows, :, columns], scales[rows, :, columns] = quantised(vectors)
 
@@ -320,13 +319,20 @@ def launcher(op: Any) -> Callable[..., None]:
 
 
 def unsupported_by_kernels(
-    check: Callable[..., str | None],
+    check: Callable[..., str | None], *, float8: bool = False
 ) -> Callable[..., str | None]:
-    """The ``supports`` of an implementation whose kernels take what ``check`` lets pass."""
+    """The ``supports`` of an implementation whose kernels take what ``check`` lets pass.
+
+    Args:
+        check: called with q, k and v.
+        float8: the kernels store such numbers.
+    """
 
     def supports(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, *rest: Any) -> str | None:
         if (keys.dtype == torch.float64) != (q.dtype == torch.float64):
             return f"no kernel that stores {q.dtype} as {keys.dtype}"
+        if keys.dtype == FLOAT8 and not float8:
+            return f"no kernel that stores {keys.dtype}"
         if keys.dtype == torch.int8 and keys.shape[3] > _MAX_QUANTISED_HEAD_DIM:
             return (
                 f"int8 storage takes head sizes to {_MAX_QUANTISED_HEAD_DIM}, got {keys.shape[3]}"

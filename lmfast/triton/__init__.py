@@ -25,6 +25,7 @@ from lmfast._dispatch import register
 from lmfast.ops._attention_reference import Options
 from lmfast.ops._glu import launchers
 from lmfast.ops._library import needs_grad, with_unit_last_stride
+from lmfast.ops._storage import FLOAT8
 from lmfast.ops.additive_attention import launchers as additive_launchers
 from lmfast.ops.additive_attention import unsupported_by_kernels as additive_unsupported_by
 from lmfast.ops.attention import kernel_options, sink_gradient
@@ -39,8 +40,6 @@ from lmfast.ops.rope_append import launcher as rope_append_launcher
 from lmfast.ops.rope_append import unsupported_by_kernels as append_unsupported_by
 from lmfast.triton._launch import DEVICES, twin, unsupported
 
-# Above, the matrix is no longer what takes the time, and cuBLAS's product is the faster one.
-_MOST_LORA_ROWS = 64
 _MOST_LORA_RANK = 128
 # Longest row the kernels are tested with. They hold a row, or walk it in blocks.
 MAX_WIDTH = 65536
@@ -70,6 +69,7 @@ _linear_cross_entropy = linear_cross_entropy_launcher(
 _linear = twin("linear", "linear")
 _sample = twin("sample", "sample")
 _quantised_linear = twin("quantised_linear", "quantised_linear")
+_quantised_linear_backward = twin("quantised_linear_backward", "quantised_linear")
 _glu_launchers = {
     name: launchers(twin(name, "swiglu"), twin(f"{name}_backward", "swiglu"))
     for name in ("swiglu", "geglu")
@@ -85,8 +85,8 @@ def _glu_unsupported(gate: Tensor, up: Tensor | None, *options: Any) -> str | No
 def _quantised_unsupported(
     x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None
 ) -> str | None:
-    if needs_grad(x, bias):
-        return "no kernel for gradients"
+    if needs_grad(scales):
+        return "no kernel for the gradient of scales"
     return unsupported(x, scales, bias)
 
 
@@ -127,13 +127,8 @@ def _lora_unsupported(
     scale: float,
     low: Tensor | None,
 ) -> str | None:
-    if needs_grad(x, weight, a, b, bias):
-        return "no kernel for gradients"
     if low is not None:
         return "no kernel for an update of another input than x"
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    if rows > _MOST_LORA_ROWS:
-        return f"{rows} rows; above {_MOST_LORA_ROWS} cuBLAS's products are faster"
     if a.shape[1] > _MOST_LORA_RANK:
         return f"the kernel takes ranks to {_MOST_LORA_RANK}, got {a.shape[1]}"
     return _linear_unsupported(x, weight, bias) or unsupported(a, b)
@@ -252,6 +247,17 @@ def _attention_unsupported(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> st
     return unsupported(q, k, v)
 
 
+def _cached_unsupported(q: Tensor, keys: Tensor, *rest: Any) -> str | None:
+    if keys.dtype != FLOAT8:
+        return _cached_unsupported_but_float8(q, keys, *rest)
+    if keys.is_cuda and torch.cuda.get_device_capability(keys.device) < (8, 9):
+        return f"this GPU has no conversions from {keys.dtype}"
+    # What else there is to refuse does not depend on the storage.
+    return _cached_unsupported_but_float8(q, keys.view(torch.int8), *rest)
+
+
+_cached_unsupported_but_float8 = cache_unsupported_by(unsupported)
+
 register(
     "rms_norm",
     "triton",
@@ -278,7 +284,7 @@ register(
     DEVICES,
     cached_attention_launcher(twin("cached_attention", "attention")),
     None,
-    cache_unsupported_by(unsupported),
+    _cached_unsupported,
 )
 register(
     "cross_entropy",
@@ -323,12 +329,13 @@ register(
     DEVICES,
     rope_append_launcher(twin("rope_append", "rope_append")),
     None,
-    append_unsupported_by(unsupported),
+    append_unsupported_by(unsupported, float8=True),
 )
 register_two_calls("triton", DEVICES)
 register("sample", "triton", DEVICES, _sample, None, lambda logits, *rest: unsupported(logits))
 register("linear", "triton", DEVICES, _linear_forward, library_backward, _linear_unsupported)
-register("lora_linear", "triton", DEVICES, _lora_forward, None, _lora_unsupported)
+# The gradients are products of the same form: ops/lora_linear.py.
+register("lora_linear", "triton", DEVICES, _lora_forward, _lora_forward, _lora_unsupported)
 register(
     "quantised_linear",
     "triton",
@@ -336,7 +343,9 @@ register(
     lambda x, codes, scales, bias: _quantised_linear(
         with_unit_last_stride(x), with_unit_last_stride(codes), scales.contiguous(), bias
     ),
-    None,
+    lambda dy, codes, scales: _quantised_linear_backward(
+        with_unit_last_stride(dy), with_unit_last_stride(codes), scales.contiguous()
+    ),
     _quantised_unsupported,
 )
 for _name, _pair in _glu_launchers.items():

@@ -8,6 +8,10 @@ so a tile of bytes makes two products, with the even and the odd columns of x.
 
 One row of x takes no matrix instruction, which would be 15/16 empty: a program multiplies rows of
 the matrix with x elementwise, keeps a sum per thread, and adds across threads once at the end.
+
+The gradient of x, dy W, walks the rows of the matrix instead of its columns: the same bytes once.
+There the scale of an int8 row stands inside the sum, so it is multiplied into dy, which is rounded
+to its dtype once more; both columns of a byte again have a sum each, and are stored side by side.
 """
 
 from __future__ import annotations
@@ -30,6 +34,11 @@ MATRIX_CONFIGS = (
     {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
     {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
     {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
+)
+GRADIENT_CONFIGS = (
+    {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
 )
 
 
@@ -136,6 +145,57 @@ def _quantised_matrix_kernel(
     tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=y_there)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _quantised_grad_kernel(
+    dy_ptr,
+    codes_ptr,
+    scales_ptr,
+    dx_ptr,
+    rows,
+    width,
+    columns,
+    dy0,
+    codes0,
+    scales0,
+    GROUP: tl.constexpr,
+    DOT_FP32: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    dtype = tl.float32 if DOT_FP32 else dy_ptr.dtype.element_ty
+    dy_row = dy_ptr + m.to(tl.int64)[:, None] * dy0
+    low = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    high = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for begin in range(0, width, BLOCK_N):
+        n = begin + tl.arange(0, BLOCK_N)
+        there = (n < width)[:, None] & (k < columns)[None, :]
+        dy_there = (m < rows)[:, None] & (n < width)[None, :]
+        dy = tl.load(dy_row + n[None, :], mask=dy_there, other=0.0)
+        at = n.to(tl.int64)[:, None] * codes0 + k[None, :]
+        codes = tl.load(codes_ptr + at, mask=there, other=0)
+        if GROUP == 0:
+            scale = tl.load(scales_ptr + n, mask=n < width, other=0.0).to(tl.float32)
+            dy = (dy.to(tl.float32) * scale[None, :]).to(dy_ptr.dtype.element_ty).to(dtype)
+            low = tl.dot(dy, codes.to(dtype), low, input_precision="tf32x3")
+        else:
+            dy = dy.to(dtype)
+            w = _numbers(codes, scales_ptr, n, k, there, scales0, 0, GROUP).to(dtype)
+            low = tl.dot(dy, w, low, input_precision="tf32x3")
+            w = _numbers(codes, scales_ptr, n, k, there, scales0, 1, GROUP).to(dtype)
+            high = tl.dot(dy, w, high, input_precision="tf32x3")
+    dx_there = (m < rows)[:, None] & (k < columns)[None, :]
+    if GROUP == 0:
+        at = m.to(tl.int64)[:, None] * columns + k[None, :]
+        tl.store(dx_ptr + at, low.to(dx_ptr.dtype.element_ty), mask=dx_there)
+    else:
+        at = 2 * (m.to(tl.int64)[:, None] * columns + k[None, :])
+        tl.store(dx_ptr + at, low.to(dx_ptr.dtype.element_ty), mask=dx_there)
+        tl.store(dx_ptr + at + 1, high.to(dx_ptr.dtype.element_ty), mask=dx_there)
+
+
 def quantised_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """Launches a kernel; the arguments of ``lmfast::quantised_linear``, codes with unit stride."""
     y = x.new_empty((*x.shape[:-1], codes.shape[0]))
@@ -170,3 +230,31 @@ def quantised_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | No
     with on_device(x):
         launch(pick(name, key, configs, x.device, launch))
     return y
+
+
+def quantised_linear_backward(dy: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """Launches the gradient's kernel: that of x; dy with unit stride in its last dimension."""
+    width, columns = codes.shape
+    depth = columns * (1 if codes.dtype == torch.int8 else 2)
+    dx = dy.new_empty((*dy.shape[:-1], depth))
+    if dx.numel() == 0:
+        return dx
+    flat = dy.reshape(-1, width)
+    rows = flat.shape[0]
+    group = 0 if codes.dtype == torch.int8 else depth // max(1, scales.shape[1])
+
+    def launch(config: dict[str, int]) -> None:
+        across = triton.cdiv(columns, config["BLOCK_K"])
+        _quantised_grad_kernel[(across, triton.cdiv(rows, config["BLOCK_M"]))](
+            *(flat, codes, scales, dx, rows, width, columns),
+            *(flat.stride(0), codes.stride(0), scales.stride(0)),
+            GROUP=group,
+            DOT_FP32=INTERPRETED and dy.dtype == torch.bfloat16,
+            **config,
+        )
+
+    configs = GRADIENT_CONFIGS[:1] if dy.dtype == torch.float32 else GRADIENT_CONFIGS
+    key = (dy.dtype, size_class(rows), width, columns, group)
+    with on_device(dy):
+        launch(pick("quantised_grad", key, configs, dy.device, launch))
+    return dx

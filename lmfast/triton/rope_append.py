@@ -4,16 +4,20 @@ Floor: bytes; q is read and written once, k and v are read once and stored once.
 tile of tokens x heads of q, of k or of v: the three kinds lie side by side in the grid's second
 dimension, so that decoding one token is one launch of a few programs. Keys and values go where
 their slots say, from the tokens listed; int8 storage takes the largest element of a head from
-registers. A slot or token outside its tensor is not stored, and a position past the tables gives
+registers. Eight-bit floats are rounded in integers and stored as bytes, so that every GPU, and the
+interpreter, gives the same bits: a few operations per element of a kernel that waits for memory.
+A slot or token outside its tensor is not stored, and a position past the tables gives
 NaN: the host cannot look at them without waiting for them.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lmfast.ops._storage import FLOAT8
 from lmfast.ops.rope_append import SMALLEST
 from lmfast.triton._launch import next_power_of_2, on_device
 from lmfast.triton.rope import angles_at, load_pairs, store_pairs, tile, tile_offsets
@@ -45,6 +49,22 @@ def _codes(x, inverse, unknown):
     """Nearest integers, halves to even: adding 1.5 * 2^23 leaves no digits behind the point."""
     x = tl.where((unknown > 0)[:, :, None], 0.0, x) * inverse[:, :, None]
     return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _float8_codes(x):
+    """The bytes of float8_e4m3fn: nearest, halves to even, at most 448; NaN for what is not finite.
+
+    From 2^-6 on the bits of fp32 are rounded to three of the fraction; smaller numbers are
+    multiples of 2^-9.
+    """
+    magnitude = tl.abs(x)
+    bits = magnitude.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+    small = ((magnitude * 512.0 + 12582912.0) - 12582912.0).to(tl.int32)
+    code = tl.where(magnitude < 0.015625, small, tl.minimum(normal, 0x7E))
+    code = tl.where(magnitude <= 3.4028234663852886e38, code, 0x7F)
+    return code | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)
 
 
 @triton.jit
@@ -85,6 +105,10 @@ def _store_rotated(
         first, second = _codes(first, inverse, unknown), _codes(second, inverse, unknown)
         if TAIL > 0:
             tail = _codes(tail, inverse, unknown)
+    elif target_ptr.dtype.element_ty == tl.uint8:
+        first, second = _float8_codes(first), _float8_codes(second)
+        if TAIL > 0:
+            tail = _float8_codes(tail)
     store_pairs(target_ptr, target, mask, first, second, rotary, INTERLEAVED, PAIRS)
     if TAIL > 0:
         tl.store(target_ptr + target + d, tail.to(target_ptr.dtype.element_ty), mask=tail_mask)
@@ -110,6 +134,8 @@ def _store_plain(
         scale, inverse = _scale_of(top, unknown)
         tl.store(scales_ptr + scale_at, scale[:, :, None], mask=mask)
         x = _codes(x, inverse, unknown)
+    elif target_ptr.dtype.element_ty == tl.uint8:
+        x = _float8_codes(x)
     tl.store(target_ptr + target + d, x.to(target_ptr.dtype.element_ty), mask=whole)
 
 
@@ -294,6 +320,8 @@ def rope_append(
     kv_heads = k.shape[1]
     if batch * length * head_dim == 0:
         return
+    if keys.dtype == FLOAT8:
+        keys, values = keys.view(torch.uint8), values.view(torch.uint8)
     rotary = 0 if cos is None else 2 * cos.shape[1]
     width = next_power_of_2(head_dim)
     of_q = q_heads if rotary else 0

@@ -35,7 +35,7 @@ struct Storage {
 
 template <typename S>
 std::vector<S> stored_values(size_t count, unsigned seed) {
-  if constexpr (sizeof(S) > 1) {
+  if constexpr (!kHasScales<S>) {
     return random_values<S>(count, seed);
   } else {
     std::vector<S> codes(count);
@@ -97,8 +97,8 @@ void check(const Case& c) {
   p.lengths = c.lengths.data();
   p.table = c.paged ? st.table.data() : nullptr;
   p.table_stride = st.blocks;
-  p.key_scales = sizeof(S) == 1 ? st.key_scales.data() : nullptr;
-  p.value_scales = sizeof(S) == 1 ? st.value_scales.data() : nullptr;
+  p.key_scales = kHasScales<S> ? st.key_scales.data() : nullptr;
+  p.value_scales = kHasScales<S> ? st.value_scales.data() : nullptr;
   for (int64_t* stride : {p.q_stride, p.out_stride}) {  // (B, T, H, D) in memory
     stride[0] = int64_t{c.tokens} * c.heads * dim;
     stride[1] = dim;
@@ -154,7 +154,7 @@ void check(const Case& c) {
 
   // What was stored, then attention over what is stored.
   const auto scale_of = [&](const std::vector<float>& scales, size_t at) {
-    return sizeof(S) == 1 ? double(scales[at]) : 1.0;
+    return kHasScales<S> ? double(scales[at]) : 1.0;
   };
   for (int b = 0; b < batch; ++b) {
     const int start = int(c.lengths[b]) - c.tokens;
@@ -172,15 +172,18 @@ void check(const Case& c) {
           const double exact_k = rotated_exactly(new_k, d, p.append, start + t);
           const double found_k = to_float(st.keys[at * st.stride + d]);
           const double found_v = to_float(st.values[at * st.stride + d]);
-          if constexpr (sizeof(S) == 1) {
+          if constexpr (kHasScales<S>) {
             const double unit = st.key_scales[at];
             expect(float(unit * 127.0), top_k, 1.0, what + " stored scale");
             if (std::fabs(found_k * unit - exact_k) > 0.51 * unit) {
               expect(float(found_k * unit), exact_k, 0.0, what + " stored code");
             }
           } else {
-            expect(from_float<S>(float(found_k)), exact_k, 1.0, what + " stored key");
-            expect(from_float<S>(float(found_v)), to_float(new_v[d]), 0.0, what + " stored value");
+            // Below 1/64 eight-bit floats are 1/512 apart.
+            const double apart = std::is_same<S, e4m3>::value ? 100.0 : 1.0;
+            expect(from_float<S>(float(found_k)), exact_k, apart, what + " stored key");
+            const S value = from_float<S>(to_float(new_v[d]));
+            expect(float(found_v), to_float(value), 0.0, what + " stored value");
           }
         }
       }
@@ -223,6 +226,37 @@ void check(const Case& c) {
   }
 }
 
+// The nearest of the numbers there are, of two the one with an even code; 448 for what is beyond,
+// NaN for what is not finite. Numbers between all neighbours, at their middles and beside them.
+void check_rounding() {
+  const auto value = [](int code) {  // of 0 <= code < 127: four bits of exponent, three of fraction
+    const int exponent = code >> 3, fraction = code & 7;
+    return exponent == 0 ? fraction * 0x1p-9 : (8 + fraction) * std::ldexp(1.0, exponent - 10);
+  };
+  for (int code = 0; code < 127; ++code) {
+    for (const int sign : {0, 128}) {
+      e4m3 stored;
+      stored.__x = static_cast<__nv_fp8_storage_t>(code | sign);
+      expect(to_float(stored), sign != 0 ? -value(code) : value(code), 0.0, "widened");
+      const double middle = code < 126 ? (value(code) + value(code + 1)) / 2 : 1e30;
+      const float above = std::nextafter(float(middle), 1e38f);
+      const float below = code < 126 ? std::nextafter(float(middle), 0.0f) : 1e30f;
+      const int of_middle = code < 126 ? code + code % 2 : 126;
+      const int of_above = code < 126 ? code + 1 : 126;
+      for (const auto& [x, wanted] : {std::pair<float, int>{float(value(code)), code},
+                                      {below, code},
+                                      {float(middle), of_middle},
+                                      {above, of_above}}) {
+        const int found = from_float<e4m3>(sign != 0 ? -x : x).__x;
+        expect(float(found), wanted | sign, 0.0, "rounded " + std::to_string(x));
+      }
+    }
+  }
+  for (const float x : {INFINITY, -INFINITY, NAN}) {
+    expect(float(from_float<e4m3>(x).__x & 127), 127.0, 0.0, "not finite");
+  }
+}
+
 // A row of the table that is not there, and a cache that is full, give NaN; nothing is stored.
 void check_lost() {
   const std::vector<float> q(8, 1.0f), k(8, 1.0f);
@@ -261,7 +295,10 @@ void check_all(bool quick) {
   // heads, kv_heads, tokens, head_dim, capacity, lengths, splits, window, paged, appended, ...
   check<bf16, bf16, 8, 1, 4>({4, 2, 2, 64, 150, {131, 1}, 2, 0, true, true, false, true});
   check<f16, int8_t, 8, 1, 4>({3, 1, 1, 40, 90, {80, 0}, 1, 50, false, true, true, false});
+  check<bf16, e4m3, 8, 1, 4>({4, 2, 2, 64, 150, {131, 1}, 2, 0, true, true, false, true});
   if (quick) return;
+  check<f16, e4m3, 8, 1, 1>({2, 2, 1, 24, 130, {129, 4}, 1, 9, false, true, true, false});
+  check<float, e4m3, 1, 8, 4>({2, 1, 2, 7, 80, {66, 2}, 2, 0, true, true, true, true});
   check<float, float, 4, 2, 1>({2, 2, 1, 256, 70, {69}, 1, 0, false, false, false, false});
   check<float, float, 4, 1, 4>({2, 1, 2, 24, 200, {150, 2, 64}, 3, 0, true, true, true, true});
   check<float, int8_t, 8, 1, 1>({2, 2, 1, 16, 130, {129}, 2, 0, true, false, false, true});
@@ -278,5 +315,6 @@ int main(int argc, char**) {
   using namespace lmfast::gpu;
   check_all(argc > 1);
   check_lost();
+  check_rounding();
   std::puts("cached_attention kernels agree with double precision");
 }

@@ -17,7 +17,10 @@ inline constexpr double kHalfUnit<bf16> = 1.0 / 256;
 template <>
 inline constexpr double kHalfUnit<f16> = 1.0 / 2048;
 
-// Values in (-2, 2), exactly representable in every type.
+template <>
+inline constexpr double kHalfUnit<e4m3> = 1.0 / 16;
+
+// Values in (-2, 2), exactly representable in every type of 16 bits or more.
 template <typename T>
 std::vector<T> random_values(size_t count, unsigned seed) {
   std::vector<T> values(count);

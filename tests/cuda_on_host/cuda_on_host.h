@@ -57,6 +57,8 @@ struct Block {
     for (unsigned w = 0; w < threads / 32; ++w) warps.push_back(std::make_unique<Warp>());
   }
   Barrier barrier;
+  std::shared_ptr<Barrier> cluster_barrier;  // of all threads of the blocks of its row of the grid
+  std::vector<Block*> cluster;
   std::vector<float> shared;  // what the launch sizes
   std::vector<std::unique_ptr<Warp>> warps;
 };
@@ -135,6 +137,14 @@ inline unsigned load_acquired(const unsigned* counter) {
 }
 inline void pause_briefly() { sched_yield(); }
 
+// A cluster is a row of the grid: see launch_together.
+inline void sync_cluster() { cuda_on_host::block->cluster_barrier->wait(); }
+inline void store_to_rank(void* to, unsigned rank, const uint4& v) {
+  cuda_on_host::Block& mine = *cuda_on_host::block;
+  const auto at = static_cast<char*>(to) - reinterpret_cast<char*>(mine.shared.data());
+  *reinterpret_cast<uint4*>(reinterpret_cast<char*>(mine.cluster.at(rank)->shared.data()) + at) = v;
+}
+
 }  // namespace lmfast::gpu
 
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
@@ -173,6 +183,14 @@ void launch_together(void (*kernel)(Parameters...), Index grid, Index threads, s
   std::vector<std::thread> running;
   for (unsigned b = 0; b < grid.x * grid.y; ++b) {
     blocks.push_back(std::make_unique<Block>(threads.x, shared_bytes));
+  }
+  for (unsigned y = 0; y < grid.y; ++y) {
+    const auto barrier = std::make_shared<Barrier>(grid.x * threads.x);
+    for (unsigned x = 0; x < grid.x; ++x) {
+      Block& b = *blocks[y * grid.x + x];
+      b.cluster_barrier = barrier;
+      for (unsigned i = 0; i < grid.x; ++i) b.cluster.push_back(blocks[y * grid.x + i].get());
+    }
   }
   for (unsigned b = 0; b < grid.x * grid.y; ++b) {
     for (unsigned t = 0; t < threads.x; ++t) {

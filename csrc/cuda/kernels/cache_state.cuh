@@ -11,6 +11,10 @@ constexpr float kLog2E = 1.4426950408889634f;
 // Vectors smaller than this are stored as zeros in int8: their inverse could overflow.
 constexpr float kSmallestScaled = 1e-30f;
 
+// int8 has a scale per vector; all floats stand for themselves.
+template <typename S>
+constexpr bool kHasScales = std::is_same<S, int8_t>::value;
+
 // What a group of lanes knows of the keys it has seen, for M query rows: each thread its elements.
 template <int M, int E>
 struct CacheState {
@@ -61,7 +65,7 @@ __device__ __forceinline__ float rotated(const T* x, int d, const CacheAppend& a
 // Rounds a vector as the cache stores it; returns its scale, 1 for storage without scales.
 template <typename S, int N, int P>
 __device__ __forceinline__ float rounded(const float (&x)[P * N], int lanes, Pack<S, N> (&out)[P]) {
-  if constexpr (sizeof(S) > 1) {
+  if constexpr (!kHasScales<S>) {
 #pragma unroll
     for (int e = 0; e < P * N; ++e) out[e / N].at[e % N] = from_float<S>(x[e]);
     return 1.0f;

@@ -3,12 +3,12 @@
 // Floor: the bytes of keys and values, once. A block takes one batch row, one key head and one part
 // of the keys; the query rows that share the key head (the heads of a group, times new tokens) sit
 // in its registers, so each key is read once for all of them. `lanes` threads share a key, each
-// with one vector of 16 bytes (int8: 8) of it and of every query row; a warp holds 32 / lanes keys
-// side by side, and each group of lanes keeps kCacheKeysAtOnce keys and values under way: 16 KB a
-// block, which covers the memory's latency with two blocks per multiprocessor. Per element of a key
-// that is one conversion and one multiply-add per query row, a quarter of the units' rate at one
-// row and two thirds at four (16 bit). With eight rows arithmetic would be the bound, and the state
-// spills: beyond four the Triton kernel, on the matrix units, takes over.
+// with one vector of 16 bytes (8 of 8-bit storage) of it and of every query row; a warp holds 32 /
+// lanes keys side by side, and each group of lanes keeps kCacheKeysAtOnce keys and values under
+// way: 16 KB a block, which covers the memory's latency with two blocks per multiprocessor. Per
+// element of a key that is one conversion and one multiply-add per query row, a quarter of the
+// units' rate at one row and two thirds at four (16 bit). With eight rows arithmetic would be the
+// bound, and the state spills: beyond four the Triton kernel, on the matrix units, takes over.
 //
 // Softmax runs online, in base 2, per group of lanes; groups, warps and parts are joined by the
 // same rule, so a part without a key weighs nothing. The parts are cut from the keys a row really
@@ -38,11 +38,12 @@ __device__ __forceinline__ void attend(const CachedAttention& p, CacheState<M, P
     for (int m = 0; m < M; ++m) s[u * M + m] = 0.0f;
 #pragma unroll
     for (int i = 0; i < P; ++i) {
+      float x[N];
+      widen(k[u][i], x);
 #pragma unroll
       for (int e = 0; e < N; ++e) {
-        const float x = to_float(k[u][i].at[e]);
 #pragma unroll
-        for (int m = 0; m < M; ++m) s[u * M + m] += x * state.q[m][i * N + e];
+        for (int m = 0; m < M; ++m) s[u * M + m] += x[e] * state.q[m][i * N + e];
       }
     }
   }
@@ -83,11 +84,12 @@ __device__ __forceinline__ void attend(const CachedAttention& p, CacheState<M, P
   for (int u = 0; u < U; ++u) {
 #pragma unroll
     for (int i = 0; i < P; ++i) {
+      float x[N];
+      widen(v[u][i], x);
 #pragma unroll
       for (int e = 0; e < N; ++e) {
-        const float x = to_float(v[u][i].at[e]);
 #pragma unroll
-        for (int m = 0; m < M; ++m) state.acc[m][i * N + e] += s[u * M + m] * x;
+        for (int m = 0; m < M; ++m) state.acc[m][i * N + e] += s[u * M + m] * x[e];
       }
     }
   }
@@ -189,7 +191,7 @@ __global__ void __launch_bounds__(kCacheThreads, 2)
         v[u][i] = load<S, N>(value_from + d);
       }
       key_scale[u] = value_scale[u] = 1.0f;
-      if (sizeof(S) == 1 && !hidden[u]) {
+      if (kHasScales<S> && !hidden[u]) {
         key_scale[u] =
             p.key_scales[r * p.key_scale_stride[0] + kv_head * p.key_scale_stride[1] + column];
         value_scale[u] = p.value_scales[r * p.value_scale_stride[0] +
@@ -234,7 +236,7 @@ __global__ void __launch_bounds__(kCacheThreads, 2)
           store<S, N>(to + d, k[0][i]);
           store<S, N>(value_to + d, v[0][i]);
         }
-        if (sizeof(S) == 1 && lane == 0) {
+        if (kHasScales<S> && lane == 0) {
           p.key_scales[row * p.key_scale_stride[0] + kv_head * p.key_scale_stride[1] + key[0]] =
               key_scale[0];
           p.value_scales[row * p.value_scale_stride[0] + kv_head * p.value_scale_stride[1] +

@@ -4,6 +4,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
 #include <cstring>
@@ -15,11 +16,15 @@ namespace lmfast::gpu {
 
 using bf16 = __nv_bfloat16;
 using f16 = __half;
+using e4m3 = __nv_fp8_e4m3;
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(f16 x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(int8_t x) { return static_cast<float>(x); }
+__device__ __forceinline__ float to_float(e4m3 x) {
+  return __half2float(__half(__nv_cvt_fp8_to_halfraw(x.__x, __NV_E4M3)));
+}
 
 template <typename T>
 __device__ __forceinline__ T from_float(float x);
@@ -36,6 +41,15 @@ __device__ __forceinline__ f16 from_float<f16>(float x) {
   return __float2half_rn(x);
 }
 
+// To nearest, halves to even; finite numbers beyond 448 to 448, infinity to NaN.
+template <>
+__device__ __forceinline__ e4m3 from_float<e4m3>(float x) {
+  e4m3 rounded;
+  rounded.__x = __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
+  if (!(fabsf(x) <= 3.4028235e38f)) rounded.__x = 0x7f;
+  return rounded;
+}
+
 // N elements that are loaded and stored together, in pieces of at most 16 bytes.
 template <typename T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
@@ -49,6 +63,23 @@ constexpr int kFullVector = 16 / sizeof(T);
 template <typename T, int N>
 __device__ __forceinline__ Pack<T, N> load(const T* p) {
   return *reinterpret_cast<const Pack<T, N>*>(p);
+}
+
+// All of its numbers. Eight-bit floats are widened in pairs, for which there is an instruction.
+template <typename T, int N>
+__device__ __forceinline__ void widen(const Pack<T, N>& v, float (&x)[N]) {
+  if constexpr (std::is_same<T, e4m3>::value && N % 2 == 0) {
+#pragma unroll
+    for (int e = 0; e < N; e += 2) {
+      const auto both = static_cast<__nv_fp8x2_storage_t>(v.at[e].__x | v.at[e + 1].__x << 8);
+      const float2 two = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(both, __NV_E4M3)));
+      x[e] = two.x;
+      x[e + 1] = two.y;
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < N; ++e) x[e] = to_float(v.at[e]);
+  }
 }
 
 template <typename T, int N>
@@ -136,6 +167,33 @@ __device__ __forceinline__ unsigned load_acquired(const unsigned* counter) {
   return value;
 }
 __device__ __forceinline__ void pause_briefly() { __nanosleep(20); }
+
+// Clusters of blocks, from compute capability 9 on; kernels that use them do nothing below.
+#if __CUDA_ARCH__ >= 900
+#define LMFAST_CLUSTERS 1
+#endif
+
+// Writes 16 bytes to where `to` is in the shared memory of another block of the cluster.
+__device__ __forceinline__ void store_to_rank(void* to, unsigned rank, const uint4& v) {
+#ifdef LMFAST_CLUSTERS
+  asm volatile(
+      "{ .reg .b32 at; mapa.shared::cluster.u32 at, %0, %1;\n"
+      "st.shared::cluster.v4.u32 [at], {%2, %3, %4, %5}; }" ::"r"(
+          static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+      "r"(rank), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+      : "memory");
+#endif
+}
+
+// Every thread of the cluster has got here, and sees what the others wrote before.
+__device__ __forceinline__ void sync_cluster() {
+#ifdef LMFAST_CLUSTERS
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+#else
+#define LMFAST_CLUSTERS 1
 #endif
 
 // Sums over groups of `lanes` neighbouring threads, in every one of them; a power of two, up to 32.

@@ -1,4 +1,6 @@
-// The loops over time of elman_rnn, lstm and gru on an NVIDIA GPU, each one persistent kernel.
+// The loops over time of elman_rnn, lstm and gru on an NVIDIA GPU, each one persistent kernel, for
+// any GPU and for layers that need more than one cluster of multiprocessors; recurrent_cluster.cuh
+// has the others.
 //
 // Floor: per step, reading the weights; they are therefore read once, into registers, and stay
 // there for all steps. A block owns a few hidden units and holds their rows of the matrix; its
@@ -24,42 +26,10 @@
 // gates' gradients, exchanged as h is forward) gives dh, then the cell's derivative.
 #pragma once
 
-#include "recurrent.h"
+#include "recurrent_cells.cuh"
 #include "recurrent_product.cuh"
 
 namespace lmfast::gpu {
-
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-
-// Where the loop stands: step number s is time t, with `rows` of the batch running, of which
-// `started` ran in the step before.
-struct RecurrentStep {
-  int t, rows, started;
-  int64_t at, before;  // first row of this step, and of the one before
-};
-
-__device__ __forceinline__ int rows_at(const RecurrentShape& s, int t) {
-  if (t < 0 || t >= s.steps) return 0;
-  return s.sizes == nullptr ? s.batch : static_cast<int>(s.sizes[t]);
-}
-
-__device__ __forceinline__ int64_t first_row(const RecurrentShape& s, int t) {
-  return s.offsets == nullptr ? int64_t{t} * s.batch : s.offsets[t];
-}
-
-__device__ __forceinline__ RecurrentStep step_of(const RecurrentShape& s, int number, bool down) {
-  RecurrentStep step;
-  step.t = down ? s.steps - 1 - number : number;
-  step.rows = rows_at(s, step.t);
-  step.at = first_row(s, step.t);
-  const int before = down ? step.t + 1 : step.t - 1;
-  step.started = 0;
-  step.before = 0;
-  if (number == 0) return step;
-  step.started = rows_at(s, before);
-  step.before = first_row(s, before);
-  return step;
-}
 
 // All blocks of the group have done `count` steps.
 __device__ __forceinline__ void wait_for_group(unsigned* arrived, unsigned count, int blocks) {
@@ -71,16 +41,6 @@ __device__ __forceinline__ void wait_for_group(unsigned* arrived, unsigned count
   __syncthreads();
 }
 
-template <typename T>
-__device__ __forceinline__ float value_at(const void* p, int64_t at) {
-  return p == nullptr ? 0.0f : to_float(static_cast<const T*>(p)[at]);
-}
-
-template <typename T>
-__device__ __forceinline__ void put(void* p, int64_t at, float value) {
-  static_cast<T*>(p)[at] = from_float<T>(value);
-}
-
 // gridDim = (unit blocks, groups of the batch), threads: 32 x warps of the plan.
 template <typename T, int R, int D>
 __global__ void __launch_bounds__(kRecurrentMaxWarps * 32, 1)
@@ -90,17 +50,11 @@ __global__ void __launch_bounds__(kRecurrentMaxWarps * 32, 1)
   const int hidden = s.hidden, unit0 = blockIdx.x * s.units;
   const int units = s.units < hidden - unit0 ? s.units : hidden - unit0;
   const int group0 = blockIdx.y * s.group_rows;
-  const int warps = blockDim.x / 32, stride = s.at_once + 1;
-  const int gates = s.cell == RecurrentCell::kLstm ? 4 : s.cell == RecurrentCell::kGru ? 3 : 1;
-  const T* w = static_cast<const T*>(s.w);
-  T* y = static_cast<T*>(p.y);
+  const int warps = blockDim.x / 32, stride = s.at_once + 1, gates = gates_of(s.cell);
+  const T* y = static_cast<const T*>(p.y);
 
   RecurrentProduct<T, R, D> product;
-  product.load_weights([&](int row, int k) {
-    const int gate = row / s.units, u = row % s.units;
-    if (gate >= gates || u >= units || k >= hidden) return from_float<T>(0.0f);
-    return w[(int64_t{gate} * hidden + unit0 + u) * s.w_stride[0] + k * s.w_stride[1]];
-  });
+  product.load_weights(ForwardRows<T>(s, unit0, units));
 
   for (int number = 0; number < s.steps; ++number) {
     const RecurrentStep step = step_of(s, number, s.reverse);
@@ -110,7 +64,7 @@ __global__ void __launch_bounds__(kRecurrentMaxWarps * 32, 1)
       const int count = last - b0 < s.at_once ? last - b0 : s.at_once;
       const int first = group0 + b0;
       if (any) {
-        product.multiply(
+        product.template multiply<PastL1>(
             [&](int n) -> const T* {
               if (first + n < step.started) return y + (step.before + first + n) * hidden;
               if (p.h0 == nullptr) return nullptr;
@@ -120,54 +74,14 @@ __global__ void __launch_bounds__(kRecurrentMaxWarps * 32, 1)
       }
       __syncthreads();
       for (int i = threadIdx.x; i < units * count; i += blockDim.x) {
-        const int u = i % units, n = i / units, b = first + n;
+        const int u = i % units, n = i / units;
         float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
         for (int g = 0; g < 4; ++g) {
           if (g >= gates || !any) continue;
           for (int v = 0; v < warps; ++v) sum[g] += partial[(v * R + g * s.units + u) * stride + n];
         }
-        const int64_t row = step.at + b, unit = unit0 + u, state = int64_t{b} * hidden + unit;
-        const int64_t in = row * gates * hidden + unit;
-        const bool started = b < step.started;
-        float h;
-        if (gates == 1) {
-          h = value_at<T>(p.projected, in) + sum[0];
-          h = s.cell == RecurrentCell::kTanh ? tanhf(h) : (h < 0.0f ? 0.0f : h);
-        } else if (gates == 4) {
-          const float before = started ? p.c[state] : value_at<T>(p.c0, state);
-          const float i_gate = sigmoid(value_at<T>(p.projected, in) + sum[0]);
-          const float f = sigmoid(value_at<T>(p.projected, in + hidden) + sum[1]);
-          const float g = tanhf(value_at<T>(p.projected, in + 2 * hidden) + sum[2]);
-          const float o = sigmoid(value_at<T>(p.projected, in + 3 * hidden) + sum[3]);
-          const float c = f * before + i_gate * g;
-          h = o * tanhf(c);
-          p.c[state] = c;
-          if (p.gates != nullptr) {
-            const int64_t at = row * 4 * hidden + unit;
-            put<T>(p.gates, at, i_gate);
-            put<T>(p.gates, at + hidden, f);
-            put<T>(p.gates, at + 2 * hidden, g);
-            put<T>(p.gates, at + 3 * hidden, o);
-            put<T>(p.cells, row * hidden + unit, c);
-          }
-        } else {
-          const float before = started ? p.h[state] : value_at<T>(p.h0, state);
-          const float r = sigmoid(value_at<T>(p.projected, in) + sum[0]);
-          const float z = sigmoid(value_at<T>(p.projected, in + hidden) + sum[1]);
-          const float from_state = sum[2] + value_at<T>(p.hidden_bias, unit);
-          const float n_gate = tanhf(value_at<T>(p.projected, in + 2 * hidden) + r * from_state);
-          h = (1.0f - z) * n_gate + z * before;
-          if (p.gates != nullptr) {
-            const int64_t at = row * 4 * hidden + unit;
-            put<T>(p.gates, at, r);
-            put<T>(p.gates, at + hidden, z);
-            put<T>(p.gates, at + 2 * hidden, n_gate);
-            put<T>(p.gates, at + 3 * hidden, from_state);
-          }
-        }
-        p.h[state] = h;
-        put<T>(y, row * hidden + unit, h);
+        forward_unit<T>(p, step, first + n, unit0 + u, sum);
       }
       __syncthreads();
     }
@@ -175,16 +89,7 @@ __global__ void __launch_bounds__(kRecurrentMaxWarps * 32, 1)
       wait_for_group(s.arrived + blockIdx.y, number + 1, s.unit_blocks);
     }
   }
-  // By the threads that wrote them: rows are walked as above, from the same first row.
-  const int rows = s.batch - group0 < s.group_rows ? s.batch - group0 : s.group_rows;
-  for (int b0 = 0; b0 < rows; b0 += s.at_once) {
-    const int count = rows - b0 < s.at_once ? rows - b0 : s.at_once;
-    for (int i = threadIdx.x; i < units * count; i += blockDim.x) {
-      const int64_t state = int64_t{group0 + b0 + i / units} * hidden + unit0 + i % units;
-      put<T>(p.h_n, state, p.h[state]);
-      if (gates == 4) put<T>(p.c_n, state, p.c[state]);
-    }
-  }
+  keep_last_states<T>(p, group0, unit0, units);
 }
 
 template <typename T, int R, int D>
@@ -195,32 +100,21 @@ __global__ void __launch_bounds__(kRecurrentMaxWarps * 32, 1)
   const int hidden = s.hidden, unit0 = blockIdx.x * s.units;
   const int units = s.units < hidden - unit0 ? s.units : hidden - unit0;
   const int group0 = blockIdx.y * s.group_rows;
-  const int warps = blockDim.x / 32, stride = s.at_once + 1;
-  const bool lstm = s.cell == RecurrentCell::kLstm, gru = s.cell == RecurrentCell::kGru;
-  const int gradients = lstm || gru ? 4 : 1;
-  const int depth = (lstm ? 4 : gru ? 3 : 1) * hidden;
-  const T* w = static_cast<const T*>(s.w);
+  const int warps = blockDim.x / 32, stride = s.at_once + 1, gates = gates_of(s.cell);
+  const int gradients = gates == 1 ? 1 : 4, depth = gates * hidden;
   T* dgates = static_cast<T*>(p.dgates);
 
-  // The matrix transposed. The GRU's gradients lie with n in front of r and z.
   RecurrentProduct<T, R, D> product;
-  product.load_weights([&](int row, int k) {
-    if (row >= units || k >= depth) return from_float<T>(0.0f);
-    const int from = !gru ? k : k < hidden ? k + 2 * hidden : k - hidden;
-    return w[from * s.w_stride[0] + (unit0 + row) * s.w_stride[1]];
-  });
+  product.load_weights(BackwardRows<T>{s, unit0, units});
 
   for (int number = 0; number < s.steps; ++number) {
     const RecurrentStep step = step_of(s, number, !s.reverse);
-    const int earlier = s.reverse ? step.t + 1 : step.t - 1;  // in the order of the forward
-    const int earlier_rows = rows_at(s, earlier);
-    const int64_t earlier_at = earlier_rows > 0 ? first_row(s, earlier) : 0;
     const int last = step.rows - group0 < s.group_rows ? step.rows - group0 : s.group_rows;
     for (int b0 = 0; b0 < last; b0 += s.at_once) {
       const int count = last - b0 < s.at_once ? last - b0 : s.at_once;
       const int first = group0 + b0;
       if (number > 0) {
-        product.multiply(
+        product.template multiply<PastL1>(
             [&](int n) -> const T* {
               if (first + n >= step.started) return nullptr;
               return dgates + (step.before + first + n) * gradients * hidden;
@@ -228,55 +122,17 @@ __global__ void __launch_bounds__(kRecurrentMaxWarps * 32, 1)
             count, depth, partial, stride);
       }
       __syncthreads();
+      const EarlierStep earlier = earlier_step(s, step.t);
       for (int i = threadIdx.x; i < units * count; i += blockDim.x) {
         const int u = i % units, n = i / units, b = first + n;
-        const int64_t row = step.at + b, unit = unit0 + u, state = int64_t{b} * hidden + unit;
-        const int64_t at = row * hidden + unit, out = row * gradients * hidden + unit;
-        const bool started = b < step.started;
-        float dh = value_at<T>(p.dy, at);
-        if (started) {
-          float sum = 0.0f;
-          for (int v = 0; v < warps; ++v) sum += partial[(v * R + u) * stride + n];
-          dh += sum;
-        } else {
-          dh += value_at<T>(p.dh_n, state);
+        float through = 0.0f;
+        if (b < step.started) {
+          for (int v = 0; v < warps; ++v) through += partial[(v * R + u) * stride + n];
         }
-        const bool has_earlier = b < earlier_rows;
-        const int64_t earlier_row = (earlier_at + b) * hidden + unit;
-        if (gradients == 1) {
-          const float y = value_at<T>(p.y, at);
-          const bool tanh = s.cell == RecurrentCell::kTanh;
-          put<T>(dgates, out, tanh ? dh * (1.0f - y * y) : (y > 0.0f ? dh : 0.0f * dh));
-          continue;
-        }
-        const int64_t kept = row * 4 * hidden + unit;
-        const float g0 = value_at<T>(p.gates, kept), g1 = value_at<T>(p.gates, kept + hidden);
-        const float g2 = value_at<T>(p.gates, kept + 2 * hidden);
-        const float g3 = value_at<T>(p.gates, kept + 3 * hidden);
-        float carry = started ? p.carry[state] : 0.0f;
-        if (lstm) {
-          if (!started) carry = value_at<T>(p.dc_n, state);
-          const float before =
-              has_earlier ? value_at<T>(p.cells, earlier_row) : value_at<T>(p.c0, state);
-          const float c = tanhf(value_at<T>(p.cells, at));
-          const float dc = carry + dh * g3 * (1.0f - c * c);
-          put<T>(dgates, out, dc * g2 * g0 * (1.0f - g0));
-          put<T>(dgates, out + hidden, dc * before * g1 * (1.0f - g1));
-          put<T>(dgates, out + 2 * hidden, dc * g0 * (1.0f - g2 * g2));
-          put<T>(dgates, out + 3 * hidden, dh * c * g3 * (1.0f - g3));
-          p.carry[state] = dc * g1;
-        } else {
-          // g0 reset, g1 update, g2 new, g3 the state's share of new before the reset.
-          dh += carry;
-          const float before =
-              has_earlier ? value_at<T>(p.y, earlier_row) : value_at<T>(p.h0, state);
-          const float dn = dh * (1.0f - g1) * (1.0f - g2 * g2);
-          put<T>(dgates, out, dn * g0);
-          put<T>(dgates, out + hidden, dn * g3 * g0 * (1.0f - g0));
-          put<T>(dgates, out + 2 * hidden, dh * (before - g2) * g1 * (1.0f - g1));
-          put<T>(dgates, out + 3 * hidden, dn);
-          p.carry[state] = dh * g1;
-        }
+        const int64_t out = (step.at + b) * gradients * hidden + unit0 + u;
+        backward_unit<T>(p, step, earlier, b, unit0 + u, through, [&](int gate, float value) {
+          put<T>(p.dgates, out + gate * hidden, value);
+        });
       }
       __syncthreads();
     }
@@ -284,15 +140,7 @@ __global__ void __launch_bounds__(kRecurrentMaxWarps * 32, 1)
       wait_for_group(s.arrived + blockIdx.y, number + 1, s.unit_blocks);
     }
   }
-  if (p.carry == nullptr) return;
-  const int rows = s.batch - group0 < s.group_rows ? s.batch - group0 : s.group_rows;
-  for (int b0 = 0; b0 < rows; b0 += s.at_once) {
-    const int count = rows - b0 < s.at_once ? rows - b0 : s.at_once;
-    for (int i = threadIdx.x; i < units * count; i += blockDim.x) {
-      const int64_t state = int64_t{group0 + b0 + i / units} * hidden + unit0 + i % units;
-      put<T>(p.carry_last, state, p.carry[state]);
-    }
-  }
+  keep_last_carry<T>(p, group0, unit0, units);
 }
 
 }  // namespace lmfast::gpu

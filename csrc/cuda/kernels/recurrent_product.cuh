@@ -6,12 +6,26 @@
 
 namespace lmfast::gpu {
 
+// How rows of the batch are read: from global memory that other blocks write, or shared memory.
+struct PastL1 {
+  template <typename T, int N>
+  __device__ __forceinline__ static Pack<T, N> read(const T* p) {
+    return load_past_l1<T, N>(p);
+  }
+};
+struct FromShared {
+  template <typename T, int N>
+  __device__ __forceinline__ static Pack<T, N> read(const T* p) {
+    return load<T, N>(p);
+  }
+};
+
 // A block's rows of a matrix, and their product with rows of a batch.
 template <typename T, int R, int D>
 struct RecurrentProduct {
   static constexpr bool kHalf = sizeof(T) == 2;
   static constexpr int kTiles = R / 16;
-  static constexpr int kTogether = 4;  // loads of h under way together
+  static constexpr int kTogether = kHalf && D < 4 ? D : 4;  // loads of h under way together
 
   uint32_t half[kHalf ? kTiles : 1][kHalf ? D : 1][2][4];
   float full[kHalf ? 1 : R][kHalf ? 1 : D];
@@ -49,24 +63,28 @@ struct RecurrentProduct {
 
   // partial[warp][row][n], n < count: the warp's share. source(n): the row of the batch, or null
   // for zeros; 16 bits: aligned to 16 bytes, and the depth a multiple of 8.
-  template <typename Source>
+  template <typename Reader, typename Source>
   __device__ __forceinline__ void multiply(Source source, int count, int depth, float* partial,
                                            int stride) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float* mine = partial + warp * R * stride;
     if constexpr (kHalf) {
+      // From here on offsets are constants: sixteen of them kept in registers made others spill.
+      const int begin = warp * D * 32 + lane % 4 * 8, left = depth - begin;
       for (int n0 = 0; n0 < count; n0 += 8) {
         const T* row = n0 + lane / 4 < count ? source(n0 + lane / 4) : nullptr;
+        const int there = row == nullptr ? 0 : left;
+        const T* start = row == nullptr ? nullptr : row + begin;
+        const uint32_t* from = reinterpret_cast<const uint32_t*>(start);
         float acc[kTiles][4] = {};
 #pragma unroll
         for (int d0 = 0; d0 < D; d0 += kTogether) {
           Pack<uint32_t, 4> x[kTogether];
 #pragma unroll
           for (int d = 0; d < kTogether; ++d) {
-            const int k = (warp * D + d0 + d) * 32 + lane % 4 * 8;
             x[d] = Pack<uint32_t, 4>{};
-            if (row == nullptr || k >= depth) continue;
-            x[d] = load_past_l1<uint32_t, 4>(reinterpret_cast<const uint32_t*>(row + k));
+            if ((d0 + d) * 32 >= there) continue;
+            x[d] = Reader::template read<uint32_t, 4>(from + (d0 + d) * 16);
           }
 #pragma unroll
           for (int d = 0; d < kTogether; ++d) {
@@ -96,8 +114,9 @@ struct RecurrentProduct {
 #pragma unroll
           for (int d = 0; d < D; ++d) {
             const int k = (warp * D + d) * 32 + lane;
-            x[i][d] =
-                row != nullptr && k < depth ? to_float(load_past_l1<T, 1>(row + k).at[0]) : 0.0f;
+            x[i][d] = 0.0f;
+            if (row == nullptr || k >= depth) continue;
+            x[i][d] = to_float(Reader::template read<T, 1>(row + k).at[0]);
           }
         }
 #pragma unroll

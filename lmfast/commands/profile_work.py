@@ -1,0 +1,159 @@
+"""What `lmfast profile` counts: bytes and floating-point operations of operators and layers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+# Of their tables only the rows asked for are touched.
+_GATHERS = ("aten::embedding", "aten::index", "aten::index_select", "aten::gather")
+
+
+def _attention(q: Tensor, k: Tensor, causal: bool) -> float:
+    """Scores and their product with the values; causal: over the keys a query sees."""
+    batch, heads, steps, size = q.shape
+    keys = k.shape[2]
+    hidden = steps * (steps - 1) / 2 if causal and steps <= keys else 0.0
+    return 4.0 * size * batch * heads * (steps * keys - hidden)
+
+
+def _on_cache(q: Tensor, lengths: Tensor) -> float:
+    return 4.0 * q.shape[1] * q.shape[2] * q.shape[3] * float(lengths.sum())
+
+
+def _entries(weights: Any) -> int:
+    return sum(w.numel() for w in weights if isinstance(w, Tensor) and w.dim() == 2)
+
+
+# Operators of this package -> their operations, from the arguments. The others are bytes alone.
+_FLOPS: dict[str, Callable[..., float]] = {
+    "linear": lambda x, w, *rest: 2.0 * x.numel() * w.shape[0],
+    "linear_amx": lambda x, w, *rest: 2.0 * x.numel() * w.shape[0],
+    "linear_few_rows": lambda x, w, *rest: 2.0 * x.numel() * w.shape[0],
+    "quantised_linear": lambda x, w, *rest: 2.0 * x.numel() * w.shape[0],
+    "quantised_linear_backward": lambda dy, w, s: 2.0 * dy.numel() * (_depth(w)),
+    "product_f32": lambda a, b, *rest: 2.0 * a.numel() * b.shape[-1],
+    "linear_cross_entropy": lambda h, w, *rest: (
+        2.0 * h.numel() * w.shape[0] * (1 + sum(rest[10:12]))
+    ),
+    "attention": lambda q, k, v, causal, *rest: _attention(q, k, causal),
+    "attention_backward": lambda g, q, k, v, o, s, causal, *rest: 2.5 * _attention(q, k, causal),
+    "cached_attention": lambda q, k, v, lengths, *rest: _on_cache(q, lengths),
+    "decode_attention": lambda q, *rest: _on_cache(q, rest[6]),
+    "recurrent_forward": lambda p, w, *rest: 2.0 * p.shape[0] * w.numel(),
+    "recurrent_bf16_forward": lambda p, w, *rest: 2.0 * p.shape[0] * w.numel(),
+    "recurrent_backward": lambda *a: 2.0 * a[3].shape[0] * a[6].numel(),
+    "recurrent_bf16_backward": lambda *a: 2.0 * a[3].shape[0] * a[6].numel(),
+    "recurrent_forward_stack": lambda x, wi, wh, *rest: (
+        2.0 * x.numel() / x.shape[-1] * _entries([*wi, *wh])
+    ),
+    "recurrent_step": lambda x, h, c, weights, *rest: 2.0 * x.shape[0] * _entries(weights),
+}
+
+
+def _depth(codes: Tensor) -> int:
+    return codes.shape[1] * (1 if codes.dtype == torch.int8 else 2)
+
+
+class Work(TorchDispatchMode):
+    """Counts while it is entered, by operator and by the layers that are running.
+
+    Bytes: every tensor an operator is given once, every one it makes or writes to once; views are
+    free. On a cache, of keys and values only what the lengths say. Operations: those of products,
+    attention and recurrent loops; others are counted as none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+        self.flops: Counter[str] = Counter()
+        self.layer_bytes: Counter[str] = Counter()
+        self.layer_flops: Counter[str] = Counter()
+        self._running: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        moved, flops = _moved(func, args, kwargs or {}, result), _flops(func, args, kwargs, result)
+        self.bytes[name] += moved
+        self.flops[name] += flops
+        for layer in self._running:
+            self.layer_bytes[layer] += moved
+            self.layer_flops[layer] += flops
+        return result
+
+    @contextmanager
+    def by_layer(self, module: nn.Module, depth: int) -> Iterator[None]:
+        """Also counts by the modules down to `depth`, in their forward passes."""
+        hooks = []
+        for name, layer in module.named_modules():
+            if not name or name.count(".") >= depth:
+                continue
+
+            def before(*_: Any, name: str = name) -> None:
+                self._running.append(name)
+
+            def after(*_: Any) -> None:
+                self._running.pop()
+
+            hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _size(t: Tensor) -> int:
+    """Bytes of a tensor; of one whose elements share memory, of that memory."""
+    return min(t.numel() * t.element_size(), t.untyped_storage().nbytes())
+
+
+def _moved(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    returns = func._schema.returns
+    if any(r.alias_info is not None and not r.alias_info.is_write for r in returns):
+        return 0  # a view
+    name = func._schema.name
+    outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+    if name in _GATHERS:
+        return 2 * sum(map(_size, outputs))
+    if name.startswith("lmfast::") and name.endswith(("cached_attention", "decode_attention")):
+        return _moved_on_cache(name, args)
+    if name.endswith("rope_append"):
+        return 2 * sum(_size(t) for t in args[:3])
+    seen: set[int] = set()
+    total = 0
+    for argument, value in zip(func._schema.arguments, args):
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        for t in tree_leaves(value):
+            if isinstance(t, Tensor) and id(t) not in seen:
+                seen.add(id(t))
+                total += _size(t) * (1 + written)
+    return total + sum(_size(t) for t in outputs if id(t) not in seen)
+
+
+def _moved_on_cache(name: str, args: tuple[Any, ...]) -> int:
+    appends = name.endswith("decode_attention")
+    keys, lengths = (args[3], args[7]) if appends else (args[1], args[3])
+    scale = 4 if keys.dtype == torch.int8 else 0
+    vector = keys.shape[1] * (keys.shape[3] * keys.element_size() + scale)
+    return 2 * int(lengths.sum()) * vector + 2 * _size(args[0])
+
+
+def _flops(func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> float:
+    namespace, _, name = func._schema.name.partition("::")
+    if namespace == "lmfast":
+        formula = _FLOPS.get(name.removeprefix("triton_"))
+        return 0.0 if formula is None else formula(*args)
+    formula = flop_registry.get(func._overloadpacket)
+    return 0.0 if formula is None else float(formula(*args, **(kwargs or {}), out_val=result))
