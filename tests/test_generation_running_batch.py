@@ -198,7 +198,7 @@ def test_a_sequence_can_be_removed_after_a_step_that_failed():
         batch.step()
     batch.remove(first)
     assert batch.running == [second]
-    generator.repack()
+    generator.runner.repack()
     while batch.running:
         batch.step()
     assert len(batch.new_ids(second)) == 8

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -74,9 +74,9 @@ class Work(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes: Counter[str] = Counter()
-        self.flops: Counter[str] = Counter()
+        self.flops: dict[str, float] = defaultdict(float)
         self.layer_bytes: Counter[str] = Counter()
-        self.layer_flops: Counter[str] = Counter()
+        self.layer_flops: dict[str, float] = defaultdict(float)
         self._running: list[str] = []
 
     def __torch_dispatch__(

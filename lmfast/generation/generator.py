@@ -45,9 +45,8 @@ class Completion(NamedTuple):
 class Generator:
     """Continues texts with a model: greedily, by drawing, by beam search, ahead of the model.
 
-    The model's weights are packed for the compiled engine when the object is made; where the
-    engine cannot take a model, its own modules run, and `explain` says why. Change the weights, and
-    a new object must be made.
+    The weights are packed for the compiled engine when the object is made, so that changed weights
+    or hooks need another; where it cannot take a model, its modules run, and `explain` says why.
 
     Args:
         model: an `lmfast.models.LanguageModel`, a causal language model of transformers, or

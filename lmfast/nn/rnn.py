@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lmfast._dispatch import Op, select
 from lmfast.ops._recurrent import cpu_layer
-from lmfast.ops._recurrent_batch import as_under_autocast
+from lmfast.ops._recurrent_batch import sequence_under_autocast
 from lmfast.ops._recurrent_both import cpu_both_ways
 from lmfast.ops._recurrent_projected import projected_layer, runs_projected
 from lmfast.ops._recurrent_reference import CELLS, Layer, Loop, made_layer
@@ -34,15 +34,6 @@ def _fits(t: object, shape: tuple[int, ...], like: Tensor) -> bool:
     return isinstance(t, Tensor) and t.shape == shape and t.dtype == like.dtype and t.device == (
         like.device
     )  # fmt: skip
-
-
-def _widened(value: Any, dtype: torch.dtype) -> Any:
-    """``value`` with the tensors that autocast casts in the weights' dtype."""
-    if isinstance(value, (tuple, list)) and not isinstance(value, PackedSequence):
-        return tuple(_widened(v, dtype) for v in value)
-    if isinstance(value, PackedSequence):
-        return value._replace(data=as_under_autocast(value.data, dtype))
-    return as_under_autocast(value, dtype)
 
 
 def _exports_onnx() -> bool:
@@ -81,7 +72,7 @@ class _FusedLayers(nn.RNNBase):
         narrow = torch.is_autocast_enabled("cpu")
         given = (input, hx)
         if narrow and isinstance(self._flat_weights[0], Tensor):
-            given = _widened(given, self._flat_weights[0].dtype)
+            given = sequence_under_autocast(given, self._flat_weights[0].dtype)
         prepared = self._prepare(*given)
         if prepared is None:
             return self._torch_layer.forward(self, input, hx)

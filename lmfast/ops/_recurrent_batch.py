@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from lmfast._dispatch import Op, register, register_op, select
 from lmfast.ops._library import check_same_device, check_tensor
@@ -90,6 +91,15 @@ def as_under_autocast(t: Any, dtype: torch.dtype) -> Any:
     """``t`` in the weights' dtype if it is a tensor that autocast casts: any of its dtypes do."""
     casts = isinstance(t, Tensor) and t.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return t.to(dtype) if casts else t
+
+
+def sequence_under_autocast(value: Any, dtype: torch.dtype) -> Any:
+    """``value``, whose parts may be packed or tuples, as `as_under_autocast` makes them."""
+    if isinstance(value, PackedSequence):
+        return value._replace(data=as_under_autocast(value.data, dtype))
+    if isinstance(value, (tuple, list)):
+        return tuple(sequence_under_autocast(v, dtype) for v in value)
+    return as_under_autocast(value, dtype)
 
 
 def check_recurrent_arguments(
