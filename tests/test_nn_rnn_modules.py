@@ -239,6 +239,11 @@ def test_vmap_without_gradients(mode: str, steps: int) -> None:
         torch.testing.assert_close(found, torch.stack([theirs(t)[0] for t in x]), **CLOSE)
         found = torch.vmap(lambda w: torch.func.functional_call(ours, w, (x[0],))[0])(weights)
         torch.testing.assert_close(found[0], theirs(x[0])[0], **CLOSE)
+        if mode != "RNN":
+            extra = {"proj_size": 3} if mode == "LSTM" else {}
+            theirs, ours = pair(mode, 5, 7, bidirectional=True, **extra)
+            found = torch.vmap(lambda t: ours(t)[0])(x)
+            torch.testing.assert_close(found, torch.stack([theirs(t)[0] for t in x]), **CLOSE)
         if mode == "GRU":
             cell = lmfast.nn.GRUCell(5, 7)
             torch.testing.assert_close(torch.vmap(cell)(x[:, 0, 0]), cell(x[:, 0, 0]), **CLOSE)

@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from lmfast._dispatch import Op, select
+from lmfast._transforms import transform_of
 from lmfast.ops._recurrent import cpu_layer
 from lmfast.ops._recurrent_batch import sequence_under_autocast
 from lmfast.ops._recurrent_both import cpu_both_ways
@@ -49,7 +50,7 @@ def _states(hx: Any, lstm: bool) -> tuple[Any, ...] | None:
 
 def _runs_fused(op: Op, cell: str, x: Tensor, weights: list[Tensor | None]) -> bool:
     args = (x, None, None, *weights, None, cell, False)
-    return select(op, args).backend == "cpu"
+    return select(op, args).backend == "cpu" or transform_of(x, *weights) is not None
 
 
 class _FusedLayers(nn.RNNBase):

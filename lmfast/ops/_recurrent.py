@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfast._transforms import in_transform
+from lmfast._transforms import in_transform, transform_of
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import define, needs_grad, unsupported_by_cpu_kernels
 from lmfast.ops._linear_cpu import fp32_product
@@ -30,6 +30,7 @@ from lmfast.ops._recurrent_reference import (
     flat_reference,
     loop_arguments,
     made_layer,
+    reference_layer,
 )
 from lmfast.ops._recurrent_step import MAX_ROWS, step_op
 
@@ -201,6 +202,8 @@ def _by_pieces(
 
 def cpu_layer(x: Tensor, layer: Layer, loop: Loop) -> tuple[Tensor, Tensor, Tensor]:
     """``reference_layer`` by the C++ loop. Narrow dtypes are widened: the state is fp32."""
+    if transform_of(x, *layer):
+        return reference_layer(x, layer, loop)
     batch, cell = loop.batch, loop.cell
     if runs_in_bf16(x, layer.w_hh, batch, cell):
         with torch.autocast("cpu", enabled=False):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmfast._transforms import transform_of
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._linear_cpu import fp32_product, longest_chain
 from lmfast.ops._recurrent import cpu_layer
@@ -83,5 +84,7 @@ def projected_layer(
         x, w_ih = torch.cat((x, extra), 1), torch.cat((w_ih, w_hh), 1)
     plain = layer._replace(h0=None, w_ih=w_ih, w_hh=w_hh @ w_hr)
     y, h_n, c_n = cpu_layer(x, plain, loop)
+    if transform_of(y, w_hr):
+        return F.linear(y, w_hr), F.linear(h_n, w_hr), c_n
     y, h_n = (apply(_Projection, h, w_hr, loop.batch) for h in (y, h_n))
     return y, h_n, c_n
