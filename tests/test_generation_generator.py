@@ -372,3 +372,12 @@ def test_stop_strings_end_rows_with_the_token_that_completes_them(options):
     assert late.shape[1] == 34
     chosen = lmfast.generate(model, ids, 9, choices=["ab", "cde"], tokenizer=words)[:, 4:]
     assert {words.decode(row).strip() for row in chosen.tolist()} <= {"ab", "cde"}
+
+
+def test_a_forward_that_generation_would_not_call_is_named():
+    class Scaled(DecoderLanguageModel):
+        def forward(self, ids):
+            return 2 * super().forward(ids)
+
+    with pytest.warns(UserWarning, match="Scaled overrides forward"):
+        Generator(Scaled(50, 16, 2, 1, 0))
