@@ -13,6 +13,7 @@ counts from the last key: one slope per head says it all, and the kernel adds it
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -98,21 +99,25 @@ def calls_attention(module: nn.Module) -> bool:
     return found is not None and found[1] in _FORMS and found[1] != "attention_block"
 
 
-def _added(mask: Tensor | None, bias: Tensor, scale: float = 1.0) -> Tensor:
+def _added(mask: Tensor, bias: Tensor, scale: float = 1.0) -> Tensor:
     """Mask and (B, H, 1, S) or (B H, 1, S) biases, scaled, as one tensor to add to the scores.
 
-    Made once for all layers of a pass, which are given the same two tensors.
+    Made once for all layers of a pass, which are given the same two tensors, and kept with the
+    biases: models make new ones in every pass, while the mask may be the caller's own.
     """
-    if mask is None:
-        return bias * scale
-    compiling = torch.compiler.is_compiling()
-    kept = None if compiling else getattr(mask, "_lmfast_biased", None)
-    if kept is not None and kept[0] is bias:
-        return kept[1]
+    # What can be changed without a trace, or has a graph of its own, is added anew.
+    lasting = not torch.compiler.is_compiling() and not any(
+        t.is_inference() or t.requires_grad for t in (mask, bias)
+    )
+    if lasting:
+        state = (mask._version, bias._version, scale)
+        kept = getattr(bias, "_lmfast_biased", None)
+        if kept is not None and kept[0]() is mask and kept[1] == state:
+            return kept[2]
     wide = bias if bias.dim() == 4 else bias.view(mask.shape[0], -1, *bias.shape[1:])
     total = mask + (wide if scale == 1.0 else wide * scale)
-    if not compiling:
-        mask._lmfast_biased = (bias, total)  # type: ignore[attr-defined]
+    if lasting:
+        bias._lmfast_biased = (weakref.ref(mask), state, total)  # type: ignore[attr-defined]
     return total
 
 
@@ -183,7 +188,9 @@ def _multi_query(
     ) -> tuple[Tensor, Tensor | None]:
         drops = self.training and self.attention_dropout.p > 0
         cannot_rotate = alibi is None and (rotate is None or position_embeddings is None)
-        if output_attentions or drops or cannot_rotate or attention_mask is None:
+        sdpa = self.config._attn_implementation == "sdpa"
+        # Without a mask SDPA is causal, and knows no biases; the scores written out need one.
+        if output_attentions or drops or cannot_rotate or (attention_mask is None and not sdpa):
             return own(
                 *(self, hidden_states, alibi, attention_mask, position_ids, layer_past),
                 *(use_cache, output_attentions, position_embeddings),
@@ -194,7 +201,7 @@ def _multi_query(
         mask = attention_mask
         if alibi is None:
             q, k = rotate(q, k, *position_embeddings)  # type: ignore[misc]
-        elif self.config._attn_implementation != "sdpa":
+        elif mask is not None and not sdpa:
             # The model has added it once; without SDPA, the layer does so again.
             mask = _added(mask, alibi, self.inv_norm_factor)
         if layer_past is not None:
@@ -251,7 +258,6 @@ def _biased(original: Any, backend: str | None = None) -> dict[str, Any]:
         hidden_states: Tensor,
         position_bias: Tensor,
         *args: Any,
-        attention_mask: Tensor | None = None,
         output_attentions: bool = True,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -260,9 +266,8 @@ def _biased(original: Any, backend: str | None = None) -> dict[str, Any]:
         caches = [kwargs[name] for name in ("cache", "past_key_values") if name in kwargs]
         line = position_bias is not None and position_bias.shape[-1] > 1
         if output_attentions or drops or args or not line or len(caches) > 1:
-            return own(
-                self, hidden_states, position_bias, *args, attention_mask=attention_mask, **kwargs
-            )
+            return own(self, hidden_states, position_bias, *args, **kwargs)
+        attention_mask = kwargs.get("attention_mask")
         batch, steps, _ = hidden_states.shape
         packed = self.Wqkv(hidden_states)
         if self.clip_qkv:
