@@ -38,7 +38,9 @@ def patch(model: nn.Module, *, backend: str | None = None) -> PatchReport:
     else as well, such as counting its calls. Norms, activations, linear and gated
     feed-forward layers, recurrent layers, and the layers of textbooks on bare parameters are
     replaced wherever they stand; of transformers' models also attention, rotary positions and the
-    loss, see `lmfast.integrations.transformers`.
+    loss, see `lmfast.integrations.transformers`. There, padding in front of a row, whose queries
+    see no key, gets zeros from attention, where scores written out gave the mean of hidden values:
+    what is predicted from it, the first token of the row, counts otherwise unless labelled -100.
 
     Parameters, names, hooks and the state_dict stay; only this model's modules change, no class and
     no function of others. Patching twice does nothing more.
