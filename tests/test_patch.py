@@ -90,6 +90,15 @@ class NormOfSum(ScaledNorm):
         return super().forward(x if residual is None else x + residual) * scale
 
 
+POWERS = {"square": 2}
+
+
+class LookingNorm(ScaledNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.pow(POWERS["square"]).mean(-1, keepdim=True)
+        return x * torch.rsqrt(mean + self.norm_eps) * self.gain
+
+
 def outcome(model: nn.Module, **options: str) -> str | None:
     (entry,) = [e for e in lmfast.patch(model, **options).entries if e.name == ""]
     return entry.replaced_by
@@ -102,6 +111,7 @@ def outcome(model: nn.Module, **options: str) -> str | None:
         (lambda: nn.RMSNorm(8, eps=1e-3), "lmfast.ops.rms_norm"),
         (lambda: ScaledNorm(8), "lmfast.ops.rms_norm"),
         (lambda: OnePlusNorm(8), "lmfast.ops.rms_norm"),
+        (lambda: LookingNorm(8), "lmfast.ops.rms_norm"),
         (lambda: textbook.TextbookRMSNorm(8), "lmfast.ops.rms_norm"),
         (lambda: HandLayerNorm(8), "torch's fused layer_norm"),
         (lambda: HandGelu(), "torch's fused gelu_tanh"),

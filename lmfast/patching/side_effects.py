@@ -25,6 +25,12 @@ _CONSTANTS = (
     *(types.ModuleType, torch.dtype, torch.device, torch.Tensor),
 )
 _CONTAINERS = (list, dict, set, bytearray, deque)
+# How a container is changed.
+_STORES = {"STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE"}
+_CHANGES = {
+    *("add", "append", "appendleft", "clear", "discard", "extend", "extendleft", "insert", "pop"),
+    *("popitem", "popleft", "remove", "reverse", "rotate", "setdefault", "sort", "update"),
+}
 _TALKING = {print, input, open, setattr, delattr, exec, eval}
 
 
@@ -65,8 +71,10 @@ def _of(function: Any, module: nn.Module, seen: set[types.CodeType]) -> str | No
     for name, cell in zip(code.co_freevars, function.__closure__ or ()):
         if name != "__class__" and not _is_constant(cell):
             return f"{function.__name__} uses {name!r} of the function around it"
-    for step in _instructions(code):
-        found = _of_instruction(step, function, module, seen)
+    steps = list(_instructions(code))
+    changes = any(step.opname in _STORES or step.argval in _CHANGES for step in steps)
+    for step in steps:
+        found = _of_instruction(step, function, module, changes, seen)
         if found is not None:
             return found
     return None
@@ -91,6 +99,7 @@ def _of_instruction(
     step: dis.Instruction,
     function: types.FunctionType,
     module: nn.Module,
+    changes: bool,
     seen: set[types.CodeType],
 ) -> str | None:
     name, where = step.argval, function.__name__
@@ -100,14 +109,14 @@ def _of_instruction(
         return f"{where} sets {name!r}"
     if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
         value = function.__globals__.get(name, getattr(builtins, name, None))
-        if isinstance(value, _CONTAINERS):
+        if changes and isinstance(value, _CONTAINERS):
             return f"{where} uses {name!r}, which it may change"
         if isinstance(value, types.BuiltinFunctionType) and value in _TALKING:
             return f"{where} calls {name}"
         return _of(value, module, seen)
     if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and name != "forward":
         value = inspect.getattr_static(module, name, None)
-        if isinstance(value, _CONTAINERS):
+        if changes and isinstance(value, _CONTAINERS):
             return f"{where} uses {name!r}, which it may change"
         return _of(value, module, seen)
     return None
