@@ -24,9 +24,11 @@ class CountingLinear(nn.Linear):
 
 
 def counted(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    hits = [0]
+
     @functools.wraps(forward)
     def wrapper(self: nn.Module, x: Tensor) -> Tensor:
-        HITS[0] += 1
+        hits[0] += 1
         return forward(self, x)
 
     return wrapper
