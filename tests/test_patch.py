@@ -76,17 +76,18 @@ class SpelledLinear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
-class CountingLinear(nn.Linear):
-    count = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        CountingLinear.count += 1
-        return x @ self.weight.T + self.bias
-
-
 class NormOfSum(ScaledNorm):
     def forward(self, x: Tensor, residual: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
         return super().forward(x if residual is None else x + residual) * scale
+
+
+POWERS = {"square": 2}
+
+
+class LookingNorm(ScaledNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.pow(POWERS["square"]).mean(-1, keepdim=True)
+        return x * torch.rsqrt(mean + self.norm_eps) * self.gain
 
 
 def outcome(model: nn.Module, **options: str) -> str | None:
@@ -101,6 +102,7 @@ def outcome(model: nn.Module, **options: str) -> str | None:
         (lambda: nn.RMSNorm(8, eps=1e-3), "lmfast.ops.rms_norm"),
         (lambda: ScaledNorm(8), "lmfast.ops.rms_norm"),
         (lambda: OnePlusNorm(8), "lmfast.ops.rms_norm"),
+        (lambda: LookingNorm(8), "lmfast.ops.rms_norm"),
         (lambda: textbook.TextbookRMSNorm(8), "lmfast.ops.rms_norm"),
         (lambda: HandLayerNorm(8), "torch's fused layer_norm"),
         (lambda: HandGelu(), "torch's fused gelu_tanh"),
@@ -145,11 +147,6 @@ def test_a_gated_layer_of_another_activation_stays() -> None:
     module = Gated(torch.tanh)
     assert outcome(module) is None
     assert type(module) is Gated
-
-
-def test_a_linear_layer_that_does_more_stays() -> None:
-    assert outcome(CountingLinear(8, 8)) is None
-    assert outcome(nn.modules.linear.NonDynamicallyQuantizableLinear(8, 8)) is None
 
 
 def decoder() -> textbook.TextbookDecoder:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
+import weakref
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 import lmfast
+from lmfast import ops
 
 transformers = pytest.importorskip("transformers", minversion="5.17")
 transformers.logging.set_verbosity_error()
 
 from transformers_models import IDS, LEFT, assert_close, make  # noqa: E402
 
-from lmfast.integrations._own_attention import calls_attention  # noqa: E402
+from lmfast.integrations._own_attention import _SUMS, calls_attention, form_of  # noqa: E402
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("bloom", {}),
@@ -138,3 +142,137 @@ def test_more_keys_than_biases_are_refused() -> None:
     lmfast.patch(model)
     with pytest.raises(ValueError, match="biases for 8 positions, got 9 keys"):
         model(IDS)
+
+
+def attention_of(model: Any) -> tuple[Any, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """The first layer with own attention, and the calls that it gets."""
+    forms = (None, "attention_block")
+    layer = next(m for m in model.modules() if calls_attention(m) or form_of(m) not in forms)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    hook = layer.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((args, dict(kwargs))), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(IDS, attention_mask=LEFT, use_cache=False)
+    hook.remove()
+    return layer, calls
+
+
+@torch.no_grad()
+def test_calls_by_position() -> None:
+    model = make("mpt")
+    layer, ((args, kwargs),) = attention_of(model)
+    x, bias, mask = args[0], kwargs["position_bias"], kwargs["attention_mask"]
+    expected = layer(x, bias, None, mask)
+    lmfast.patch(model)
+    for got in (layer(x, bias, None, mask), layer(x, bias, None, attention_mask=mask)):
+        assert_close(got[0], expected[0])
+        assert_close(got[1], expected[1])
+    got = layer(x, bias, attention_mask=mask, output_attentions=False)
+    assert got[1] is None
+    assert_close(got[0][LEFT.bool()], expected[0][LEFT.bool()])
+
+
+@torch.no_grad()
+def test_a_mask_changed_in_place_is_seen_and_no_sum_outlives_its_biases() -> None:
+    model = make("bloom")
+    twin = copy.deepcopy(model)
+    lmfast.patch(model)
+    layer, ((args, kwargs),) = attention_of(model)
+    other = next(m for m in twin.modules() if type(m).__name__ == "BloomAttention")
+    mask, alibi = kwargs["attention_mask"].clone(), kwargs["alibi"]
+    kwargs = {**kwargs, "attention_mask": mask}
+    lowest = torch.finfo(mask.dtype).min
+    for key in (4, 5):
+        mask[0, :, key + 1 :, key] = lowest
+        assert_close(layer(*args, **kwargs)[0][0], other(*args, **kwargs)[0][0])
+    alibi.mul_(2.0)
+    assert_close(layer(*args, **kwargs)[0][0], other(*args, **kwargs)[0][0])
+    copy.deepcopy(kwargs)  # nothing that cannot be copied was put on the tensors
+    kept = weakref.ref(_SUMS[alibi][2])
+    del args, kwargs, alibi
+    gc.collect()
+    assert kept() is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alibi", [False, True])
+def test_without_a_mask_the_layer_is_causal(alibi: bool) -> None:
+    model = make("falcon", alibi=alibi)
+    layer, ((args, kwargs),) = attention_of(model)
+    kwargs = {**kwargs, "attention_mask": None}
+    expected = layer(*args, **kwargs)[0]
+    lmfast.patch(model)
+    with mock.patch.object(ops, "attention", wraps=ops.attention) as called:
+        assert_close(layer(*args, **kwargs)[0], expected)
+    assert called.call_count == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["gpt_neo", "falcon"])
+def test_a_mask_of_bool_does_what_it_did(kind: str) -> None:
+    model = make(kind, **({"attn_implementation": "eager"} if kind == "falcon" else {}))
+    seen = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+    expected = model(IDS, attention_mask=seen).logits
+    lmfast.patch(model)
+    assert_close(model(IDS, attention_mask=seen).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["bloom", "gpt_neo", "mpt"])
+def test_queries_that_see_no_key_get_zeros(kind: str) -> None:
+    model = make(kind)
+    lmfast.patch(model)
+    layer, ((args, kwargs),) = attention_of(model)
+    out = layer(*args, **{**kwargs, "output_attentions": False})[0][1, :4]
+    last = layer.dense if kind == "bloom" else layer.out_proj
+    expected = torch.zeros_like(out) if last.bias is None else last.bias.expand_as(out)
+    if kind == "bloom":
+        expected = expected + args[1][1, :4]  # the residual
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "gpt_neo", "falcon", "mpt"])
+def test_gradient_checkpointing(kind: str) -> None:
+    model = make(kind)
+    patched = copy.deepcopy(model)
+    lmfast.patch(patched)
+    patched.gradient_checkpointing_enable()
+    grads = []
+    for m in (model, patched):
+        drop(m.train(), 0.0)
+        for part in m.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.0
+            if hasattr(part, "hidden_dropout"):
+                part.hidden_dropout = 0.0
+        m(IDS, labels=IDS, use_cache=False).loss.backward()
+        grads.append([p.grad for p in m.parameters()])
+    scale = max(g.abs().max() for g in grads[0] if g is not None)
+    for a, b in zip(*grads, strict=True):
+        assert (a is None) == (b is None)
+        # fp32 sums in another order, as in the test of values above.
+        assert a is None or (a - b).abs().max() <= 2e-5 * scale
+
+
+def test_unpatching_without_an_attention_implementation() -> None:
+    model = make("llama")
+    lmfast.patch(model)
+    model.config._attn_implementation = None
+    lmfast.unpatch(model)
+    assert not any(calls_attention(m) for m in model.modules())
+
+
+@torch.no_grad()
+def test_rotary_tables_changed_in_place_are_seen() -> None:
+    model = make("llama")
+    rotary = model.model.rotary_emb
+    cos, sin = rotary(torch.zeros(1), torch.arange(9)[None])
+    x = torch.randn(1, 9, model.config.hidden_size)
+    twin = copy.deepcopy(model).model.layers[0].self_attn
+    lmfast.patch(model)
+    layer = model.model.layers[0].self_attn
+    for _ in range(2):
+        assert_close(layer(x, (cos, sin), None)[0], twin(x, (cos, sin), None)[0])
+        cos.copy_(cos.flip(1))
+        sin.copy_(sin.flip(1))

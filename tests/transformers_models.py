@@ -207,6 +207,12 @@ Made by `python tests/transformers_models.py` from small random models, with tra
 run against the original first. torch's own LayerNorm and activations stay: they are one fused
 kernel each. Layers of experts stay transformers' own grouped products.
 
+One thing changes: a query that sees no key, which is padding in front of a row, gets zeros, as from
+SDPA. Attention with the scores written out (`attn_implementation="eager"`, Bloom, GPT-Neo, MPT and
+Falcon with ALiBi) gives it the mean of hidden values. The results of real tokens are the same; a
+loss is, if nothing is predicted from such a position: label the first token behind the padding -100
+too.
+
 | model type | attention | rotary | norms | feed-forward | linear | loss |
 |---|---|---|---|---|---|---|
 """

@@ -8,17 +8,24 @@ the weights themselves (dropout of them, `output_attentions`) goes the layer's o
 Biases by distance (ALiBi): Bloom and Falcon count positions from the padding mask, which may have
 holes, so the bias of every key is added to the mask as it is, once for all layers of a pass. MPT
 counts from the last key: one slope per head says it all, and the kernel adds it.
+
+Where a query sees no key, as padding in front does, these layers add the lowest number to every
+score, which leaves equal scores and so the mean of the hidden values; here it gets zeros, as from
+SDPA. The mean could be had, but not its gradient: of scores so far from zero the logarithm of the
+sum, which the backward pass starts from, has lost the number of keys.
 """
 
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lmfast import ops
 from lmfast.integrations._attention import attention_forward, in_autocast_dtype
@@ -98,21 +105,29 @@ def calls_attention(module: nn.Module) -> bool:
     return found is not None and found[1] in _FORMS and found[1] != "attention_block"
 
 
-def _added(mask: Tensor | None, bias: Tensor, scale: float = 1.0) -> Tensor:
+# Biases -> the mask they were added to, the state of both, and the sum.
+_SUMS = WeakTensorKeyDictionary()
+
+
+def _added(mask: Tensor, bias: Tensor, scale: float = 1.0) -> Tensor:
     """Mask and (B, H, 1, S) or (B H, 1, S) biases, scaled, as one tensor to add to the scores.
 
-    Made once for all layers of a pass, which are given the same two tensors.
+    Made once for all layers of a pass, which are given the same two tensors, and kept as long as
+    the biases: models make new ones in every pass, while the mask may be the caller's own.
     """
-    if mask is None:
-        return bias * scale
-    compiling = torch.compiler.is_compiling()
-    kept = None if compiling else getattr(mask, "_lmfast_biased", None)
-    if kept is not None and kept[0] is bias:
-        return kept[1]
+    # What can be changed without a trace, or has a graph of its own, is added anew.
+    lasting = not torch.compiler.is_compiling() and not any(
+        t.is_inference() or t.requires_grad for t in (mask, bias)
+    )
+    if lasting:
+        state = (mask._version, bias._version, scale)
+        kept = _SUMS.get(bias)
+        if kept is not None and kept[0]() is mask and kept[1] == state:
+            return kept[2]
     wide = bias if bias.dim() == 4 else bias.view(mask.shape[0], -1, *bias.shape[1:])
     total = mask + (wide if scale == 1.0 else wide * scale)
-    if not compiling:
-        mask._lmfast_biased = (bias, total)  # type: ignore[attr-defined]
+    if lasting:
+        _SUMS[bias] = (weakref.ref(mask), state, total)
     return total
 
 
@@ -183,7 +198,10 @@ def _multi_query(
     ) -> tuple[Tensor, Tensor | None]:
         drops = self.training and self.attention_dropout.p > 0
         cannot_rotate = alibi is None and (rotate is None or position_embeddings is None)
-        if output_attentions or drops or cannot_rotate or attention_mask is None:
+        sdpa = self.config._attn_implementation == "sdpa"
+        # Without a mask SDPA is causal, and knows no biases; to scores one must be added.
+        usual = sdpa or (attention_mask is not None and attention_mask.is_floating_point())
+        if output_attentions or drops or cannot_rotate or not usual:
             return own(
                 *(self, hidden_states, alibi, attention_mask, position_ids, layer_past),
                 *(use_cache, output_attentions, position_embeddings),
@@ -194,7 +212,7 @@ def _multi_query(
         mask = attention_mask
         if alibi is None:
             q, k = rotate(q, k, *position_embeddings)  # type: ignore[misc]
-        elif self.config._attn_implementation != "sdpa":
+        elif mask is not None and not sdpa:
             # The model has added it once; without SDPA, the layer does so again.
             mask = _added(mask, alibi, self.inv_norm_factor)
         if layer_past is not None:
@@ -220,7 +238,10 @@ def _unscaled(
         output_attentions: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        if output_attentions or (self.training and self.attn_dropout.p > 0):
+        drops = self.training and self.attn_dropout.p > 0
+        # To scores written out, any mask is added, one of bool too.
+        usual = attention_mask is None or attention_mask.is_floating_point()
+        if output_attentions or drops or not usual:
             return own(
                 *(self, hidden_states, attention_mask, layer_past, use_cache, output_attentions),
                 **kwargs,
@@ -251,7 +272,6 @@ def _biased(original: Any, backend: str | None = None) -> dict[str, Any]:
         hidden_states: Tensor,
         position_bias: Tensor,
         *args: Any,
-        attention_mask: Tensor | None = None,
         output_attentions: bool = True,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -260,9 +280,8 @@ def _biased(original: Any, backend: str | None = None) -> dict[str, Any]:
         caches = [kwargs[name] for name in ("cache", "past_key_values") if name in kwargs]
         line = position_bias is not None and position_bias.shape[-1] > 1
         if output_attentions or drops or args or not line or len(caches) > 1:
-            return own(
-                self, hidden_states, position_bias, *args, attention_mask=attention_mask, **kwargs
-            )
+            return own(self, hidden_states, position_bias, *args, **kwargs)
+        attention_mask = kwargs.get("attention_mask")
         batch, steps, _ = hidden_states.shape
         packed = self.Wqkv(hidden_states)
         if self.clip_qkv:

@@ -93,8 +93,11 @@ def _prepared(
     """Tables (rows, D_rot / 2) and each token's row; made once for all layers of a pass."""
     compiling = torch.compiler.is_compiling()
     if not compiling:
+        # Tables of inference mode cannot tell that they were changed in place.
+        versions = [None if t.is_inference() else t._version for t in (cos, sin)]
+        state = (tables, dtype, *versions)
         kept = getattr(cos, "_lmfast_tables", None)
-        if kept is not None and kept[0] is sin and kept[1] == (tables, dtype):
+        if kept is not None and kept[0] is sin and kept[1] == state:
             return kept[2]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     batch, steps, _ = cos.shape
@@ -105,7 +108,7 @@ def _prepared(
         positions = torch.arange(batch * steps, device=cos.device).view(batch, steps)
     found = (c, s, positions)
     if not compiling:
-        cos._lmfast_tables = (sin, (tables, dtype), found)  # type: ignore[attr-defined]
+        cos._lmfast_tables = (sin, state, found)  # type: ignore[attr-defined]
     return found
 
 

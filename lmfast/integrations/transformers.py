@@ -76,7 +76,7 @@ def unpatch(model: nn.Module) -> None:
     for module in model.modules():
         before = vars(module).pop(_BEFORE, None)
         if before is not None and isinstance(module, PreTrainedModel):
-            if module.config._attn_implementation.startswith(name_for(None)):
+            if str(module.config._attn_implementation).startswith(name_for(None)):
                 module.set_attn_implementation(before)
 
 

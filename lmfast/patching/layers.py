@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -97,14 +98,17 @@ _PRODUCT = set("weight bias T mT t transpose torch nn functional F linear matmul
 def _only_multiplies(cls: Any) -> bool:
     """Whether a class of linear layers has nn.Linear's forward, or spells out the same product.
 
-    Subclasses are often made to do something on the side, which no trial on numbers shows; torch's
-    own are made for quantisation, or are read by nn.MultiheadAttention.
+    Subclasses are often made to do something else as well; torch's own are made for quantisation,
+    or are read by nn.MultiheadAttention.
     """
     if cls is nn.Linear:
         return True
     code = getattr(cls.forward, "__code__", None)
     return (
         code is not None
+        and not code.co_freevars
+        and not hasattr(cls.forward, "__wrapped__")
+        and not any(isinstance(constant, types.CodeType) for constant in code.co_consts)
         and set(code.co_names) <= _PRODUCT
         and not cls.__module__.startswith("torch.")
     )
@@ -210,6 +214,7 @@ def plan_gated(module: nn.Module) -> Plan | str | None:
         ],
         lambda: [Call((random_input(module, 2, 3, width),))],
         label.get(kinds[0], "lmfast.ops.geglu"),
+        absorbed=list(others.values()),
     )
 
 

@@ -13,6 +13,7 @@ from lmfast.patching import layers, norms, recurrent, swap, textbook
 from lmfast.patching.probe import verify
 from lmfast.patching.report import Entry, PatchReport
 from lmfast.patching.rules import Plan, Rule, options_of
+from lmfast.patching.side_effects import side_effect
 
 # Those that do the work of other modules come first.
 _RULES: tuple[Rule, ...] = (
@@ -33,10 +34,13 @@ def patch(model: nn.Module, *, backend: str | None = None) -> PatchReport:
 
     Modules are recognised by their parameters and tried: each candidate is run against the module
     it would replace on small random inputs, values and gradients, in training and evaluation, and
-    one that differs by more than rounding is left as it is. Norms, activations, linear and gated
+    one that differs by more than rounding is left as it is; so is one whose forward does something
+    else as well, such as counting its calls. Norms, activations, linear and gated
     feed-forward layers, recurrent layers, and the layers of textbooks on bare parameters are
     replaced wherever they stand; of transformers' models also attention, rotary positions and the
-    loss, see `lmfast.integrations.transformers`.
+    loss, see `lmfast.integrations.transformers`. There, padding in front of a row, whose queries
+    see no key, gets zeros from attention, where scores written out gave the mean of hidden values:
+    what is predicted from it, the first token of the row, counts otherwise unless labelled -100.
 
     Parameters, names, hooks and the state_dict stay; only this model's modules change, no class and
     no function of others. Patching twice does nothing more.
@@ -154,6 +158,10 @@ class _Worker:
             if found and not plans:
                 self.outcomes[id(module)] = (None, str(found[0]))
             for plan in plans:
+                does_more = next(filter(None, map(side_effect, [module, *plan.absorbed])), None)
+                if does_more is not None:
+                    self.outcomes[id(module)] = (None, f"it does more than compute: {does_more}")
+                    break
                 if self.attempt(module, plan):
                     break
 

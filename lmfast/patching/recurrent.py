@@ -85,6 +85,7 @@ def plan_stack(module: nn.Module) -> Plan | str | None:
             Call((random_input(module, 2, 1, width),)),
         ],
         "lmfast.ops.elman_rnn",
+        absorbed=list(units),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -24,6 +24,7 @@ class Plan:
         calls: makes the calls it is tried with.
         label: what the report says when it fits.
         note: what the report adds.
+        absorbed: modules whose forward is called no more.
     """
 
     recipe: str
@@ -31,6 +32,7 @@ class Plan:
     calls: Callable[[], list[Call]]
     label: str
     note: str = ""
+    absorbed: list[nn.Module] = field(default_factory=list)
 
 
 # A rule looks at a module: a plan, the reason for leaving it alone, or None for "not mine".

@@ -75,6 +75,7 @@ def plan_attention(module: nn.Module) -> Plan | str | None:
         ],
         calls,
         f"lmfast.ops.{together}",
+        absorbed=list(heads),
     )
 
 
