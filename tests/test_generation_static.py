@@ -222,3 +222,40 @@ def test_a_step_looks_at_no_value(looks: bool, kind: Any, monkeypatch: pytest.Mo
                     step()
             else:
                 step()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@torch.inference_mode()
+def test_what_a_capture_changed_is_put_back(fails: bool) -> None:
+    """Also where it fails: then the step itself goes on, with the same tensors and draws."""
+    step, draws = made_step(model()), torch.Generator().manual_seed(4)
+    step._sampler._generator = draws
+    before, state = [t.clone() for t in step.everything()], draws.get_state()
+
+    def record(step: Any, generator: Any, put_back: Any) -> Any:
+        step()
+        put_back()
+        assert torch.equal(draws.get_state(), state)
+        step()
+        if fails:
+            raise RuntimeError("called a synchronizing CUDA operation\nand more")
+        return step.__call__
+
+    run, refused = static_step.capture(step, draws, record)
+    assert all(torch.equal(a, b) for a, b in zip(step.everything(), before, strict=True))
+    assert torch.equal(draws.get_state(), state)
+    assert (run is step) == fails
+    said = "its capture failed with RuntimeError: called a synchronizing CUDA operation"
+    assert refused == (said if fails else None)
+    run()
+    assert torch.equal(step.model.lengths, before[0] + 1)
+
+
+def test_a_model_that_was_not_captured_takes_the_loop() -> None:
+    wanted, ids = loop.GenerationOptions(max_new_tokens=2), torch.tensor([[3, 4]])
+    generator = generator_of(model())
+    assert static_step.takes(generator.runner)
+    generator.runner.capture_refused = "its capture failed"
+    assert not static_step.takes(generator.runner)
+    reason = static_step.unsupported(generator._job(ids, None, wanted), on_cpu=True)
+    assert reason == "its capture failed"

@@ -87,8 +87,10 @@ class Generator:
             text = f"the compiled engine, with {self.weights} weights"
         else:
             text = f"the model's own modules: {self._reason}"
-            if self.runner.device.type == "cuda" and static_step.takes(self.runner):
-                text += "; a CUDA graph per token where the options allow it"
+            if self.runner.device.type == "cuda":
+                refused = static_step.why_not_captured(self.runner)
+                allowed = "a CUDA graph per token where the options allow it"
+                text += f"; {allowed}" if refused is None else f"; no CUDA graphs: {refused}"
         print(f"Generator runs {text}")
         return text
 

@@ -138,7 +138,8 @@ def why_not_static(model: Any) -> str | None:
         return None
     if not isinstance(model, DecoderLanguageModel):
         return "only lmfast's decoders and recurrent models, and those of transformers, have it"
-    if any(layer.attn.rope._depends_on_length for layer in model.layers):
+    layers: Any = model.layers
+    if any(layer.attn.rope._depends_on_length for layer in layers):
         return "the rotation depends on the length of the text"
     return None
 
