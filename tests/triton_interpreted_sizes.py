@@ -11,6 +11,7 @@ import triton_interpreter  # noqa: F401  (mends it)
 from op_checks import check_gradients, check_values
 
 import lmfast
+from lmfast.ops.quantised_linear import dequantised
 from lmfast.testing import Sample, assert_within_error_rule
 from lmfast.triton import linear_cross_entropy
 
@@ -157,6 +158,21 @@ def test_gradients_of_quantised_and_low_rank_layers_in_several_tiles() -> None:
     factors = normal(150, 18) / 12, normal(18, 70) / 4
     sample = Sample("", (x, normal(70, 150) / 12, *factors), {"bias": normal(70), "scale": 0.7})
     check_gradients(lmfast._dispatch.ops()["lora_linear"], sample, "triton")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_small_gradients_of_quantised_layers_in_fp16(bits: int) -> None:
+    """Gradients of 1e-4 times scales of 1e-3 are below what fp16 holds; the sums are not."""
+    generator = torch.Generator().manual_seed(16)
+    weight = torch.randn(70, 150, generator=generator) / 12
+    codes, scales = lmfast.ops.quantise_weight(weight, bits, group=30)
+    dy = (1e-4 * torch.randn(3, 70, generator=generator)).half()
+    x = torch.zeros(3, 150, dtype=torch.float16, requires_grad=True)
+    lmfast.ops.quantised_linear(x, codes, scales, backend="triton").backward(dy)
+    exact = dy.double() @ dequantised(codes, scales, torch.float64)
+    # The matrix is rounded to 2^-12 of an element, and the result to 2^-25 where it is below
+    # 2^-14: of elements of about 7e-5 both are less than 1e-3.
+    assert (x.grad - exact).norm() < 1e-3 * exact.norm()
 
 
 def test_attention_joins_parts_of_the_keys() -> None:
