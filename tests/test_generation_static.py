@@ -5,6 +5,9 @@ Models of transformers: test_generation_static_transformers.py.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -249,6 +252,82 @@ def test_what_a_capture_changed_is_put_back(fails: bool) -> None:
     assert refused == (said if fails else None)
     run()
     assert torch.equal(step.model.lengths, before[0] + 1)
+
+
+def test_generation_goes_on_where_a_capture_fails(
+    static: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(step: Any, generator: Any, put_back: Any) -> Any:
+        step()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    capture = static_step.capture
+    monkeypatch.setattr(static_step, "capture", lambda step, g: capture(step, g, record))
+    ids = torch.randint(1, V, (3, 9), generator=torch.Generator().manual_seed(2))
+    options: dict[str, Any] = {"max_new_tokens": 21, "eos_token_id": [1, 2], "top_k": 20}
+    found = generate(model(), ids, 5, frequency_penalty=0.2, **options)
+    assert static == [1]
+    static_step.unsupported = lambda job: "not now"  # the fixture puts it back
+    expected = generate(model(), ids, 5, frequency_penalty=0.2, **options)
+    assert torch.equal(found[:, : expected.shape[1]], expected)
+
+
+class _Stream:
+    """Where a capture runs; the current one is what `torch.cuda` has."""
+
+    def wait_stream(self, other: Any) -> None:
+        assert isinstance(other, _Stream)
+
+
+@pytest.mark.parametrize("fails", ["", "waits", "at the end"])
+def test_a_capture_leaves_streams_and_modes_as_they_were(
+    fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of calls, with a `torch.cuda` that keeps them: warm-up, watched, captured."""
+    first, calls = _Stream(), []
+    current, mode = [first], [1]
+
+    @contextmanager
+    def on(stream: Any) -> Any:
+        current.append(stream)
+        yield
+        current.pop()
+
+    @contextmanager
+    def graph(graph: Any) -> Any:
+        current.append(_Stream())
+        yield
+        if fails == "at the end":  # as PyTorch does, which stays on the stream then
+            raise RuntimeError("capture invalidated")
+        current.pop()
+
+    def step() -> None:
+        calls.append((mode[0], len(current)))
+        if fails == "waits" and mode[0] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    fakes = {
+        "Stream": _Stream,
+        "stream": on,
+        "graph": graph,
+        "CUDAGraph": lambda: SimpleNamespace(replay="replay"),
+        "current_stream": lambda: current[-1],
+        "set_stream": lambda stream: current.append(stream),
+        "get_sync_debug_mode": lambda: mode[0],
+        "set_sync_debug_mode": lambda m: mode.__setitem__(0, m),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    put_back = partial(calls.append, "put back")
+    if fails:
+        with pytest.raises(RuntimeError):
+            static_step._record(step, None, put_back)
+    else:
+        assert static_step._record(step, None, put_back) == "replay"
+    watched = [(1, 2), "put back", ("error", 2)]
+    assert calls == (watched if fails == "waits" else [*watched, "put back", (1, 2)])
+    assert current[-1] is first
+    assert mode == [1]
 
 
 def test_a_model_that_was_not_captured_takes_the_loop() -> None:

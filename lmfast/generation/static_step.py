@@ -12,6 +12,7 @@ On a CPU the same step runs eagerly: that is how it is tested without a GPU.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -177,7 +178,10 @@ def _record(
             for number in range(_WARM_UP):
                 # By the last one kernels are compiled and chosen: what waits for the host now would
                 # break the capture off, which is harder to clean up after than an error here.
-                torch.cuda.set_sync_debug_mode(2 if number == _WARM_UP - 1 else 0)
+                if number == _WARM_UP - 1:
+                    with warnings.catch_warnings():  # that the mode does not see everything
+                        warnings.simplefilter("ignore")
+                        torch.cuda.set_sync_debug_mode("error")
                 step()
                 torch.cuda.set_sync_debug_mode(waits)
                 put_back()
