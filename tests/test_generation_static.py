@@ -253,6 +253,11 @@ def test_what_a_capture_changed_is_put_back(fails: bool) -> None:
     run()
     assert torch.equal(step.model.lengths, before[0] + 1)
 
+    def without_memory(*_: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    assert static_step.capture(step, draws, without_memory) == (step, None)
+
 
 def test_generation_goes_on_where_a_capture_fails(
     static: list[int], monkeypatch: pytest.MonkeyPatch

@@ -145,7 +145,8 @@ class Before:
 def capture(
     step: StaticStep, generator: torch.Generator | None, record: Record | None = None
 ) -> tuple[Callable[[], None], str | None]:
-    """A function that runs the step once, and why it is the step itself: None for a CUDA graph.
+    """A function that runs the step once, and why it is the step itself: None for a CUDA graph, and
+    where memory was missing, which the next job may have.
 
     What warming up and capturing changed is put back; the cache holds the same token again. A model
     that waits for the host cannot be captured, nor can much else of other people's: where it
@@ -160,6 +161,8 @@ def capture(
         replay = record(step, generator, before.put_back)
     except Exception as error:  # whatever the model raises: if it is no matter of graphs, the
         before.put_back_after_failure()  # step raises it again
+        if isinstance(error, torch.OutOfMemoryError):
+            return step, None
         lines = str(error).splitlines() or [""]
         return step, f"its capture failed with {type(error).__name__}: {lines[0]}"
     before.put_back()
