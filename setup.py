@@ -200,6 +200,16 @@ class CMakeBuild(build_ext):
         ]
         print("\n".join(lines), file=sys.stderr)
 
+    def get_source_files(self) -> list[str]:
+        """What a source distribution holds besides the package: all to build and to test it."""
+        single = ("CMakeLists.txt", "Makefile", "constraints.txt", "CHANGELOG.md", ".clang-format")
+        found = [ROOT / name for name in single]
+        kinds = ("py", "cpp", "h", "cu", "cuh", "sh", "json", "md")
+        for folder in ("csrc", "tests", "benchmarks"):
+            for kind in kinds:
+                found += (ROOT / folder).rglob(f"*.{kind}")
+        return sorted(str(path.relative_to(ROOT)) for path in found if path.is_file())
+
     def get_outputs(self) -> list[str]:
         return [str(p) for p in self.output.glob("_*.so")] if hasattr(self, "output") else []
 

@@ -1,22 +1,23 @@
 """Generation beside transformers, llama.cpp and CTranslate2: tokens, prompts, contexts.
 
-    pytest benchmarks/bench_generate.py --benchmark-enable --benchmark-only [-k "gpt2 and B1"]
+    pytest benchmarks/bench_generate.py --benchmark-enable --benchmark-only -k "gpt2 and B1"
 
 Random weights. Greedy, 32 prompt and 48 new tokens; `lmfast` is fp32, the other columns say what
 they are, transformers, llama.cpp and CTranslate2 in fp32 unless they do. What is in fp32 must give
-the same first tokens. Every round runs all columns once, one after the other.
+the same first tokens. Every round runs all columns once, one after the other. A model of one size
+is a minute or two: `-k` takes 8.6M, 15M, 160M or gpt2 and, of `bench_generate`, B1 or B8.
 
-`bench_steps` has steps alone, behind 32, 1,024 and 4,096 tokens. Their floor is reading the packed
-weights, but for embeddings beside the output layer, and the keys and values: `read_*` is a plain
-read of as many bytes as often, in the same second, and `share_of_read` its time over the steps'.
+`bench_steps` has steps alone, behind 32, 1,024 and 4,096 tokens, beside the peers, and
+`bench_share_of_read` beside their floor: reading the packed weights, but for embeddings beside the
+output layer, and the keys and values. `read_*` is a plain read of as many bytes as often, in the
+same second, and `share_of_read` its time over the steps'.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import generation_peers
@@ -29,7 +30,7 @@ from lmfast.generation.module_runner import ModuleRunner
 
 transformers = pytest.importorskip("transformers")
 
-PROMPT, NEW, ROUNDS = 32, 48, 3
+PROMPT, NEW, STEPS = 32, 48, 16
 # (width, feed-forward width, layers, heads, key/value heads, V)
 LLAMAS = {
     "8.6M": (128, 512, 2, 8, 8, 32011),
@@ -37,6 +38,8 @@ LLAMAS = {
     "160M": (768, 2048, 12, 12, 4, 32000),
 }
 NARROW = ("bf16", "int8", "int4")
+# Rounds of a second or more, or of less.
+ROUNDS = {"8.6M": 11, "15M": 11, "160M": 3, "gpt2": 3}
 Compare = Callable[..., dict[str, Any]]
 
 
@@ -91,7 +94,7 @@ def check(name: str, peer: Any, ids: torch.Tensor, expected: torch.Tensor) -> No
 
 
 @pytest.mark.parametrize("batch", [1, 8], ids=["B1", "B8"])
-def bench_generate(compare: Compare, named: tuple[str, Any], batch: int, tmp_path: Path) -> None:
+def bench_generate(compare: Compare, named: tuple[str, Any], batch: int) -> None:
     name, model = named
     ids = prompts(batch)
     generators = {kind: lmfast.Generator(model, weights=kind) for kind in ("fp32", *NARROW)}
@@ -102,11 +105,11 @@ def bench_generate(compare: Compare, named: tuple[str, Any], batch: int, tmp_pat
     ours = runs.pop("fp32")
     runs["transformers"] = theirs(model, ids)
     runs["transformers_bf16"] = theirs(copy.deepcopy(model).bfloat16(), ids)
-    for peer_name, peer in generation_peers.peers(model, tmp_path, 1024).items():
+    for peer_name, peer in generation_peers.peers(model, 1024).items():
         if peer_name in generation_peers.EXACT:
             check(peer_name, peer, ids, ours()[:, PROMPT : PROMPT + 4])
         runs[peer_name] = lambda p=peer: p.generate(ids, NEW)
-    row = compare(f"generate {name} B{batch}, {NEW} new tokens", ours, runs, rounds=ROUNDS)
+    row = compare(f"generate {name} B{batch}, {NEW} new tokens", ours, runs, rounds=ROUNDS[name])
     row["tokens_per_s"] = per_second(row, batch * NEW)
     row["MB"] = {kind: round(g.memory() / 1e6, 1) for kind, g in generators.items()}
 
@@ -120,7 +123,7 @@ def per_second(row: dict[str, Any], tokens: int) -> dict[str, int]:
     }
 
 
-def bench_first_token_of_512(compare: Compare, named: tuple[str, Any], tmp_path: Path) -> None:
+def bench_first_token_of_512(compare: Compare, named: tuple[str, Any]) -> None:
     """A prompt of 512 tokens and one new token: the time to the first token."""
     name, model = named
     ids = prompts(1, 512)
@@ -131,9 +134,9 @@ def bench_first_token_of_512(compare: Compare, named: tuple[str, Any], tmp_path:
     ours = runs.pop("fp32")
     runs["transformers"] = theirs(model, ids, 1)
     runs["transformers_bf16"] = theirs(copy.deepcopy(model).bfloat16(), ids, 1)
-    for peer_name, peer in generation_peers.peers(model, tmp_path, 1024).items():
+    for peer_name, peer in generation_peers.peers(model, 1024).items():
         runs[peer_name] = lambda p=peer: p.generate(ids, 1)
-    row = compare(f"first token of 512, {name}", ours, runs, rounds=ROUNDS)
+    row = compare(f"first token of 512, {name}", ours, runs, rounds=ROUNDS[name])
     row["prompt_tokens_per_s"] = per_second(row, 512)
 
 
@@ -174,61 +177,85 @@ def bench_drawing(compare: Compare, top: dict[str, Any]) -> None:
     ("name", "context"),
     [("gpt2", 32), ("gpt2", 1000), ("160M", 32), ("160M", 1024), ("160M", 4096)],
 )
-def bench_steps(compare: Compare, name: str, context: int, tmp_path: Path) -> None:
-    """16 tokens behind a text, and a plain read of what they read."""
-    model, new = make(name), 16
+def bench_steps(compare: Compare, name: str, context: int) -> None:
+    """Tokens behind a text, beside the peers that can go back to its end."""
+    model = make(name)
     ids = prompts(1, context)
-    runs: dict[str, Callable[[], Any]] = {}
-    reads: dict[str, str] = {}
-    for kind in ("fp32", *NARROW):
-        runner = make_engine(model, kind)
-        _, state = runner.step(ids, runner.new_state(1, context + new))
-
-        def run(runner: Any = runner, state: Any = state) -> None:
-            runner.greedy(ids[:, 0], state, new)
-            state.truncate(context)
-
-        runs[kind] = run
-        words = torch.ones(bytes_of_a_step(model, runner, state, context) // 8, dtype=torch.int64)
-        reads["lmfast" if kind == "fp32" else kind] = f"read_{kind}"
-        runs[f"read_{kind}"] = lambda words=words: [words.sum() for _ in range(new)]
+    runs: dict[str, Callable[[], Any]] = {
+        kind: ours_behind(model, kind, ids)[0] for kind in ("fp32", *NARROW)
+    }
     with torch.inference_mode():
         cache = model(ids).past_key_values
 
     def transformers_steps() -> None:
         with torch.inference_mode():
             now = ids[:, :1]
-            for _ in range(new):
+            for _ in range(STEPS):
                 now = model(now, past_key_values=cache).logits[:, -1:].argmax(-1)
-            cache.crop(-new)
+            cache.crop(-STEPS)
 
     ours = runs.pop("fp32")
     runs["transformers"] = transformers_steps
-    for peer_name, peer in generation_peers.peers(model, tmp_path, context + 2 * new).items():
+    for peer_name, peer in generation_peers.peers(model, context + 2 * STEPS).items():
         if not hasattr(peer, "extend"):  # CTranslate2 begins every text anew
             continue
         peer.prefill(ids)
 
         def peer_steps(peer: Any = peer) -> None:
-            peer.extend([int(ids[0, 0])], context, new + 1)
+            peer.extend([int(ids[0, 0])], context, STEPS + 1)
             peer.truncate(context)
 
         runs[peer_name] = peer_steps
-    row = compare(f"{name}, {new} tokens behind {context}", ours, runs, rounds=7)
+    row = compare(f"{name}, {STEPS} tokens behind {context}", ours, runs, rounds=7)
+    row["tokens_per_s"] = per_second(row, STEPS)
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2], ids=["1 thread", "2 threads"], indirect=True)
+@pytest.mark.parametrize(
+    ("name", "context"), [("gpt2", 32), ("160M", 32), ("160M", 1024), ("160M", 4096)]
+)
+def bench_share_of_read(compare: Compare, name: str, context: int, threads: int) -> None:
+    """Tokens behind a text, and a plain read of what they read."""
+    model = make(name)
+    ids = prompts(1, context)
+    runs: dict[str, Callable[[], Any]] = {}
+    for kind in ("fp32", *NARROW):
+        run, size = ours_behind(model, kind, ids)
+        words = torch.ones(size // 8, dtype=torch.int64)
+        runs[kind] = run
+        runs[f"read_{kind}"] = lambda words=words: [words.sum() for _ in range(STEPS)]
+    ours = runs.pop("fp32")
+    title = f"{name}, read and {STEPS} tokens behind {context}, threads: {threads}"
+    row = compare(title, ours, runs, rounds=15)
     if row:
-        row["tokens_per_s"] = {
-            k: v for k, v in per_second(row, new).items() if not k.startswith("read")
-        }
         row["share_of_read"] = {
-            kind: round(row[f"{read}_ms"] / row[f"{kind}_ms"], 3) for kind, read in reads.items()
+            kind: round(row[f"read_{kind}_ms"] / row[f"{column}_ms"], 3)
+            for kind, column in [("fp32", "lmfast"), *zip(NARROW, NARROW, strict=True)]
         }
 
 
-def bytes_of_a_step(model: Any, runner: Any, state: Any, context: int) -> int:
-    """What a token has to read: weights without embeddings that are looked up, keys and values."""
+def ours_behind(model: Any, weights: str, ids: torch.Tensor) -> tuple[Callable[[], Any], int]:
+    """STEPS tokens behind a text, and what one of them has to read: weights without embeddings that
+    are looked up, keys and values."""
+    runner = make_engine(model, weights)
+    context = ids.shape[1]
+    _, state = runner.step(ids, runner.new_state(1, context + STEPS))
+
+    def run() -> None:
+        runner.greedy(ids[:, 0], state, STEPS)
+        state.truncate(context)
+
     table = model.get_input_embeddings().weight
     looked_up = table is not model.get_output_embeddings().weight
-    width = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 1}[runner.weights]
-    weights = runner.memory() - (table.numel() * width if looked_up else 0)
+    width = {"fp32": 4, "bf16": 2, "int8": 1, "int4": 1}[weights]
+    read = runner.memory() - (table.numel() * width if looked_up else 0)
     tokens = 2 * state.num_layers * state.num_kv_heads * state.head_dim
-    return weights + context * tokens * state.dtype.itemsize
+    return run, read + context * tokens * state.dtype.itemsize

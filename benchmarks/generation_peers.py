@@ -1,14 +1,21 @@
 """llama.cpp and CTranslate2 on the models of bench_generate.py, from the same random weights.
 
 Each is left out where its package is missing (`llama-cpp-python` with `gguf`; `ctranslate2`). Their
-files are written to a folder and go with it. What is in fp32 must give the engine's first tokens:
-`bench_generate.py` checks it.
+files, 1.2 GB of the 160M model, are kept in the folder for temporary files, so that only the first
+run writes them, which takes longer than measuring. What is in fp32 must give the engine's first
+tokens: `bench_generate.py` checks it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import hashlib
+import os
 import shutil
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +27,52 @@ Peers = dict[str, Any]
 EXACT = ("llama_cpp", "ctranslate2")  # in fp32, as the model is
 
 
-def peers(model: Any, folder: Path, capacity: int) -> Peers:
+def peers(model: Any, capacity: int) -> Peers:
     """What there is, by the name of its column; each has ``generate(ids, new)``.
 
     Args:
         model: GPT-2 or Llama of transformers, float32.
-        folder: for files, empty.
         capacity: tokens of all rows together at most.
     """
-    return {**_llama_cpp(model, folder, capacity), **_ctranslate2(model, folder)}
+    return {**_llama_cpp(model, capacity), **_ctranslate2(model)}
+
+
+def _kept(model: Any, package: str, name: str, write: Callable[[Path], None]) -> Path:
+    """What ``write`` makes of the model at a path, or made there before."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    digest.update(f"{model.config.to_json_string()} {version(package)}".encode())
+    digest.update(model.get_input_embeddings().weight[:64].detach().numpy().tobytes())
+    folder = Path(tempfile.gettempdir()) / f"lmfast-generation-peers-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    path = folder / f"{digest.hexdigest()[:16]}-{name}"
+    if not path.exists():
+        part = folder / f"{path.name}.{os.getpid()}"
+        write(part)
+        part.rename(path)
+    return path
 
 
 # CTranslate2
 
 
-def _ctranslate2(model: Any, folder: Path) -> Peers:
+def _ctranslate2(model: Any) -> Peers:
     try:
         import ctranslate2
     except ImportError:
         return {}
     import tokenizers
 
-    source, made = folder / "hf", folder / "ct2"
-    model.save_pretrained(source)
-    names = {f"t{i}": i for i in range(model.config.vocab_size)}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(names, "t0"))
-    ends = dict.fromkeys(("unk_token", "bos_token", "eos_token"), "t0")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **ends).save_pretrained(source)
-    ctranslate2.converters.TransformersConverter(str(source)).convert(str(made))
-    shutil.rmtree(source)
+    def convert(path: Path) -> None:
+        source = path.with_suffix(".transformers")
+        model.save_pretrained(source)
+        names = {f"t{i}": i for i in range(model.config.vocab_size)}
+        words = tokenizers.Tokenizer(tokenizers.models.WordLevel(names, "t0"))
+        ends = dict.fromkeys(("unk_token", "bos_token", "eos_token"), "t0")
+        transformers.PreTrainedTokenizerFast(tokenizer_object=words, **ends).save_pretrained(source)
+        ctranslate2.converters.TransformersConverter(str(source)).convert(str(path))
+        shutil.rmtree(source)
+
+    made = _kept(model, "ctranslate2", "ct2", convert)
 
     def load(kind: str) -> Any:
         threads = torch.get_num_threads()
@@ -90,7 +114,7 @@ _KINDS = (
 )
 
 
-def _llama_cpp(model: Any, folder: Path, capacity: int) -> Peers:
+def _llama_cpp(model: Any, capacity: int) -> Peers:
     try:
         import gguf
         import llama_cpp
@@ -98,11 +122,10 @@ def _llama_cpp(model: Any, folder: Path, capacity: int) -> Peers:
         return {}
     found: Peers = {}
     for name, inner, outer, cache in _KINDS:
-        path = folder / f"{name}.gguf"
         types = [gguf.GGMLQuantizationType[kind] for kind in (inner, outer, cache)]
-        _write_gguf(model, path, types[0], types[1])
+        write = functools.partial(_write_gguf, model, inner=types[0], outer=types[1])
+        path = _kept(model, "gguf", f"{inner}.gguf", write)
         found[name] = LlamaCpp(llama_cpp, path, capacity, types[2])
-        path.unlink()
     return found
 
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmfast import _measured
-from lmfast._forward_mode import has_tangent
 from lmfast._sharding import prepare_sharding
+from lmfast._transforms import transform_of
 
 BACKENDS = ("torch", "cpu", "triton", "cuda")
 
@@ -138,6 +138,17 @@ def _parse(request: str) -> dict[str, str]:
 _requested: dict[str, str] = _parse(os.environ.get("LMFAST_BACKEND", ""))
 
 
+def _check_ops(wanted: dict[str, str], where: str) -> None:
+    for op in wanted:
+        if op != _ALL_OPS and op not in _ops:
+            raise ValueError(f"{where}no op named {op!r}; the ops are {', '.join(sorted(_ops))}")
+
+
+def check_variable() -> None:
+    """ValueError if LMFAST_BACKEND names an op that does not exist; once all are registered."""
+    _check_ops(_requested, "LMFAST_BACKEND: ")
+
+
 @contextmanager
 def use_backend(request: str) -> Iterator[None]:
     """Runs every op, or the ops named, on one backend inside a ``with`` block.
@@ -157,9 +168,7 @@ def use_backend(request: str) -> Iterator[None]:
     """
     global _requested
     wanted = _parse(request)
-    for op in wanted:
-        if op != _ALL_OPS and op not in _ops:
-            raise ValueError(f"no op named {op!r}; the ops are {', '.join(sorted(_ops))}")
+    _check_ops(wanted, "")
     before = _requested
     _requested = {**before, **wanted} if _ALL_OPS not in wanted else wanted
     try:
@@ -176,8 +185,8 @@ def is_requested(op: str) -> bool:
 def _reason_against(candidate: Implementation, device: str, args: tuple[Any, ...]) -> str | None:
     if candidate.devices and device not in candidate.devices:
         return f"runs on {' and '.join(candidate.devices)} tensors, not {device}"
-    if candidate.backend != "torch" and has_tangent(*args):
-        return "no kernel for forward-mode differentiation"
+    if candidate.backend != "torch" and (transform := transform_of(*args)):
+        return f"no kernel for {transform}"
     return candidate.supports(*args)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +29,14 @@ def _build_report() -> dict[str, str]:
 
 
 _not_built = _build_report()
+
+CPU_ISA_LEVELS = ("default", "avx2", "avx512", "amx")
+
+if os.environ.get("LMFAST_CPU_ISA", "default") not in ("", *CPU_ISA_LEVELS):
+    raise ValueError(
+        f"LMFAST_CPU_ISA must be one of {', '.join(CPU_ISA_LEVELS)}, "
+        f"got {os.environ['LMFAST_CPU_ISA']!r}"
+    )
 
 
 @dataclass(frozen=True)
@@ -87,8 +96,6 @@ if cpu.library is not None:
     cpu.library.lmfast_cpu_features.restype = ctypes.c_char_p
     cpu.library.lmfast_set_cpu_isa.argtypes = [ctypes.c_char_p]
     cpu.library.lmfast_has_bf16_tiles.restype = ctypes.c_int
-
-CPU_ISA_LEVELS = ("default", "avx2", "avx512", "amx")
 
 
 def cpu_isa() -> str | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from lmfast.commands.formatting import HelpFormatter
 
@@ -35,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows a "?"
             stream.reconfigure(errors="replace")
     parser = _parser(arguments[0] if arguments else None)
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    command = vars(options).pop("parser")  # no option: a run keeps those in a file
+    if unknown:
+        _refuse(unknown, command)
     try:
         return options.run(options)
     except KeyboardInterrupt:
@@ -72,8 +77,17 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
             command.add_argument(
                 "--traceback", action="store_true", help="show where an error comes from"
             )
-            command.set_defaults(run=module.run)
+            command.set_defaults(run=module.run, parser=command)
     return parser
+
+
+def _refuse(unknown: list[str], command: argparse.ArgumentParser) -> NoReturn:
+    """End as argparse does, with the usage of the command and the options that look alike."""
+    known = [name for action in command._actions for name in action.option_strings]
+    names = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+    alike = [near for name in names for near in difflib.get_close_matches(name, known, 1)]
+    hint = f"; did you mean {' and '.join(alike)}?" if alike else ""
+    command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
 
 class _Version(argparse.Action):

@@ -154,3 +154,15 @@ class RecordCalls(TorchDispatchMode):
         if func.namespace == "lmfast":
             self.calls.append((func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Keeps the largest number of elements that an operation made anew."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not func.is_view:
+            self.elements = max(self.elements, result.numel())
+        return result

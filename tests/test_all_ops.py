@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from op_checks import RecordCalls
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import lmfast
@@ -29,15 +28,14 @@ DTYPE_IDS = [str(d).removeprefix("torch.") for d in DTYPES]
 # so elman_rnn's ratio, differ between processors.
 # additive_attention's score gradients are differences of nearly equal numbers, of which the
 # smallest sample has a dozen; there PyTorch's own error is 2.5 times smaller on some processors.
-# Attention recomputes probabilities from scores that its options have changed: of all options at
-# once the largest error is 2.4 times that of the formula, which keeps them. On tiles probabilities
-# and their gradients are rounded to bf16 between products: up to 1.8 times over a whole tensor.
+# Attention saves its output and log-sum-exp only, so delta = dout . out is rounded otherwise than
+# the products dP it is taken from; where one key has most of the weight the two do not cancel as
+# they do in the formula, which keeps P and sums P dP. PyTorch has nothing else for softcap and
+# sinks: 1.4 times its error over 40 draws, the largest 2.5 times; where SDPA, which recomputes P
+# too, is the peer, 0.9. In bf16 1.6 times over the sample with strides that SDPA takes in fp32.
 EXCEPTIONS = {
     "additive_attention gradient": (3.0, 3.0),
     "attention gradient": (2.5, 2.0),
-    # Where inputs are so large that few states are not saturated, those few make the error: over 40
-    # draws the largest is still one state's, the whole tensor's error 1.05 times PyTorch's.
-    "elman_rnn output": (2.0, 1.5),
 }
 
 
@@ -46,6 +44,13 @@ EXCEPTIONS = {
 DRAWS = {"attention gradient": 12}
 # So do those of a layer's gradients in fp32. In narrow dtypes they are below half of the rule's.
 DRAWS_OF_FP32 = {f"{op} gradient": 32 for op in ("elman_rnn", "lstm", "gru")}
+# Where inputs are so large that few states of a layer are not saturated, those few make the error:
+# the largest of the 640 final states of one draw is up to twice PyTorch's, of 32 draws up to 1.3
+# times, the whole tensor's error 1.05 times.
+DRAWS_OF_FP32["elman_rnn output"] = 32
+# Attention's outputs: of 12 query rows of 24 numbers the largest error is 0.5 to 1.9 times
+# PyTorch's from draw to draw, and that of eight draws 0.9 times.
+DRAWS_OF_FP32["attention output"] = 8
 
 
 def check_error(
@@ -163,11 +168,12 @@ def upstream(result: Tensor) -> Tensor:
 def test_values(op: str, index: int, dtype: torch.dtype, cpu_isa: str) -> None:
     sample = samples(op, dtype)[index]
     with_kernel(op, sample)
-    found = call(op, sample, "cpu")
-    plain = call_peer(op, named_arguments(op, sample))
-    exact = call(op, sample.to_fp64(), "torch")
-    for i, (f, p, e) in enumerate(zip(found, plain, exact, strict=True)):
-        check_error(op, "output", i, f, p, e)
+    draws = []
+    for drawn in redraws(op, "output", sample, dtype):
+        found = call(op, drawn, "cpu")
+        plain = call_peer(op, named_arguments(op, drawn))
+        draws.append((found, plain, call(op, drawn.to_fp64(), "torch")))
+    check_pooled(op, "output", draws)
 
 
 @EVERY_DTYPE
@@ -177,9 +183,7 @@ def test_gradients(op: str, index: int, dtype: torch.dtype, cpu_isa: str) -> Non
     sample = samples(op, dtype)[index]
     with_kernel(op, sample)
     draws = []
-    count = DRAWS_OF_FP32 if dtype == torch.float32 else DRAWS
-    for draw in range({**DRAWS, **count}.get(f"{op} gradient", 1)):
-        drawn = sample if draw == 0 else redrawn(op, sample, draw)
+    for drawn in redraws(op, "gradient", sample, dtype):
         found = gradients(op, drawn, "cpu")
         arguments, leaves = with_gradients(op, drawn)
         results = call_peer(op, arguments)
@@ -191,9 +195,22 @@ def test_gradients(op: str, index: int, dtype: torch.dtype, cpu_isa: str) -> Non
         draws.append((found, plain, torch.autograd.grad(results, leaves, given)))
     if not draws[0][0]:
         return
-    pooled = (map(torch.stack, zip(*kind, strict=True)) for kind in zip(*draws, strict=True))
+    check_pooled(op, "gradient", draws)
+
+
+def check_pooled(op: str, kind: str, draws: list[tuple[Any, Any, Any]]) -> None:
+    """The error rule for (found, PyTorch's, exact) tensors of several draws together."""
+    pooled = (map(torch.stack, zip(*of, strict=True)) for of in zip(*draws, strict=True))
     for i, (f, p, e) in enumerate(zip(*pooled, strict=True)):
-        check_error(op, "gradient", i, f, p, e)
+        check_error(op, kind, i, f, p, e)
+
+
+def redraws(op: str, kind: str, sample: Sample, dtype: torch.dtype) -> Iterator[Sample]:
+    """The sample, and as many more with other numbers as errors of its kind are pooled over."""
+    count = DRAWS | (DRAWS_OF_FP32 if dtype == torch.float32 else {})
+    yield sample
+    for draw in range(1, count.get(f"{op} {kind}", 1)):
+        yield redrawn(op, sample, draw)
 
 
 def redrawn(op: str, sample: Sample, seed: int) -> Sample:
@@ -284,6 +301,26 @@ def test_inputs_and_incoming_gradients_stay(op: str) -> None:
             assert torch.equal(g, k), f"{op} wrote to an incoming gradient"
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@EVERY_OP
+def test_many_gradients_at_once_by_torch_func(op: str) -> None:
+    """vjp, and its pullback under vmap, as jacrev has it: the transform of vjp has ended then."""
+    differentiable(op)
+    sample = min(samples(op, torch.float32), key=lambda s: sum(t.numel() for t in s.tensors()))
+    arguments, leaves = with_gradients(op, sample)
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return outputs(OPS[op].public(**substituted(arguments, leaves, tensors)))
+
+    results, pull_back = torch.func.vjp(function, *(leaf.detach() for leaf in leaves))
+    given = tuple(torch.stack((upstream(r), upstream(r).flip(0) + 1)) for r in results)
+    found = torch.vmap(pull_back)(given)
+    for i in range(2):
+        expected = torch.autograd.grad(function(*leaves), leaves, [g[i] for g in given])
+        for f, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(f[i], e, rtol=1e-4, atol=1e-5)
+
+
 # Ops in which a product is PyTorch's: on some processors that depends on the threads.
 WITH_PYTORCH_PRODUCTS = {"additive_attention", "quantised_linear"}
 if lmfast._extension.cpu_isa() == "default":
@@ -328,45 +365,6 @@ def test_expanded_incoming_gradient(op: str) -> None:
         into.extend(torch.autograd.grad(sum(r.sum() for r in results), leaves))
     for f, e in zip(found, expected, strict=True):
         torch.testing.assert_close(f, e)
-
-
-@EVERY_OP
-def test_functional_transform(op: str) -> None:
-    differentiable(op)
-    arguments, leaves = with_gradients(op, samples(op, torch.float32)[0])
-
-    def loss(*tensors: Tensor) -> Tensor:
-        results = outputs(OPS[op].public(**substituted(arguments, leaves, tensors)))
-        return sum((r.float() * upstream(r)).sum() for r in results)
-
-    found = torch.func.grad(loss, argnums=tuple(range(len(leaves))))(*leaves)
-    expected = torch.autograd.grad(loss(*leaves), leaves)
-    for f, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(f, e)
-
-
-@EVERY_OP
-def test_forward_mode_derivative(op: str) -> None:
-    """A kernel without tangents would give zeros."""
-    differentiable(op)
-    arguments, leaves = with_gradients(op, samples(op, torch.float32)[0])
-    tangents = tuple(upstream(t) for t in leaves)
-
-    def results(*tensors: Tensor, backend: str | None = None) -> tuple[Tensor, ...]:
-        new = substituted(arguments, leaves, tensors)
-        return outputs(OPS[op].public(**new, backend=backend))
-
-    found = torch.func.jvp(results, tuple(leaves), tangents)[1]
-    slopes = torch.autograd.grad([r.sum() for r in results(*leaves)], leaves)
-    expected = sum((s * t).sum() for s, t in zip(slopes, tangents, strict=True))
-    torch.testing.assert_close(sum(f.sum() for f in found), expected, rtol=1e-4, atol=1e-4)
-    with torch.no_grad(), forward_ad.dual_level():
-        duals = [forward_ad.make_dual(*pair) for pair in zip(leaves, tangents, strict=True)]
-        for result, tangent in zip(results(*duals), found, strict=True):
-            torch.testing.assert_close(forward_ad.unpack_dual(result).tangent, tangent)
-        if "cpu" in OPS[op].implementations:
-            with pytest.raises(_dispatch.BackendError, match="cannot run"):
-                results(*duals, backend="cpu")
 
 
 @EVERY_OP

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_checks import LargestTensor
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmfast import KVCache, _extension, ops
 from lmfast.testing import relative_error
@@ -300,18 +300,6 @@ def test_all_options_crossed(data: st.DataObject) -> None:
         eps = torch.finfo(dtype).eps
         tolerance = {"atol": 8 * eps, "rtol": 4 * eps}
     torch.testing.assert_close(found, plain, **tolerance)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Keeps the largest number of elements that an operation made anew."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and not func.is_view:
-            self.elements = max(self.elements, result.numel())
-        return result
 
 
 @pytest.mark.parametrize("by_table", [False, True])

@@ -106,6 +106,19 @@ def test_masks_with_odd_strides(cpu_isa: str) -> None:
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
+def test_masks_of_no_queries_or_no_keys() -> None:
+    for b, h, t, keys in ((2, 2, 0, 7), (2, 2, 3, 0), (0, 2, 3, 7), (2, 0, 3, 7)):
+        for shape in ((keys,), (1, keys), (t, keys), (b, 1, 1, keys), (1, h, t, keys)):
+            for mask in (torch.ones(shape, dtype=torch.bool), torch.randn(shape)):
+                q, k, v = (torch.randn(b, max(h, 1), n, 8) for n in (t, keys, keys))
+                q, k, v = (x.requires_grad_() for x in (q, k, v))
+                out = ops.attention(q[:, :h], k, v, mask=mask, backend="cpu")
+                assert out.shape == (b, h, t, 8)
+                assert (out == 0).all()
+                for grad in torch.autograd.grad(out.sum(), (q, k, v)):
+                    assert (grad == 0).all()
+
+
 @pytest.mark.parametrize("t", [1, 5, 70])
 def test_nan_in_a_mask_or_a_slope_shows(t: int, cpu_isa: str) -> None:
     """NaN at a key that a query sees makes the query's row NaN, as adding it to the scores does."""

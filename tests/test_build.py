@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,27 @@ def test_required_extensions_are_fatal(environment: dict[str, str], tmp_path: Pa
     done = build(tmp_path / "build", LMFAST_REQUIRE_EXT="1", **environment)
     assert done.returncode != 0
     assert "could not be built and must be" in done.stderr
+
+
+def test_source_distribution_holds_what_a_build_needs(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"  # the archive's contents are gathered in it
+    left_out = (".*", "build", "dist", "runs", "*.so", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(*left_out))
+    shutil.copy(ROOT / ".clang-format", checkout)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {p.relative_to(ROOT) for p in (ROOT / "csrc").rglob("*.*")} | {Path("CMakeLists.txt")}
+    wanted |= {p.relative_to(ROOT) for p in (ROOT / "tests").rglob("*.py")}
+    assert {str(p) for p in wanted} <= held
+    assert not [name for name in held if name.endswith((".so", ".pyc"))]
 
 
 def test_unknown_mode_is_refused(tmp_path: Path) -> None:

@@ -255,6 +255,11 @@ def test_generate_input_that_cannot_be_used(place, tmp_path, capsys):
         ),
         (["train", "--out", "x", "--steps", "0"], "0 is not a whole number of at least 1"),
         (["demo", "--precision", "low"], "invalid choice: 'low'"),
+        (
+            ["generate", "--model", "x", "--prompt", "x", "--max-tokens", "3"],
+            "lmfast generate: error: unrecognized arguments: --max-tokens 3; "
+            "did you mean --max-new-tokens?",
+        ),
     ],
 )
 def test_wrong_command_lines_end_with_status_2(arguments, message, capsys):

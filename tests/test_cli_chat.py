@@ -8,6 +8,7 @@ import torch
 from lmfast import quantise
 from lmfast.cli import main
 from lmfast.commands.chat import Conversation
+from lmfast.generation import Generator
 from lmfast.models import DecoderLanguageModel
 from lmfast.tokenizer import BPETokenizer
 from lmfast.training import load_model, save_model
@@ -66,6 +67,30 @@ def test_reset_begins_anew_and_quit_ends(tmp_path, monkeypatch, capsys):
     assert drawn == chat(monkeypatch, capsys, tmp_path / "run", ["the cat"], *seeded).out != once
 
 
+def test_ctrl_c_ends_the_answer_and_not_the_conversation(tmp_path, monkeypatch, capsys):
+    save(tmp_path / "run")
+    whole, stream = chat(monkeypatch, capsys, tmp_path / "run", ["the cat"]), Generator.stream
+    seen = []
+
+    def interrupted(self, ids, **options):
+        seen.append(ids[0].tolist())
+        for count, new in enumerate(stream(self, ids, **options)):
+            if count == 2 and len(seen) == 1:
+                raise KeyboardInterrupt
+            yield new
+
+    monkeypatch.setattr(Generator, "stream", interrupted)
+    said = chat(monkeypatch, capsys, tmp_path / "run", ["the cat", "sat"])
+    assert said.err.count("(interrupted)") == 1
+    first, second = said.out.splitlines()[0], said.out.splitlines()[-1]
+    assert whole.out.startswith(first)
+    assert len(first) < len(whole.out.rstrip("\n"))
+    assert second  # answers what follows the two tokens that were said
+    assert seen[1][: len(seen[0])] == seen[0]
+    tokenizer = BPETokenizer.load(tmp_path / "run" / "tokenizer.json")
+    assert tokenizer.decode(seen[1][len(seen[0]) :]) == f"{first}\nsat\n"
+
+
 def test_chatml_where_the_tokenizer_has_its_tags(tmp_path, monkeypatch, capsys):
     tokenizer = save(tmp_path / "run", special_tokens=TAGS)
     talk = Conversation(tokenizer, "Be kind.")
@@ -99,8 +124,10 @@ def test_beams_lookup_and_samples(tmp_path, capsys):
         ("drawn", ["--samples", "3", "--typical-p", "0.9", "--seed", "1"]),
     ):
         capsys.readouterr()
-        assert main([*run, *extra]) == 0
-        outputs[name] = capsys.readouterr().out
+        assert main([*run, *extra, "--stats"]) == 0
+        outputs[name], figures = capsys.readouterr()
+        assert "8 steps of" in figures
+        assert "tokens/s, peak memory" in figures
     assert outputs["lookup"] == outputs["plain"]
     assert outputs["two"].count(outputs["plain"].rstrip("\n")) == 2
     assert outputs["beams"].count("the cat") >= 2

@@ -1,5 +1,7 @@
 """cross_entropy on given logits: values, gradients, in place."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -125,6 +127,23 @@ def test_opcheck():
         ops.cross_entropy.default, (logits, targets, None, -100, 1, 0.0, 0.0, True)
     )
     torch.library.opcheck(ops.cross_entropy_.default, (logits, targets, None, -100, 1, 0.0, 0.0))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("row", [[-math.inf, 0.0, 1.0], [-math.inf, -math.inf, 1.0]])
+def test_classes_masked_out_by_infinite_logits(isa, row, smoothing):
+    """As PyTorch: no part in the sum; an infinite loss only for a target among them."""
+    for target in (2, 0):
+        for backend in ("cpu", "torch"):
+            x = torch.tensor([row], dtype=torch.float64, requires_grad=True)
+            y = x.detach().clone().requires_grad_()
+            targets = torch.tensor([target])
+            loss = cross_entropy(x, targets, label_smoothing=smoothing, backend=backend)
+            expected = F.cross_entropy(y, targets, label_smoothing=smoothing)
+            torch.testing.assert_close(loss, expected, rtol=FP64_TOLERANCE, atol=FP64_TOLERANCE)
+            loss.backward()
+            expected.backward()
+            torch.testing.assert_close(x.grad, y.grad, rtol=FP64_TOLERANCE, atol=FP64_TOLERANCE)
 
 
 def test_errors():

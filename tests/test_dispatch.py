@@ -93,6 +93,7 @@ def test_environment_variable() -> None:
     wrong = python(code, LMFAST_BACKEND="rms_norm=fast")
     assert wrong.returncode != 0
     assert "backend must be one of" in wrong.stderr
+    assert "no op named 'rms'" in python(code, LMFAST_BACKEND="rms=torch").stderr
 
 
 def test_isa_variable_lowers_and_never_raises_the_level(needs_cpu_kernels: None) -> None:
@@ -100,7 +101,9 @@ def test_isa_variable_lowers_and_never_raises_the_level(needs_cpu_kernels: None)
     for level in _extension.available_cpu_isas():
         assert python(code, LMFAST_CPU_ISA=level).stdout.strip() == level
     best = _extension.available_cpu_isas()[-1]
-    assert python(code, LMFAST_CPU_ISA="sse9").stdout.strip() == best
+    assert python(code, LMFAST_CPU_ISA="").stdout.strip() == best
+    wrong = python(code, LMFAST_CPU_ISA="sse9")
+    assert "LMFAST_CPU_ISA must be one of default, avx2, avx512, amx, got 'sse9'" in wrong.stderr
 
 
 def test_set_cpu_isa_names_what_is_wrong(needs_cpu_kernels: None) -> None:

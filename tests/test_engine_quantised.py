@@ -18,6 +18,8 @@ from lmfast.generation.engine import CannotPack, make_engine
 from lmfast.generation.engine.make import plan_of
 from lmfast.generation.engine.plan_forward import PlanForward
 from lmfast.generation.engine.rounding import quantise_groups, quantise_rows
+from lmfast.generation.prefill import prefill
+from lmfast.generation.prompts import check_prompts
 from lmfast.models import DecoderLanguageModel
 
 pytestmark = pytest.mark.usefixtures("needs_cpu_kernels")
@@ -104,6 +106,40 @@ def test_prompts_are_rounded_to_bf16_at_most(
         expected = exact(torch.cat((ids, one), 1))[:, -1]
     after, _ = runner.step(one, state)
     assert (after - expected).square().mean().sqrt() / expected.std() < 0.012
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+def test_rows_are_rounded_alone_as_in_a_batch(weights: str, cpu_isa: str) -> None:
+    """A prompt's own length decides, and steps behind it are never rounded."""
+    runner = make_engine(model_of(OPTIONS["llama"], 64), weights, cache_dtype=torch.float32)
+    lengths = torch.tensor([5, 40, 31, 32, 12, 63])
+    ids = ids_of(6, 63)
+    # Attention may take rows one by one or in blocks, and what differs in the last bit may become
+    # another one of the 65,279 steps of an operand: 3e-4; rounding to bf16 is off by 0.04.
+    close = {"rtol": 0, "atol": 1e-3}
+    together, state = runner.step(ids, runner.new_state(6), lengths)
+    everywhere, _ = runner.step(ids, runner.new_state(6), lengths, all_positions=True)
+    after, _ = runner.step(ids_of(6, 10, 3), state, all_positions=True)  # 60 tokens
+    for row, n in enumerate(lengths.tolist()):
+        alone, own = runner.step(ids[row : row + 1, :n], runner.new_state(1))
+        torch.testing.assert_close(together[row], alone[0], **close)
+        positions, _ = runner.step(ids[row : row + 1, :n], runner.new_state(1), all_positions=True)
+        torch.testing.assert_close(everywhere[row, :n], positions[0], **close)
+        assert not everywhere[row, n:].any()
+        for step, token in enumerate(ids_of(6, 10, 3)[row]):
+            one, own = runner.step(token.view(1, 1), own)
+            torch.testing.assert_close(after[row, step], one[0], **close)
+
+
+@pytest.mark.parametrize("chunk", [None, 64])
+def test_prompts_that_begin_alike_are_rounded_as_each_alone(chunk: int | None) -> None:
+    runner = make_engine(model_of(OPTIONS["llama"], 64), "bf16", cache_dtype=torch.float32)
+    ids = ids_of(1, 130).repeat(3, 1)
+    ids[1, 90:], ids[2, 129] = ids_of(1, 40, 1)[0], 7
+    found, _ = prefill(runner, check_prompts(ids, None, V), 140, chunk)
+    for row in range(3):
+        alone, _ = prefill(runner, check_prompts(ids[row : row + 1], None, V), 140, chunk)
+        torch.testing.assert_close(found[row], alone[0], rtol=0, atol=1e-3)  # as above
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -271,3 +271,13 @@ def test_draws_inside_their_generate_and_what_is_refused() -> None:
         model.generate(ids, no_repeat_ngram_size=2, **options)
     with pytest.raises(ValueError, match="return_dict_in_generate must be False"):
         model.generate(ids, return_dict_in_generate=True, **options)
+    with pytest.raises(ValueError, match="position_ids must count the tokens"):
+        model.generate(ids, position_ids=torch.arange(7)[None] + 3, **options)
+    cache = transformers.DynamicCache(config=model.config)
+    model(ids[:, :3], past_key_values=cache)
+    with pytest.raises(ValueError, match="must be empty: use"):
+        model.generate(ids, past_key_values=cache, **options)
+    # Arguments of ours go through.
+    int8 = lmfast.generate(model, ids, 4, weights="int8", eos_token_id=None)
+    got = model.generate(ids, do_sample=False, weights="int8", **options)
+    assert torch.equal(got, int8)

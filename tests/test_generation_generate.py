@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lmfast import ops
 from lmfast.generation import generate, sampling_probabilities
 from lmfast.models import DecoderLanguageModel, RecurrentLanguageModel
 from lmfast.models.textbook import TextbookDecoder, TextbookRecurrent, textbook_generate
@@ -157,6 +158,19 @@ def test_sampling_is_reproducible_and_stays_in_the_top_k():
     for end in range(3, 28):
         p = sampling_probabilities(model(first[:, :end])[:, -1], top_k=3)
         assert (p.gather(1, first[:, end : end + 1]) > 0).all()
+
+
+def test_drawing_takes_the_numbers_that_single_steps_take():
+    model, ids = make("decoder"), torch.tensor([[3, 4], [5, 6]])
+    ours, theirs = (torch.Generator().manual_seed(5) for _ in range(2))
+    options = {"temperature": 1.5, "top_k": 20}
+    out = generate(model, ids, 37, do_sample=True, generator=ours, **options)
+    for step in range(37):
+        with torch.no_grad():
+            logits = model(out[:, : 2 + step])[:, -1]
+        chosen = ops.sample(logits, generator=theirs, **options)
+        assert torch.equal(chosen, out[:, 2 + step])
+    assert torch.equal(ours.get_state(), theirs.get_state())  # and not one more
 
 
 def test_streaming_sees_every_token():

@@ -358,5 +358,26 @@ def test_stop_strings_end_rows_with_the_token_that_completes_them(options):
         assert torch.equal(out[row, :end], free[row, :end])
         assert (out[row, end:] == 0).all()
     assert (out[0] == 0).any()
+    # One that was whole before the row could end does not end it later.
+    late = lmfast.generate(
+        model,
+        ids[:1],
+        30,
+        stop_strings=[stop, "#" * 9],
+        tokenizer=words,
+        min_new_tokens=12,
+        **options,
+    )
+    assert stop not in words.decode(free[0, 9:].tolist())
+    assert late.shape[1] == 34
     chosen = lmfast.generate(model, ids, 9, choices=["ab", "cde"], tokenizer=words)[:, 4:]
     assert {words.decode(row).strip() for row in chosen.tolist()} <= {"ab", "cde"}
+
+
+def test_a_forward_that_generation_would_not_call_is_named():
+    class Scaled(DecoderLanguageModel):
+        def forward(self, ids):
+            return 2 * super().forward(ids)
+
+    with pytest.warns(UserWarning, match="Scaled overrides forward"):
+        Generator(Scaled(50, 16, 2, 1, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import threading
 import weakref
@@ -103,15 +104,21 @@ def test_training_mode_with_dropout_is_not_packed(made: list[str]) -> None:
     assert len(made) == 2  # its own modules, which need no packing
 
 
-def test_threads_get_what_one_gets() -> None:
+@pytest.mark.parametrize("shared", [False, True], ids=["lmfast.generate", "one Generator"])
+def test_threads_get_what_one_gets(shared: bool) -> None:
     model = model_of(OPTIONS["llama"])
     prompts = [ids_of(1, 4 + i, i) for i in range(6)]
-    expected = [lmfast.generate(model, p, 20) for p in prompts]
+    lengths = [20 + 15 * i for i in range(6)]
+    expected = [lmfast.generate(model, p, n) for p, n in zip(prompts, lengths, strict=True)]
     found: list[torch.Tensor | None] = [None] * 6
     fresh = model_of(OPTIONS["llama"])
+    generate = functools.partial(lmfast.generate, fresh)
+    if shared:  # and its model is gone
+        generate = lmfast.Generator(fresh).generate
+        del fresh
 
     def run(i: int) -> None:
-        found[i] = lmfast.generate(fresh, prompts[i], 20)
+        found[i] = generate(prompts[i], max_new_tokens=lengths[i])
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(6)]
     for t in threads:
@@ -119,3 +126,21 @@ def test_threads_get_what_one_gets() -> None:
     for t in threads:
         t.join()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("place", ["embedding", "layers.1.attn", "layers.0.mlp", "layers.0.norm1"])
+def test_hooks_are_called(place: str) -> None:
+    """On a model that was packed already, and no more once they are removed."""
+    model, prompt = model_of(OPTIONS["llama"]), ids_of(2, 6)
+    before = lmfast.generate(model, prompt, 8)
+    hook = model.get_submodule(place).register_forward_hook(lambda m, args, out: out.flip(-1))
+    expected = prompt
+    with torch.no_grad():
+        for _ in range(8):
+            last = model(expected)[:, -1:].argmax(-1)
+            expected = torch.cat((expected, last), 1)
+    assert not torch.equal(expected, before)
+    assert torch.equal(lmfast.generate(model, prompt, 8), expected)
+    assert "forward hooks" in lmfast.Generator(model).explain()
+    hook.remove()
+    assert torch.equal(lmfast.generate(model, prompt, 8), before)

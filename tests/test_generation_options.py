@@ -1,5 +1,8 @@
 """Generator: what it says of itself, and what it refuses."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +44,18 @@ def test_explain_says_what_runs_and_why(capsys):
         ({"choices": []}, ValueError, "choices must hold at least one"),
         ({"choices": [[]]}, ValueError, "every choice must have at least one token"),
         ({"choices": [[99]]}, ValueError, r"choices must be in 0\.\.36, got \[99\]"),
+        ({"choices": [[1, 2, 3, 4]]}, ValueError, "max_new_tokens must be at least 4, .* got 3"),
+        ({"choices": [[1]], "min_new_tokens": 1}, ValueError, "min_new_tokens must be 0 with choi"),
+        ({"stop_sequences": [3, 4]}, TypeError, "each of stop_sequences must be ids, got 3"),
+        ({"stop_sequences": [[37]]}, ValueError, r"stop_sequences must be in 0\.\.36, got \[37\]"),
+        ({"suppress_tokens": 4}, TypeError, "suppress_tokens must be ids, got 4"),
+        ({"pad_token_id": 37}, ValueError, r"pad_token_id must be in 0\.\.36, got \[37\]"),
+        ({"eos_token_id": 3.5}, TypeError, "eos_token_id must be ids, got 3.5"),
+        ({"attention_mask": [[1] * 3] * 2}, TypeError, "attention_mask must be a tensor, got list"),
+        ({"prefix": 3}, TypeError, "prefix must be what Generator.prefill returned, got 3"),
+        ({"generator": 3}, TypeError, "generator must be a torch.Generator, got 3"),
+        ({"top_k": "5"}, TypeError, "top_k must be a number or a tensor of them, got '5'"),
+        ({"logit_bias": {9: torch.nan}}, ValueError, "logit_bias must be finite, or -inf"),
         ({"logit_bias": {99: 1.0}}, ValueError, r"logit_bias must be in 0\.\.36"),
         ({"logit_bias": torch.zeros(3)}, ValueError, r"logit_bias must be \(37,\), got \(3,\)"),
         ({"typical_p": 0.0}, ValueError, r"typical_p must be in \(0, 1\], got 0.0"),
@@ -74,3 +89,27 @@ def test_options_have_transformers_defaults():
     options = GenerationOptions(max_new_tokens=1)
     assert (options.top_k, options.temperature, options.do_sample) == (50, 1.0, False)
     assert (options.num_beams, options.length_penalty, options.early_stopping) == (1, 1.0, False)
+
+
+@pytest.mark.parametrize("form", [torch.tensor, np.array, list], ids=["tensor", "array", "list"])
+def test_ids_come_in_any_sequence(form):
+    model, ids = decoder(), torch.tensor([[3, 4], [5, 6]])
+    free = lmfast.generate(model, ids, 8, eos_token_id=None)[:, 2:]
+    end = int(free[0, 3])
+    expected = lmfast.generate(model, ids, 8, eos_token_id=end, pad_token_id=1)
+    assert not torch.equal(expected[:, 2:], free)
+    for given in (form([end]), np.int64(end), torch.tensor(end)):
+        found = lmfast.generate(model, ids, np.int64(8), eos_token_id=given, pad_token_id=1)
+        assert torch.equal(found, expected)
+    found = lmfast.generate(model, ids, 8, stop_sequences=[form([end])], pad_token_id=1)
+    assert torch.equal(found, expected)
+    assert end not in lmfast.generate(model, ids, 8, suppress_tokens=form([end]))[:, 2:]
+
+
+def test_padding_of_a_config_outside_the_vocabulary_is_not_used():
+    model = decoder()
+    model.generation_config = SimpleNamespace(eos_token_id=None, pad_token_id=-1)
+    ids = torch.tensor([[3, 4], [5, 6]])
+    end = int(lmfast.generate(model, ids, 1)[0, 2])
+    out = lmfast.generate(model, ids, 6, eos_token_id=end)
+    assert (out[0, 3:] == model.pad_idx).all()

@@ -85,8 +85,48 @@ def test_sequences_are_removed_while_others_run():
     assert batch.step() == {}
     with pytest.raises(ValueError, match="cannot have num_beams"):
         batch.add([1], max_new_tokens=2, num_beams=2)
-    with pytest.raises(ValueError, match=r"ids must be \(T,\), got \(1, 1\)"):
-        batch.add([[1]], max_new_tokens=2)
+    for bad, shape in (([[1]], r"\(1, 1\)"), ([], r"\(0,\)")):
+        with pytest.raises(ValueError, match=rf"ids must be \(T,\) with T >= 1, got {shape}"):
+            batch.add(bad, max_new_tokens=2)
+    batch.remove(c)
+    assert batch.add([9], max_new_tokens=2) not in (a, b, c)  # which others may still hold
+
+
+@pytest.mark.parametrize("kind", ["decoder", "llama"])
+def test_errors_and_interrupts_lose_nothing(kind, monkeypatch):
+    generator = Generator(make(kind))
+    options = {"max_new_tokens": 12, "do_sample": True}
+    alone = {
+        seed: generator.generate(
+            torch.tensor([[3, 4 + seed]]), generator=torch.Generator().manual_seed(seed), **options
+        )[0, 2:].tolist()
+        for seed in range(3)
+    }
+    batch = generator.batch()
+    keys = {
+        seed: batch.add([3, 4 + seed], generator=torch.Generator().manual_seed(seed), **options)
+        for seed in range(2)
+    }
+    batch.step()
+    hopeless = batch.add([5], max_new_tokens=3, suppress_tokens=range(generator.runner.vocab_size))
+    keys[2] = batch.add([3, 6], generator=torch.Generator().manual_seed(2), **options)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"sequence {hopeless}: .* no token is left"):
+            batch.step()
+    batch.remove(hopeless)
+    batch.step()
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generator.runner, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            batch.step()
+    assert [len(batch.new_ids(keys[seed])) for seed in range(3)] == [3, 3, 2]
+    while batch.running:
+        batch.step()
+    assert {seed: batch.new_ids(key) for seed, key in keys.items()} == alone
 
 
 @pytest.mark.parametrize("window", [None, 6])
@@ -144,3 +184,23 @@ def test_rows_of_siblings_and_forks_are_taken_over(window):
     if window is None:
         with pytest.raises(ValueError, match="by sibling or fork"):
             cache.append_rows(KVCache(1, 1, 1, 2))
+
+
+def test_a_sequence_can_be_removed_after_a_step_that_failed():
+    model = DecoderLanguageModel(50, 16, 2, 1, 0)
+    generator = Generator(model)
+    batch = generator.batch()
+    first, second = (batch.add([i], max_new_tokens=8) for i in (3, 7))
+    batch.step()
+    with torch.no_grad():
+        model.embedding.weight.mul_(1.0)
+    with pytest.raises(ValueError, match="repack"):
+        batch.step()
+    batch.remove(first)
+    assert batch.running == [second]
+    generator.runner.repack()
+    while batch.running:
+        batch.step()
+    assert len(batch.new_ids(second)) == 8
+    with pytest.raises(KeyError):
+        batch.remove(first)

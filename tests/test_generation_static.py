@@ -269,11 +269,12 @@ def test_generation_goes_on_where_a_capture_fails(
     capture = static_step.capture
     monkeypatch.setattr(static_step, "capture", lambda step, g: capture(step, g, record))
     ids = torch.randint(1, V, (3, 9), generator=torch.Generator().manual_seed(2))
-    options: dict[str, Any] = {"max_new_tokens": 21, "eos_token_id": [1, 2], "top_k": 20}
-    found = generate(model(), ids, 5, frequency_penalty=0.2, **options)
+    # Without draws: a CPU, not a GPU, has drawn for several steps before this one.
+    options: dict[str, Any] = {"max_new_tokens": 21, "eos_token_id": [1, 2]}
+    found = generate(model(), ids, None, frequency_penalty=0.2, **options)
     assert static == [1]
     static_step.unsupported = lambda job: "not now"  # the fixture puts it back
-    expected = generate(model(), ids, 5, frequency_penalty=0.2, **options)
+    expected = generate(model(), ids, None, frequency_penalty=0.2, **options)
     assert torch.equal(found[:, : expected.shape[1]], expected)
 
 
@@ -343,3 +344,12 @@ def test_a_model_that_was_not_captured_takes_the_loop() -> None:
     assert not static_step.takes(generator.runner)
     reason = static_step.unsupported(generator._job(ids, None, wanted), on_cpu=True)
     assert reason == "its capture failed"
+
+
+def test_explain_says_why_there_are_no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = generator_of(model())
+    assert static_step.explained(generator.runner) == ""
+    monkeypatch.setattr(ModuleRunner, "device", torch.device("cuda"))
+    assert "; a CUDA graph per token" in static_step.explained(generator.runner)
+    generator.runner.capture_refused = "its capture failed"
+    assert static_step.explained(generator.runner) == "; no CUDA graphs: its capture failed"

@@ -37,7 +37,8 @@ def batch():
     ids = torch.randint(3, V, (3, 20))
     mask = torch.ones_like(ids)
     mask[0, :10], mask[1, :15] = 0, 0
-    ids = torch.where(mask.bool(), ids, 0)
+    # A token of the prompt: older transformers count padding among what is repeated.
+    ids = torch.where(mask.bool(), ids, ids[:, -1:])
     right, right_mask = torch.zeros_like(ids), torch.zeros_like(mask)
     for row, n in enumerate((10, 5, 20)):
         right[row, :n], right_mask[row, :n] = ids[row, 20 - n :], 1

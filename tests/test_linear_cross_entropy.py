@@ -193,6 +193,18 @@ def test_not_finite_numbers_propagate(isa):
     assert losses.isnan().tolist() == [False, True, False, False, False]
 
 
+@needs_cpu
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_masked_out_target_has_an_infinite_loss(isa, smoothing):
+    """As in PyTorch; the others have theirs, with smoothing infinite too."""
+    hidden, weight, bias = torch.randn(5, 8), torch.randn(19, 8), torch.randn(19)
+    bias[0], targets = -math.inf, torch.arange(5)
+    options = {"reduction": "none", "label_smoothing": smoothing}
+    losses = linear_cross_entropy(hidden, weight, targets, bias=bias, backend="cpu", **options)
+    expected = F.cross_entropy(hidden @ weight.t() + bias, targets, **options)
+    torch.testing.assert_close(losses, expected)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_all_ignored_and_golden_numbers(backend):
     if backend == "cpu" and not _extension.cpu.loaded:

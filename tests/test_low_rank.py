@@ -12,6 +12,7 @@ import torch
 from golden import fill
 from torch import Tensor, nn
 
+import lmfast
 from lmfast import ops
 from lmfast.models import DecoderLanguageModel, RecurrentLanguageModel
 from lmfast.models.textbook import TextbookDecoder
@@ -291,3 +292,56 @@ def test_messages(tmp_path: Path) -> None:
         LoRA.load(tmp_path / "absent", model)
     with pytest.raises(ValueError, match=r"b must be \(R, N\) = \(2, 3\), got \(2, 4\)"):
         ops.lora_linear(torch.ones(1, 5), torch.ones(3, 5), torch.ones(5, 2), torch.ones(2, 4))
+
+
+def test_autocast_takes_the_fused_products() -> None:
+    shapes = ((300, 96), (80, 96), (96, 8), (8, 80))
+    torch.manual_seed(3)
+    x, w, a, b = ((torch.randn(s) / s[-1] ** 0.25).requires_grad_() for s in shapes)
+    w.requires_grad_(False)
+    dy = torch.randn(300, 80)
+    used = (x, a, b)
+
+    def results(fused: bool, dtype: torch.dtype) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            if fused:
+                y = ops.lora_linear(x, w, a, b, scale=1.5)
+            else:
+                y = nn.functional.linear(x, w) + 1.5 * ((x @ a) @ b)
+        assert y.dtype == dtype
+        saved = y.grad_fn.name()
+        assert ("LoRALinear" in saved) == fused, saved
+        return [y.float(), *torch.autograd.grad(y, used, dy.to(dtype))]
+
+    exact = results(False, torch.float32)
+    for f, p, e in zip(
+        results(True, torch.bfloat16), results(False, torch.bfloat16), exact, strict=True
+    ):
+        assert f.dtype == torch.float32
+        assert_within_error_rule(f.bfloat16(), p.bfloat16(), e.double())
+
+
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    [(decoder, None), (textbook, ["W_Q", "W_V", "W_1"]), (lambda: nn.Linear(9, 9), None)],
+    ids=["decoder", "textbook", "linear"],
+)
+def test_updates_on_a_patched_model(make, targets) -> None:
+    plain = make()
+    classes = [type(m) for m in plain.modules()]
+    x = IDS if classes[0] is not nn.Linear else torch.randn(2, 9)
+    updated = copy.deepcopy(plain)
+    randomise(lora(updated, 4, 8, targets))
+    expected = updated(x)
+    model = copy.deepcopy(plain)
+    lmfast.patch(model)
+    adapter = randomise(lora(model, 4, 8, targets))
+    # Other orders of sums: fp32 roundings through two layers.
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(copy.deepcopy(model)(x), model(x), rtol=0, atol=0)
+    lmfast.patch(model)
+    lmfast.unpatch(model)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    adapter.remove()
+    assert [type(m) for m in model.modules()] == classes
+    torch.testing.assert_close(model(x), plain(x), rtol=0, atol=0)

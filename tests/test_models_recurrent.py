@@ -65,6 +65,8 @@ def test_ragged_step_equals_single_rows():
     ids = torch.tensor([[4, 5, 6], [7, 0, 0]])
     logits, state = model.step(ids, model.new_state(2), torch.tensor([3, 1]))
     logits2, _ = model.step(torch.tensor([[8], [9]]), state)
+    with pytest.raises(ValueError, match=r"ids must be \(B, T\)"):
+        model.step(torch.tensor([8, 9]), state)
     for row, text in enumerate(([4, 5, 6], [7])):
         torch.testing.assert_close(logits[row], model(torch.tensor([text]))[0, -1])
         longer = torch.tensor([text + [8 + row]])

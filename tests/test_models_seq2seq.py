@@ -172,6 +172,22 @@ def test_plot_attention_writes_a_png(tmp_path: Path) -> None:
         plot_attention(path, found.attention[0], columns[1:], rows)
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru_textbook"])
+def test_no_rows_and_autocast(cell: str) -> None:
+    m = model(cell=cell, num_layers=2)
+    assert m(SOURCE[:0], TARGET[:0]).shape == (0, 5, 8)
+    for beams in (1, 3):
+        assert len(m.generate(SOURCE[:0], max_length=4, num_beams=beams).ids) == 0
+    expected = m.loss(SOURCE, TARGET).item()
+    with torch.autocast("cpu", torch.bfloat16):
+        for forcing in (1.0, 1 - 1e-12):
+            loss = m.loss(SOURCE, TARGET, teacher_forcing=forcing)
+            # Operands and states in bf16, of which some twenty meet: 2^-9 each.
+            assert loss.item() == pytest.approx(expected, rel=2e-2)
+            loss.backward()
+        assert m.generate(SOURCE, max_length=4, num_beams=2).ids.shape[0] == 3
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match="attention must be one of"):
         model(attention="cosine")
@@ -184,5 +200,7 @@ def test_errors() -> None:
         m.loss(torch.zeros_like(SOURCE), TARGET)
     with pytest.raises(ValueError, match="num_beams must be at least 1"):
         m.generate(SOURCE, num_beams=0)
+    with pytest.raises(ValueError, match=r"target must be \(B, T\)"):
+        m.loss(SOURCE, TARGET[:, :0])
     with pytest.raises(ValueError, match="teacher_forcing must be in"):
         m.loss(SOURCE, TARGET, teacher_forcing=1.5)

@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from golden import fill
+from op_checks import LargestTensor
 
 from lmfast.generation.cache import KVCache
 from lmfast.nn import MultiHeadAttention, RotaryEmbedding
-from lmfast.nn.attend import attend
+from lmfast.nn.attend import attend, is_causal_mask
 
 PRINTED = {"atol": 6e-10, "rtol": 0}
 
@@ -104,6 +105,20 @@ def test_layer_takes_a_lower_triangular_mask(dtype):
     layer = MultiHeadAttention(8, 2)
     x = torch.randn(2, 5, 8)
     torch.testing.assert_close(layer(x, torch.ones(5, 5).tril().to(dtype)), layer(x))
+
+
+def test_other_square_masks_are_told_from_the_causal_one_by_their_edges():
+    t = 64
+    causal = torch.ones(t, t).tril().bool()
+    padded = causal.clone()
+    padded[:, :3] = False
+    for mask in (causal.tril().triu(-7), torch.ones(t, t).bool(), padded, ~causal, causal.t()):
+        with LargestTensor() as largest:
+            assert not is_causal_mask(mask)
+        assert largest.elements <= t
+    assert is_causal_mask(causal)
+    causal[40, 3] = False
+    assert not is_causal_mask(causal)
 
 
 def test_layer_takes_any_mask():

@@ -49,6 +49,23 @@ def test_rms_norm_add_returns_norm_of_sum_and_sum():
     torch.testing.assert_close(y, norm(x + residual), rtol=1e-14, atol=0)
 
 
+def test_a_block_calls_the_hooks_and_the_forward_of_its_norms():
+    class Doubled(RMSNorm):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    block, x = DecoderBlock(8, 2).double(), torch.randn(1, 3, 8, dtype=torch.float64)
+    plain = block(x)
+    hook = block.norm2.register_forward_hook(lambda norm, args, out: 2 * out)
+    hooked = block(x)
+    hook.remove()
+    assert torch.equal(block(x), plain)
+    norm, block.norm2 = block.norm2, Doubled(8).double()
+    block.norm2.load_state_dict(norm.state_dict())
+    assert not torch.allclose(hooked, plain)
+    torch.testing.assert_close(block(x), hooked)
+
+
 def test_rms_norm_loads_the_name_weight_too():
     norm = RMSNorm(3)
     norm.load_state_dict({"weight": torch.tensor([1.0, 2.0, 3.0])})

@@ -200,9 +200,7 @@ def test_lstm_projections_are_as_exact_as_torchs(cpu_isa: str) -> None:
         draws.append((found, plain, wide))
     pooled = (map(torch.stack, zip(*kind, strict=True)) for kind in zip(*draws, strict=True))
     for i, (f, p, e) in enumerate(zip(*pooled, strict=True)):
-        # The whole tensor obeys the rule. The largest error of an output has been seen at 1.8
-        # times PyTorch's: W_hh W_hr is rounded once for all steps, theirs at each of them.
-        assert_within_error_rule(f, p, e, f"{i}", largest=2.5)
+        assert_within_error_rule(f, p, e, f"{i}")
 
 
 def test_large_lstm_projections_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:

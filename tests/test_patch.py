@@ -70,6 +70,25 @@ class Gated(nn.Module):
         return self.w2(self.act(a(x)) * b(x))
 
 
+class SpelledLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class CountingLinear(nn.Linear):
+    count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        CountingLinear.count += 1
+        return x @ self.weight.T + self.bias
+
+
+class NormOfSum(ScaledNorm):
+    def forward(self, x: Tensor, residual: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+        return super().forward(x if residual is None else x + residual) * scale
+
+
 def outcome(model: nn.Module, **options: str) -> str | None:
     (entry,) = [e for e in lmfast.patch(model, **options).entries if e.name == ""]
     return entry.replaced_by
@@ -91,6 +110,7 @@ def outcome(model: nn.Module, **options: str) -> str | None:
         (lambda: textbook.TextbookMLP(8), "lmfast.ops.linear with bias and ReLU"),
         (lambda: textbook.TextbookElman(8, 2), "lmfast.ops.elman_rnn"),
         (lambda: nn.Linear(8, 8), "lmfast.ops.linear"),
+        (lambda: SpelledLinear(8, 8), "lmfast.ops.linear"),
         (lambda: nn.LSTM(8, 4, 2, bidirectional=True), "lmfast.nn.LSTM"),
         (lambda: nn.GRU(8, 4, batch_first=True), "lmfast.nn.GRU"),
         (lambda: nn.RNN(8, 4, nonlinearity="relu"), "lmfast.nn.RNN"),
@@ -125,6 +145,11 @@ def test_a_gated_layer_of_another_activation_stays() -> None:
     module = Gated(torch.tanh)
     assert outcome(module) is None
     assert type(module) is Gated
+
+
+def test_a_linear_layer_that_does_more_stays() -> None:
+    assert outcome(CountingLinear(8, 8)) is None
+    assert outcome(nn.modules.linear.NonDynamicallyQuantizableLinear(8, 8)) is None
 
 
 def decoder() -> textbook.TextbookDecoder:
@@ -277,6 +302,7 @@ def test_what_cannot_be_given_another_forward() -> None:
     projected = nn.LSTM(8, 8, proj_size=4)
     assert "proj_size" in lmfast.patch(projected).kept[0].reason
     assert "fused kernel already" in lmfast.patch(nn.LayerNorm(8)).kept[0].reason
+    assert "own layer already" in lmfast.patch(lmfast.nn.RMSNorm(8)).kept[0].reason
 
 
 def test_bad_arguments() -> None:
@@ -286,3 +312,38 @@ def test_bad_arguments() -> None:
         lmfast.unpatch([])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="backend must be one of"):
         lmfast.patch(nn.Linear(2, 2), backend="gpu")
+
+
+def test_a_class_made_from_a_patched_one_is_unpatched_within() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), ScaledNorm(8))
+    lmfast.patch(model)
+    x = torch.randn(2, 8)
+    nn.utils.parametrizations.weight_norm(model[0])
+    expected = model(x)
+    with pytest.raises(RuntimeError, match="parametrized modules"):
+        pickle.dumps(model)
+    lmfast.unpatch(model)
+    assert [type(m).__name__ for m in model] == ["ParametrizedLinear", "ScaledNorm"]
+    assert not any(hasattr(type(m), "_lmfast_swap") for m in model.modules())
+    torch.testing.assert_close(model(x), expected)
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    assert type(model[0]) is nn.Linear
+
+
+def test_arguments_by_name_and_optional_ones() -> None:
+    module, mlp = NormOfSum(8), Gated(F.silu)
+    x = torch.randn(2, 3, 8)
+    calls = [
+        lambda: module(x),
+        lambda: module(x=x),
+        lambda: module(x, x),
+        lambda: module(x, residual=x, scale=2.0),
+        lambda: mlp(x=x),
+    ]
+    expected = [call() for call in calls]
+    assert outcome(module) == "lmfast.ops.rms_norm"
+    assert outcome(mlp) == "lmfast.ops.swiglu"
+    for call, value in zip(calls, expected, strict=True):
+        torch.testing.assert_close(call(), value)
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        module(x, other=1)

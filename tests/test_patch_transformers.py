@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import importlib
 import pickle
 from typing import Any
 
@@ -15,7 +17,7 @@ import lmfast
 transformers = pytest.importorskip("transformers", minversion="5.17")
 transformers.logging.set_verbosity_error()
 
-from transformers_models import IDS, LEFT, assert_close, gradients, make  # noqa: E402
+from transformers_models import ARCHITECTURES, IDS, LEFT, assert_close, gradients, make  # noqa: E402
 
 from lmfast.integrations import transformers as integration  # noqa: E402
 from lmfast.integrations.transformers import LazyLogits, LMFastCache  # noqa: E402
@@ -187,7 +189,8 @@ def test_gradient_checkpointing() -> None:
 
 
 def test_copies_and_pickles() -> None:
-    model = patched("gemma2")
+    model = make("gemma2", attn_implementation="eager")
+    lmfast.patch(model)
     expected = model(IDS).logits
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(IDS).logits, expected)
@@ -215,3 +218,58 @@ def test_a_version_not_known_to_work_is_refused(monkeypatch: pytest.MonkeyPatch)
         assert not report.replaced
         assert f"transformers {version} is not known to work" in str(report)
         assert type(model) is transformers.LlamaForCausalLM
+
+
+def test_the_backend_reaches_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("llama")
+    expected = model(IDS).logits
+    before = model.config._attn_implementation
+    report = lmfast.patch(model, backend="torch")
+    assert 'attn_implementation="lmfast_torch"' in str(report)
+    own, backends = lmfast.ops.attention, []
+
+    def attention(*args: Any, backend: Any, **kwargs: Any) -> Tensor:
+        backends.append(backend)
+        return own(*args, backend=backend, **kwargs)
+
+    monkeypatch.setattr(lmfast.ops, "attention", attention)
+    assert_close(model(IDS).logits, expected)
+    assert backends == ["torch", "torch"]
+    lmfast.patch(model)
+    backends.clear()
+    assert_close(model(IDS).logits, expected)
+    assert backends == [None, None]
+    assert model.config._attn_implementation == "lmfast"
+    lmfast.unpatch(model)
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("name", ["_cache", "_trainer", "transformers"])
+def test_examples(name: str) -> None:
+    module = importlib.import_module(f"lmfast.integrations.{name}")
+    assert doctest.testmod(module).failed == 0
+
+
+def test_hooks_on_every_module_run_as_before() -> None:
+    model = make("llama")
+    calls: list[str] = []
+    for name, m in model.named_modules():
+        m.register_forward_hook(lambda *_, name=name: calls.append(name))
+    model(IDS, labels=IDS)
+    before = calls.copy()
+    calls.clear()
+    lmfast.patch(model)
+    assert not calls
+    model(IDS, labels=IDS)
+    assert calls == before
+
+
+def test_classification() -> None:
+    config = transformers.LlamaConfig(**ARCHITECTURES["llama"], num_labels=3)
+    model = transformers.LlamaForSequenceClassification(config).eval()
+    labels = torch.tensor([0, 2])
+    expected = model(IDS, attention_mask=LEFT, labels=labels)
+    assert 'attn_implementation="lmfast"' in str(lmfast.patch(model))
+    got = model(IDS, attention_mask=LEFT, labels=labels)
+    assert_close(got.logits, expected.logits)
+    assert_close(got.loss, expected.loss)

@@ -312,6 +312,20 @@ def test_long_sequences_stay_within_the_error_of_pytorch(
     assert error <= 1.5 * plain + 1e-7 * exact.norm()
 
 
+@EVERY_CELL
+def test_meta_tensors_and_autocast(cell: str) -> None:
+    x, state, weights = random_call(cell, 2, 3, 4, 5)
+    op, expected = OPS[cell][0], flat(OPS[cell][0](x, state, weights))
+    meta = torch.utils._pytree.tree_map(lambda t: t.to("meta"), (x, state, weights))
+    assert [t.shape for t in flat(op(*meta))] == [t.shape for t in expected]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = flat(op(x.bfloat16(), state, weights))
+    for f, e in zip(found, expected, strict=True):
+        assert f.dtype == torch.float32
+        # x rounded to bf16, 2^-9 of numbers below 2.
+        torch.testing.assert_close(f, e, rtol=0, atol=1e-2)
+
+
 def test_errors_name_the_argument() -> None:
     x, state, (w_ih, w_hh, b_ih, b_hh) = random_call("lstm", 2, 3, 4, 5)
     good = (w_ih, w_hh, b_ih, b_hh)

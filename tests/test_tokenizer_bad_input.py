@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -324,3 +326,28 @@ def test_the_engine_guards_itself():
             make().encode("abc", none, np.array(ends, dtype=np.int64))
     with pytest.raises(ValueError, match="do not cover"):
         module.set_character_classes(b"\x08")
+
+
+class Derived(BPETokenizer):
+    """Has a place of its own to be found by pickle."""
+
+
+def test_a_subclass_stays_one_through_copies(tmp_path):
+    tokenizer = Derived.train(["a b"], 256)
+    tokenizer.save(tmp_path / "t.json")
+    copies = copy.copy(tokenizer), pickle.loads(pickle.dumps(tokenizer))
+    for each in (*copies, Derived.load(tmp_path / "t.json")):
+        assert type(each) is Derived
+        assert each == tokenizer
+
+
+def test_errors_name_what_was_asked_for(tmp_path):
+    tokenizer = BPETokenizer.train(["a b"], 256)
+    missing = tmp_path / "no" / "t.json"
+    with pytest.raises(FileNotFoundError) as error:
+        tokenizer.save(missing)
+    assert error.value.filename == str(missing)
+    with pytest.raises(TypeError, match="encode_batch"):
+        tokenizer.encode(["a", "b"])
+    with pytest.raises(TypeError, match="got generator of shape"):
+        tokenizer.decode(i for i in (1, 2))

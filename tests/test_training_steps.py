@@ -12,6 +12,7 @@ from lmfast.models.textbook import TextbookRecurrent, textbook_loss
 from lmfast.training import (
     ContiguousBatches,
     CsvLog,
+    PackedBatches,
     PaddedBatches,
     Schedule,
     Trainer,
@@ -298,3 +299,21 @@ def test_carried_states_need_a_recurrent_model_and_enough_rows():
         Trainer(decoder(), ragged(), max_steps=3).load_best()
     with pytest.raises(ValueError, match="patience needs an output_dir"):
         Trainer(decoder(), ragged(), max_steps=3, evaluation=ragged(), eval_every=1, patience=1)
+
+
+def test_trainer_and_batches_name_what_they_cannot_take():
+    ids = torch.arange(60) % 13
+    batches = PackedBatches(ids, 4, context=5)
+    model = DecoderLanguageModel(13, 16, 2, 1, 0)
+    with pytest.raises(TypeError, match="ids must be a tensor of integers, got list"):
+        PackedBatches([1, 2, 3], 4, context=5)
+    with pytest.raises(TypeError, match=r"got torch\.float32"):
+        ContiguousBatches(ids.float(), 4, context=5)
+    with pytest.raises(ValueError, match=r"got shape \(1, 60\)"):
+        PackedBatches(ids[None], 4, context=5)
+    with pytest.raises(TypeError, match="Linear has none"):
+        Trainer(torch.nn.Linear(2, 2), batches, max_steps=1)
+    with pytest.raises(TypeError, match=r"Batches of lmfast\.training, got list"):
+        Trainer(model, [ids], max_steps=1)
+    with pytest.raises(ValueError, match="all are frozen"):
+        Trainer(model.requires_grad_(False), batches, max_steps=1)

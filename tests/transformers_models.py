@@ -107,6 +107,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": _GROUPED,
     "mistral": {**_GROUPED, "sliding_window": 6},
     "mixtral": {**_GROUPED, **_EXPERTS},
+    "mpt": {"d_model": _E, "n_heads": _H, "n_layers": _L, "max_seq_len": 64, "vocab_size": _V},
     "nemotron": {**_GROUPED, "head_dim": 8},
     "olmo": {**_GROUPED, "clip_qkv": 2.0},
     "olmo2": _GROUPED,
@@ -181,8 +182,10 @@ def row(kind: str, report: PatchReport) -> str:
     attention = next((n for n in report.notes if n.startswith("attention")), "")
     cells = [
         kind,
-        "yes" if 'attn_implementation="lmfast"' in attention else "-",
-        _cell(report, "lmfast.ops.rope"),
+        "-" if "left as it is" in attention else "yes",
+        _cell(report, "lmfast.ops.rope", "lmfast.ops.rope and attention").replace(
+            "attention", "rope"
+        ),
         _cell(report, "lmfast.ops.rms_norm", "torch's fused layer_norm"),
         _cell(
             report,

@@ -134,6 +134,7 @@ void AttentionCall::set_mask(const Tensor& m) {
   LMFAST_CHECK(m.is_cpu() && m.dim() == 4 && m.size(0) == a.batch && m.size(1) == a.heads &&
                    m.size(2) == a.length && m.size(3) == a.keys,
                "mask must be a CPU tensor expanded to (B, H, T, S)");
+  if (m.numel() == 0) return;  // and without memory, also where a row of it is expanded to none
   a.mask_kind = mask_kind(m);
   a.mask = m.const_data_ptr();
   for (int d = 0; d < 4; ++d) a.mask_stride[d] = m.stride(d);

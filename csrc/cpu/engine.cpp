@@ -37,13 +37,14 @@ CacheStorage storage_of(const Tensor& t, const Tensor* scales, const EngineModel
 
 class EngineStep {
  public:
-  EngineStep(const Tensor& weights, const Tensor& program, int64_t steps)
+  EngineStep(const Tensor& weights, const Tensor& program, int64_t steps, int64_t rounded)
       : model_(weights, program), steps_(steps) {
     LMFAST_CHECK(model_.layers() != nullptr, "the program is of a recurrent model");
     a_.model = &model_.model();
     a_.layers = model_.layers();
     a_.weights = model_.weights();
     set_instructions(a_);
+    set_rounding(a_, rounded);
   }
 
   void set_tokens(const Tensor& ids, const Tensor& positions, const Tensor& wanted, Tensor& out) {
@@ -252,8 +253,8 @@ void engine_step(const Tensor& weights, const Tensor& program, const Tensor& ids
                  const Tensor& positions, const Tensor& wanted, const Tensor& rows,
                  std::vector<Tensor> slots, std::vector<Tensor> tables, std::vector<Tensor> keys,
                  std::vector<Tensor> values, std::vector<Tensor> scales, std::vector<Tensor> rope,
-                 Tensor logits) {
-  EngineStep step(weights, program, 1);
+                 int64_t rounded, Tensor logits) {
+  EngineStep step(weights, program, 1, rounded);
   step.set_tokens(ids, positions, wanted, logits);
   step.set_rope(rope);
   step.set_storage(keys, values, scales);
@@ -266,9 +267,9 @@ void engine_greedy(const Tensor& weights, const Tensor& program, const Tensor& i
                    const Tensor& positions, const Tensor& wanted, const Tensor& rows,
                    std::vector<Tensor> slots, std::vector<Tensor> tables, std::vector<Tensor> keys,
                    std::vector<Tensor> values, std::vector<Tensor> scales, std::vector<Tensor> rope,
-                   Tensor logits, const Tensor& stops, Tensor chosen) {
+                   int64_t rounded, Tensor logits, const Tensor& stops, Tensor chosen) {
   LMFAST_CHECK(chosen.dim() == 2 && chosen.size(1) == ids.numel(), "chosen must be (steps, B)");
-  EngineStep step(weights, program, chosen.size(0));
+  EngineStep step(weights, program, chosen.size(0), rounded);
   step.set_tokens(ids, positions, wanted, logits);
   step.set_rope(rope);
   step.set_storage(keys, values, scales);

@@ -12,12 +12,14 @@ using torch::headeronly::ScalarType;
 
 class CellStep {
  public:
-  CellStep(const Tensor& weights, const Tensor& program) : model_(weights, program) {
+  CellStep(const Tensor& weights, const Tensor& program, int64_t rounded)
+      : model_(weights, program) {
     LMFAST_CHECK(model_.cells() != nullptr, "the program is of a decoder");
     a_.model = &model_.model();
     a_.cells = model_.cells();
     a_.weights = model_.weights();
     set_instructions(a_);
+    set_rounding(a_, rounded);
   }
 
   // Rows of ids (B, T), of which row b has lengths[b]: in the order of steps.
@@ -127,9 +129,9 @@ class CellStep {
 };
 
 void engine_cells(const Tensor& weights, const Tensor& program, const Tensor& ids,
-                  const Tensor& lengths, bool all, Tensor state, Tensor logits) {
+                  const Tensor& lengths, bool all, int64_t rounded, Tensor state, Tensor logits) {
   LMFAST_CHECK(ids.dim() == 2, "ids must be (B, T)");
-  CellStep step(weights, program);
+  CellStep step(weights, program, rounded);
   const int64_t batch = ids.size(0), steps = ids.size(1);
   step.set_tokens(integers(ids, "ids", batch * steps), batch, steps,
                   integers(lengths, "lengths", batch));
@@ -140,10 +142,11 @@ void engine_cells(const Tensor& weights, const Tensor& program, const Tensor& id
 
 // A step of one token per row, and another with the likeliest after it, up to `steps` of them.
 void engine_cells_greedy(const Tensor& weights, const Tensor& program, const Tensor& ids,
-                         Tensor state, Tensor logits, const Tensor& stops, Tensor chosen) {
+                         int64_t rounded, Tensor state, Tensor logits, const Tensor& stops,
+                         Tensor chosen) {
   const int64_t batch = ids.numel();
   LMFAST_CHECK(chosen.dim() == 2 && chosen.size(1) == batch, "chosen must be (steps, B)");
-  CellStep step(weights, program);
+  CellStep step(weights, program, rounded);
   const std::vector<int64_t> ones(static_cast<size_t>(batch), 1);
   step.set_tokens(integers(ids, "ids", batch), batch, 1, ones.data());
   step.set_state(state);

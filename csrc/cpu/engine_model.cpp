@@ -15,6 +15,13 @@ void set_instructions(EngineArgs& a) {
   a.bf16 = isa == Isa::kAmx || (isa == Isa::kAvx512 && has_bf16_products());
 }
 
+void set_rounding(EngineArgs& a, int64_t rounded) {
+  LMFAST_CHECK(rounded >= 0 && rounded <= 2,
+               "rounded must be 0, 1 (rows of layers) or 2 (of all products), got ", rounded);
+  a.rounded = rounded > 0;
+  a.rounded_head = rounded > 1;
+}
+
 EngineMemory::EngineMemory(const Tensor& weights, const Tensor& program)
     : weights_(static_cast<const char*>(weights.const_data_ptr())), size_(weights.numel()) {
   LMFAST_CHECK(weights.is_cpu() && weights.scalar_type() == ScalarType::Byte &&
@@ -154,10 +161,11 @@ StepParts::StepParts(StepMemory& memory, EngineArgs& a, const EngineSizes& sizes
   const int64_t wanted = std::max<int64_t>(1, work / kWorkOfThread);
   threads_ = std::min<int64_t>({torch::stable::get_num_threads(), wanted, 64});
   a.operand_stride = sizes.operand;
-  operand_ = memory.add(most > kEngineFewRows ? engine_operand_bytes(most, sizes.operand) : 0);
-  a.scratch_bytes = round_up(
-      a.attention_scratch + engine_sums(most) * 4 + engine_private_bytes(most, sizes.operand),
-      4096);
+  const bool shared = most > kEngineFewRows || a.rounded || a.rounded_head;
+  operand_ = memory.add(shared ? engine_operand_bytes(most, sizes.operand) : 0);
+  a.scratch_bytes = round_up(a.attention_scratch + engine_sums(most) * 4 +
+                                 engine_private_bytes(most, sizes.operand, shared),
+                             4096);
   scratch_ = memory.add(threads_ * a.scratch_bytes);
   const int64_t segments = (a.model->vocab + kEngineSegment - 1) / kEngineSegment;
   best_ = memory.add(a.chosen != nullptr ? a.tokens * segments * 8 : 0);

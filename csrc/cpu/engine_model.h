@@ -9,6 +9,8 @@ namespace lmfast {
 
 // What the processor has at the level in use.
 void set_instructions(EngineArgs& a);
+// Which products may round their rows to bf16: 0 none, 1 those of layers, 2 all.
+void set_rounding(EngineArgs& a, int64_t rounded);
 
 // Floats between rows, and bytes of weights that a step reads.
 struct EngineSizes {

@@ -19,13 +19,15 @@ constexpr int kGemmVecs = 4;
 constexpr int kGemmVecs = 2;
 #endif
 
-// With kAdd the products are summed before C is added: short chains of additions round less.
+// With kAdd the products are summed before `added` is, which is C or, with a stride of zero, one
+// row for all of C: short chains of additions round less.
 //
 // A[m][k] is at a[m * stride + k], or with kColumns at a[k * stride + m].
 template <int kRows, int kVecs, bool kColumns, bool kAdd>
 inline __attribute__((noinline)) void gemm_tile(const float* a, int64_t a_stride, const float* b,
                                                 int64_t b_stride, int64_t depth, float* c,
-                                                int64_t c_stride) {
+                                                int64_t c_stride, const float* added,
+                                                int64_t added_stride) {
   constexpr int W = VecF::kWidth;
   VecF sum[kRows][kVecs];
 #pragma GCC unroll 8
@@ -52,7 +54,7 @@ inline __attribute__((noinline)) void gemm_tile(const float* a, int64_t a_stride
     for (int v = 0; v < kVecs; ++v) {
       float* p = c + m * c_stride + v * W;
       // Added last: a chain of additions is as long as `depth`, not as all products into C.
-      if constexpr (kAdd) sum[m][v] = sum[m][v] + VecF::load(p);
+      if constexpr (kAdd) sum[m][v] = sum[m][v] + VecF::load(added + m * added_stride + v * W);
       sum[m][v].store(p);
     }
   }
@@ -60,59 +62,83 @@ inline __attribute__((noinline)) void gemm_tile(const float* a, int64_t a_stride
 
 template <int kVecs, bool kColumns, bool kAdd>
 LMFAST_INLINE void gemm_rows(int64_t rows, int64_t depth, const float* a, int64_t a_stride,
-                             const float* b, int64_t b_stride, float* c, int64_t c_stride) {
+                             const float* b, int64_t b_stride, float* c, int64_t c_stride,
+                             const float* added, int64_t added_stride) {
   const int64_t step = kColumns ? 1 : a_stride;
   int64_t m = 0;
   for (; m + kGemmRows <= rows; m += kGemmRows) {
     gemm_tile<kGemmRows, kVecs, kColumns, kAdd>(a + m * step, a_stride, b, b_stride, depth,
-                                                c + m * c_stride, c_stride);
+                                                c + m * c_stride, c_stride,
+                                                added + m * added_stride, added_stride);
   }
   const float* rest = a + m * step;
   c += m * c_stride;
+  added += m * added_stride;
   switch (rows - m) {
     case 5:
-      gemm_tile<5, kVecs, kColumns, kAdd>(rest, a_stride, b, b_stride, depth, c, c_stride);
+      gemm_tile<5, kVecs, kColumns, kAdd>(rest, a_stride, b, b_stride, depth, c, c_stride, added,
+                                          added_stride);
       break;
     case 4:
-      gemm_tile<4, kVecs, kColumns, kAdd>(rest, a_stride, b, b_stride, depth, c, c_stride);
+      gemm_tile<4, kVecs, kColumns, kAdd>(rest, a_stride, b, b_stride, depth, c, c_stride, added,
+                                          added_stride);
       break;
     case 3:
-      gemm_tile<3, kVecs, kColumns, kAdd>(rest, a_stride, b, b_stride, depth, c, c_stride);
+      gemm_tile<3, kVecs, kColumns, kAdd>(rest, a_stride, b, b_stride, depth, c, c_stride, added,
+                                          added_stride);
       break;
     case 2:
-      gemm_tile<2, kVecs, kColumns, kAdd>(rest, a_stride, b, b_stride, depth, c, c_stride);
+      gemm_tile<2, kVecs, kColumns, kAdd>(rest, a_stride, b, b_stride, depth, c, c_stride, added,
+                                          added_stride);
       break;
     case 1:
-      gemm_tile<1, kVecs, kColumns, kAdd>(rest, a_stride, b, b_stride, depth, c, c_stride);
+      gemm_tile<1, kVecs, kColumns, kAdd>(rest, a_stride, b, b_stride, depth, c, c_stride, added,
+                                          added_stride);
       break;
     default:
       break;
   }
 }
 
-// C (rows x lanes) = A (rows x depth) B (depth x lanes), or added to C. `lanes` is a multiple of
-// VecF::kWidth; strides are in floats.
+// C (rows x lanes) = A (rows x depth) B (depth x lanes), or that and what is `added`. `lanes` is a
+// multiple of VecF::kWidth; strides are in floats.
 template <bool kColumns, bool kAdd>
 inline void gemm_f32(int64_t rows, int64_t lanes, int64_t depth, const float* a, int64_t a_stride,
-                     const float* b, int64_t b_stride, float* c, int64_t c_stride) {
+                     const float* b, int64_t b_stride, float* c, int64_t c_stride,
+                     const float* added, int64_t added_stride) {
   constexpr int W = VecF::kWidth;
+  if constexpr (!kAdd) {  // not read, and null in some calls
+    added = c;
+    added_stride = c_stride;
+  }
   int64_t n = 0;
   for (; n + kGemmVecs * W <= lanes; n += kGemmVecs * W) {
-    gemm_rows<kGemmVecs, kColumns, kAdd>(rows, depth, a, a_stride, b + n, b_stride, c + n,
-                                         c_stride);
+    gemm_rows<kGemmVecs, kColumns, kAdd>(rows, depth, a, a_stride, b + n, b_stride, c + n, c_stride,
+                                         added + n, added_stride);
   }
   const int64_t left = (lanes - n) / W;
   if constexpr (kGemmVecs > 2) {
     if (left == 3) {
-      gemm_rows<3, kColumns, kAdd>(rows, depth, a, a_stride, b + n, b_stride, c + n, c_stride);
+      gemm_rows<3, kColumns, kAdd>(rows, depth, a, a_stride, b + n, b_stride, c + n, c_stride,
+                                   added + n, added_stride);
     }
     if (left == 2) {
-      gemm_rows<2, kColumns, kAdd>(rows, depth, a, a_stride, b + n, b_stride, c + n, c_stride);
+      gemm_rows<2, kColumns, kAdd>(rows, depth, a, a_stride, b + n, b_stride, c + n, c_stride,
+                                   added + n, added_stride);
     }
   }
   if (left == 1) {
-    gemm_rows<1, kColumns, kAdd>(rows, depth, a, a_stride, b + n, b_stride, c + n, c_stride);
+    gemm_rows<1, kColumns, kAdd>(rows, depth, a, a_stride, b + n, b_stride, c + n, c_stride,
+                                 added + n, added_stride);
   }
+}
+
+// The same with C itself as what is added.
+template <bool kColumns, bool kAdd>
+LMFAST_INLINE void gemm_f32(int64_t rows, int64_t lanes, int64_t depth, const float* a,
+                            int64_t a_stride, const float* b, int64_t b_stride, float* c,
+                            int64_t c_stride) {
+  gemm_f32<kColumns, kAdd>(rows, lanes, depth, a, a_stride, b, b_stride, c, c_stride, c, c_stride);
 }
 
 }  // namespace

@@ -41,21 +41,19 @@ Tensor product_f32(Tensor a, Tensor b, std::optional<Tensor> bias, int64_t chunk
                                 [&](int64_t begin, int64_t end) { pack(p, begin, end); });
   }
 
-  // Units as even as they get: rows first, unless each packs its panels for itself, and panels
-  // where there are few rows. No sum depends on the division.
+  // Units as even as they get, and as many for each thread: rows first, unless each packs its
+  // panels for itself, and panels where there are few rows. No sum depends on the division.
   const int64_t threads = torch::stable::get_num_threads();
   const bool alone = threads == 1 || p.rows * p.columns * p.depth < kSmallWork;
   const int64_t wanted = alone ? 1 : 4 * threads;
   const int64_t least = p.packing == ProductPacking::kByUnit
                             ? (wanted + panels - 1) / panels
                             : std::max((p.rows + kRows - 1) / kRows, wanted);
-  const int64_t tiles = (p.rows + 5) / 6, blocks = std::min(least, tiles);
-  p.block = (tiles + blocks - 1) / blocks * 6;
-  const int64_t rows_of_units = (p.rows + p.block - 1) / p.block;
-  const int64_t groups = std::clamp<int64_t>(wanted / rows_of_units, 1, panels);
+  divide_product_rows(p, alone ? least : (least + threads - 1) / threads * threads);
+  const int64_t groups = std::clamp<int64_t>(wanted / p.blocks, 1, panels);
   p.group = (panels + groups - 1) / groups;
   p.groups = (panels + p.group - 1) / p.group;
-  const int64_t units = rows_of_units * p.groups;
+  const int64_t units = p.blocks * p.groups;
   const auto multiply = product_multiply_kernel();
   for_each_unit(
       units, 4 * product_scratch_floats(p),

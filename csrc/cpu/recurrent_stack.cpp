@@ -99,7 +99,7 @@ class PieceProduct {
     p_.c = static_cast<float*>(out_.get());
     p_.group = (columns + kProductLanes - 1) / kProductLanes;
     p_.groups = 1;
-    p_.block = 48;
+    p_.block = kMostRows;
     scratch_ = allocate_scratch(4 * product_scratch_floats(p_));
     p_.scratch = static_cast<float*>(scratch_.get());
   }
@@ -109,11 +109,13 @@ class PieceProduct {
     is_packed_ = true;
     p_.a = {a, stride, false};
     p_.rows = rows;
-    product_multiply_kernel()(p_, 0, (rows + p_.block - 1) / p_.block);
+    divide_product_rows(p_, (rows + kMostRows - 1) / kMostRows);
+    product_multiply_kernel()(p_, 0, p_.blocks);
     return p_.c;
   }
 
  private:
+  static constexpr int64_t kMostRows = 48;  // of a block, as in whole products
   ProductArgs p_{};
   bool is_packed_ = false;
   ScratchMemory packed_, out_, scratch_{nullptr, &std::free};

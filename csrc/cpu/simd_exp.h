@@ -75,6 +75,10 @@ LMFAST_INLINE VecF log2(VecF x) {
 LMFAST_INLINE VecF select_less(VecF a, VecF b, VecF x, VecF y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
 }
+// Whether a < b in any lane.
+LMFAST_INLINE bool any_less(VecF a, VecF b) {
+  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ) != 0;
+}
 
 #else
 
@@ -91,8 +95,17 @@ LMFAST_INLINE VecF exp2(VecF x) {
 LMFAST_INLINE VecF select_less(VecF a, VecF b, VecF x, VecF y) {
   return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
 }
+LMFAST_INLINE bool any_less(VecF a, VecF b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)) != 0;
+}
 #else
 LMFAST_INLINE VecF select_less(VecF a, VecF b, VecF x, VecF y) { return {a.v < b.v ? x.v : y.v}; }
+LMFAST_INLINE bool any_less(VecF a, VecF b) {
+  const auto less = a.v < b.v;
+  bool any = false;
+  for (int i = 0; i < VecF::kWidth; ++i) any |= less[i] != 0;
+  return any;
+}
 #endif
 
 #endif

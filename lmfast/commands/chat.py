@@ -34,7 +34,11 @@ def run(options: argparse.Namespace) -> int:
     device = apply_machine_options(options)
     generator, tokenizer = load_generator(options, device)
     talk = Conversation(tokenizer, options.system)
-    print(f"{talk.format}; /reset begins anew, /quit or the end of the input ends", file=sys.stderr)
+    print(
+        f"{talk.format}; Ctrl-C ends an answer, /reset begins anew, /quit or the end of the input "
+        "ends",
+        file=sys.stderr,
+    )
     arguments = generation_arguments(options, tokenizer, device)
     if talk.end_ids:
         arguments["eos_token_id"] = talk.end_ids
@@ -59,15 +63,18 @@ def run(options: argparse.Namespace) -> int:
         prompt = torch.tensor([ids], device=device)
         # What was said before is not computed again; a context that is cut begins elsewhere.
         known = None
-        if options.context == "error":
-            known = prefix = generator.prefill(prompt, prefix=prefix)
         printer = Printer(tokenizer, options.stop)
         new: list[int] = []
-        for step in generator.stream(prompt, prefix=known, **arguments):
-            clock.tick()
-            new.append(int(step[0]))
-            if new[-1] not in talk.end_ids:
-                printer.add(new[-1])
+        try:
+            if options.context == "error":
+                known = prefix = generator.prefill(prompt, prefix=prefix)
+            for step in generator.stream(prompt, prefix=known, **arguments):
+                clock.tick()
+                new.append(int(step[0]))
+                if new[-1] not in talk.end_ids:
+                    printer.add(new[-1])
+        except KeyboardInterrupt:  # ends the answer, not the conversation
+            print("(interrupted)", file=sys.stderr)
         printer.close()
         talk.answer(new)
         if options.stats:

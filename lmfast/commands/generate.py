@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     rows = 1 if returned > 1 else options.samples
     prompt = torch.tensor([ids] * rows, device=device)
     printer = Printer(tokenizer, options.stop, ids) if options.stream else None
-    clock = Clock(options.samples, len(ids))
+    clock = Clock(max(options.samples, options.beams), len(ids))
 
     def on_token(new_ids: torch.Tensor) -> None:
         clock.tick()
@@ -75,5 +75,5 @@ def run(options: argparse.Namespace) -> int:
         texts = [until(tokenizer.decode(row), options.stop, len(text)) for row in out.tolist()]
         print("\n\n".join(texts))
     if options.stats:
-        clock.report()
+        clock.report(out.shape[1] - len(ids) if options.beams > 1 else None)
     return 0

@@ -220,13 +220,21 @@ class Clock:
         """A step is done."""
         self._times.append(time.perf_counter())
 
-    def report(self) -> None:
-        """Print time to the first token, speed and memory to stderr."""
-        times, steps = self._times, len(self._times) - 1
+    def report(self, at_once: int | None = None) -> None:
+        """Print time to the first token, speed and memory to stderr.
+
+        Args:
+            at_once: so many steps ended together, now, as those of beam search do.
+        """
+        times = self._times
+        steps = len(times) - 1 if at_once is None else at_once
         line = f"{steps} steps of {self._rows} rows after {self._prompt} prompt tokens"
-        if steps:
+        if at_once is not None:
+            took = time.perf_counter() - times[0]
+            line += f", all after {took * 1e3:.1f} ms, {steps * self._rows / took:,.0f} tokens/s"
+        elif steps:
             line += f", first token after {(times[1] - times[0]) * 1e3:.1f} ms"
-        if steps > 1 and times[-1] > times[1]:
+        if at_once is None and steps > 1 and times[-1] > times[1]:
             rate = (steps - 1) * self._rows / (times[-1] - times[1])
             line += f", then {rate:,.0f} tokens/s"
         print(f"{line}, peak memory {peak_bytes() / 1e6:,.0f} MB", file=sys.stderr)

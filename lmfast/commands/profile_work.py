@@ -74,9 +74,9 @@ class Work(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes: Counter[str] = Counter()
-        self.flops: defaultdict[str, float] = defaultdict(float)
+        self.flops: dict[str, float] = defaultdict(float)
         self.layer_bytes: Counter[str] = Counter()
-        self.layer_flops: defaultdict[str, float] = defaultdict(float)
+        self.layer_flops: dict[str, float] = defaultdict(float)
         self._running: list[str] = []
 
     def __torch_dispatch__(

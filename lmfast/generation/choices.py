@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfast.generation.options import check_ids
+from lmfast.generation.options import as_ids, check_ids
 from lmfast.generation.text import encode
 
 
@@ -20,10 +20,12 @@ class ChoiceTree:
         tokenizer: for texts.
         vocab_size: V.
         eos_ids: that end a choice which is the beginning of another.
+        most: tokens that may be said; None = any number.
 
     Raises:
-        ValueError: an empty choice, an id outside the vocabulary, or a choice that is the beginning
-            of another while there is no end-of-text id to tell them apart.
+        ValueError: an empty choice, one longer than `most`, an id outside the vocabulary, or a
+            choice that is the beginning of another while there is no end-of-text id to tell them
+            apart.
 
     Example:
         >>> tree = ChoiceTree([[1, 2], [1, 3]], None, 5, [])
@@ -37,15 +39,23 @@ class ChoiceTree:
         tokenizer: Any,
         vocab_size: int,
         eos_ids: list[int],
+        most: int | None = None,
     ) -> None:
         self.root: dict[int, Any] = {}
         self._eos_ids = eos_ids
         ends: list[dict[int, Any]] = []
         for choice in choices:
-            ids = encode(tokenizer, choice) if isinstance(choice, str) else list(choice)
+            ids = (
+                encode(tokenizer, choice) if isinstance(choice, str) else as_ids("choices", choice)
+            )
             if not ids:
                 raise ValueError(f"every choice must have at least one token, got {choice!r}")
             check_ids("choices", ids, vocab_size)
+            if most is not None and len(ids) > most:
+                raise ValueError(
+                    f"max_new_tokens must be at least {len(ids)}, the tokens of the choice "
+                    f"{choice!r}, got {most}"
+                )
             node = self.root
             for i in ids:
                 node = node.setdefault(i, {})

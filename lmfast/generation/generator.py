@@ -45,9 +45,8 @@ class Completion(NamedTuple):
 class Generator:
     """Continues texts with a model: greedily, by drawing, by beam search, ahead of the model.
 
-    The model's weights are packed for the compiled engine when the object is made; where the
-    engine cannot take a model, its own modules run, and `explain` says why. Change the weights, and
-    a new object must be made.
+    The weights are packed for the compiled engine when the object is made, so that changed weights
+    or hooks need another; where it cannot take a model, its modules run, and `explain` says why.
 
     Args:
         model: an `lmfast.models.LanguageModel`, a causal language model of transformers, or
@@ -86,11 +85,7 @@ class Generator:
         if self._reason is None:
             text = f"the compiled engine, with {self.weights} weights"
         else:
-            text = f"the model's own modules: {self._reason}"
-            if self.runner.device.type == "cuda":
-                refused = static_step.why_not_captured(self.runner)
-                allowed = "a CUDA graph per token where the options allow it"
-                text += f"; {allowed}" if refused is None else f"; no CUDA graphs: {refused}"
+            text = f"the model's own modules: {self._reason}{static_step.explained(self.runner)}"
         print(f"Generator runs {text}")
         return text
 
@@ -268,6 +263,8 @@ class Generator:
         prompts = check_prompts(ids, attention_mask, runner.vocab_size)
         eos_ids = end_ids(self._ends.config(), options.eos_token_id)
         check_ids("eos_token_id", eos_ids, runner.vocab_size)
+        for sequence in options.stop_sequences:
+            check_ids("stop_sequences", sequence, runner.vocab_size)
         window = runner.max_positions
         if options.context_window is not None:
             if window is not None and options.context_window > window:
@@ -290,13 +287,22 @@ class Generator:
             want_log_probs=want_log_probs,
         )
         if options.choices is not None:
-            tree = ChoiceTree(options.choices, options.tokenizer, runner.vocab_size, eos_ids)
+            most = options.max_new_tokens
+            tree = ChoiceTree(options.choices, options.tokenizer, runner.vocab_size, eos_ids, most)
             rows = len(job.prompts.lengths)
             job = replace(job, choices=ChoiceRows(tree, rows, runner.vocab_size, ids.device))
         return job
 
 
-def generate(model: Any, ids: Tensor, max_new_tokens: int | None = None, **options: Any) -> Tensor:
+def generate(
+    model: Any,
+    ids: Tensor,
+    max_new_tokens: int | None = None,
+    *,
+    weights: Weights | QuantisedWeights = "fp32",
+    group: int | None = None,
+    **options: Any,
+) -> Tensor:
     """Continue texts in one call: `Generator(model).generate(...)`.
 
     What the engine packed stays for the next call, as long as the model lives, and is packed anew
@@ -306,14 +312,15 @@ def generate(model: Any, ids: Tensor, max_new_tokens: int | None = None, **optio
 
     It is also what ``model.generate(ids, custom_generate=lmfast.generate)`` of transformers takes.
     What is then asked for in another way than by their configuration, such as processors of logits
-    of one's own, raises.
+    of one's own, raises; a streamer, which transformers does not pass on, sees the prompts only.
 
     Args:
         model: as of `Generator`.
         ids: (B, T) int64 prompts.
         max_new_tokens: upper limit of tokens added to each row.
-        **options: `attention_mask`, `weights`, `group`, and what `GenerationOptions` lists; from
-            transformers its `generation_config` and what goes with it.
+        weights, group: as of `Generator`.
+        **options: `attention_mask` and what `GenerationOptions` lists; from transformers its
+            `generation_config` and what goes with it.
 
     Returns:
         (B * R, T + n) int64: the prompts as given and the new ids.
@@ -330,7 +337,6 @@ def generate(model: Any, ids: Tensor, max_new_tokens: int | None = None, **optio
         >>> generate(model, torch.tensor([[3, 4]]), 5).shape
         torch.Size([1, 7])
     """
-    weights, group = options.pop("weights", "fp32"), options.pop("group", None)
     if "generation_config" in options:
         from lmfast.integrations.transformers_generate import options_from_transformers
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class ModuleRunner:
                 f"or have vocab_size, step and new_state; {type(model).__name__} has no "
                 f"{' and no '.join(missing)}"
             )
+        _warn_of_forward(type(model))
         self._model = model
         self.vocab_size: int = model.vocab_size
         self.pad_idx: int | None = getattr(model, "pad_idx", None)
@@ -107,3 +109,17 @@ def step_rows_with_tokens(
     state.append_rows(part)
     state.reorder(place)
     return out, state
+
+
+def _warn_of_forward(kind: type) -> None:
+    """Say so if a user's class changes what a model of this package computes, but not its steps."""
+    forward, step = (
+        next((c for c in kind.__mro__ if name in vars(c)), object) for name in ("forward", "step")
+    )
+    own = step.__module__.startswith("lmfast.") and not forward.__module__.startswith("lmfast.")
+    if own and issubclass(forward, step):
+        warnings.warn(
+            f"{forward.__name__} overrides forward, but generation calls the step of "
+            f"{step.__name__}: override step as well",
+            stacklevel=5,
+        )

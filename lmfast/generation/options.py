@@ -7,6 +7,8 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from numbers import Integral
+from operator import index
 from typing import Any, Literal
 
 import torch
@@ -49,7 +51,8 @@ class GenerationOptions:
         frequency_penalty, presence_penalty: against repeating generated tokens.
         logit_bias: added to the logits, id -> number, or (V,).
         suppress_tokens: ids never chosen, such as the unknown token's.
-        generator: source of randomness when drawing; PyTorch's default one if None.
+        generator: source of randomness when drawing; PyTorch's default one if None. On a CPU it is
+            asked for up to 16 tokens at once, and may have given more than were used.
 
     Searches:
 
@@ -161,19 +164,32 @@ class GenerationOptions:
         value = getattr(self, name)
         if value is None:
             return
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError(f"{name} must be an integer, got {value!r}")
         if value < lowest:
             wanted = "not be negative" if lowest == 0 else f"be at least {lowest}"
             raise ValueError(f"{name} must {wanted}, got {value}")
 
     def _check_ends(self) -> None:
-        if any(len(sequence) == 0 for sequence in self.stop_sequences):
+        sequences = tuple(as_ids("each of stop_sequences", s) for s in self.stop_sequences)
+        object.__setattr__(self, "stop_sequences", sequences)
+        if not all(sequences):
             raise ValueError("a stop sequence must have at least one id")
+        if self.suppress_tokens is not None:
+            object.__setattr__(
+                self, "suppress_tokens", as_ids("suppress_tokens", self.suppress_tokens)
+            )
+        if not isinstance(self.generator, torch.Generator | None):
+            raise TypeError(f"generator must be a torch.Generator, got {self.generator!r}")
         if any(not text for text in self.strings()):
             raise ValueError("a stop string must have at least one character")
         if self.choices is not None and len(self.choices) == 0:
             raise ValueError("choices must hold at least one text or run of ids, got none")
+        if self.choices is not None and self.min_new_tokens > 0:
+            raise ValueError(
+                "min_new_tokens must be 0 with choices, which say where a row ends, "
+                f"got {self.min_new_tokens}"
+            )
         texts = any(isinstance(choice, str) for choice in self.choices or ())
         if self.tokenizer is None and (texts or self.strings()):
             what = "choices that are texts" if texts else "stop_strings"
@@ -277,20 +293,29 @@ def end_ids(config: Any, wanted: int | Ids | str | None) -> list[int]:
         wanted = getattr(config, "eos_token_id", None)
     if wanted is None or isinstance(wanted, str):
         return []
-    return [wanted] if isinstance(wanted, int) else list(wanted)
+    one = isinstance(wanted, Integral) or (isinstance(wanted, Tensor) and wanted.ndim == 0)
+    return as_ids("eos_token_id", [wanted] if one else wanted)
 
 
 def padding_id(config: Any, runner: Any, options: GenerationOptions, eos: list[int]) -> int:
-    """What follows in a row that has ended."""
-    for candidate in (
-        options.pad_token_id,
-        getattr(config, "pad_token_id", None),
-        runner.pad_idx,
-        *eos[:1],
-    ):
-        if candidate is not None:
+    """What follows in a row that has ended, and is fed to the model there."""
+    wanted = options.pad_token_id
+    if wanted is not None:
+        (wanted,) = as_ids("pad_token_id", [wanted])
+        check_ids("pad_token_id", [wanted], runner.vocab_size)
+        return wanted
+    for candidate in (getattr(config, "pad_token_id", None), runner.pad_idx, *eos[:1]):
+        if candidate is not None and 0 <= candidate < runner.vocab_size:  # -1 in some configs
             return candidate
     return 0
+
+
+def as_ids(name: str, ids: Any) -> list[int]:
+    """Ids of a sequence, array or tensor as a list; TypeError for anything else."""
+    try:
+        return [index(i) for i in ids]
+    except TypeError:
+        raise TypeError(f"{name} must be ids, got {ids!r}") from None
 
 
 def check_ids(name: str, ids: Ids, vocab_size: int) -> None:

@@ -52,6 +52,10 @@ def prefill(
     if prefix is not None:
         return _continued(runner, prompts, chunk, prefix)
     common = prompts.common() if batch > 1 else 0
+    # What is left of a prompt must be rounded as the whole of it would be.
+    common = min(common, min(prompts.lengths, default=0) - getattr(runner, "rounded_from", 1))
+    if chunk is not None:
+        common -= common % chunk  # so that every row is cut where it would be alone
     state = runner.new_state(1 if common >= _WORTH_SHARING else batch, capacity)
     if common >= _WORTH_SHARING and not hasattr(state, "reorder"):
         state = runner.new_state(batch, capacity)
@@ -100,7 +104,9 @@ def _continued(
 
 
 def check_prefix(prompts: Prompts, prefix: Prefix) -> None:
-    """ValueError unless all prompts begin with the prefix."""
+    """TypeError or ValueError unless all prompts begin with the prefix."""
+    if not isinstance(prefix, Prefix):
+        raise TypeError(f"prefix must be what Generator.prefill returned, got {prefix!r}")
     if len(prefix.prompts.lengths) != 1:
         raise ValueError(f"prefix must have one row, got {len(prefix.prompts.lengths)}")
     known = prefix.prompts.rows()[0]

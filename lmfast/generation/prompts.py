@@ -75,12 +75,11 @@ def from_rows(rows: list[list[int]], device: torch.device) -> Prompts:
 
 
 def check_prompts(ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> Prompts:
-    """Return the prompts with padding at the end.
+    """Return the prompts with padding at the end; what is masked in between is left out.
 
     Raises:
-        TypeError: `ids` is no int64 tensor.
-        ValueError: an empty prompt, an id outside the vocabulary, a mask of another shape or with
-            holes.
+        TypeError: `ids` is no int64 tensor, or `attention_mask` no tensor.
+        ValueError: an empty prompt, an id outside the vocabulary, a mask of another shape.
     """
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         raise TypeError(f"ids must be an int64 tensor, got {getattr(ids, 'dtype', type(ids))}")
@@ -93,6 +92,8 @@ def check_prompts(ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -
             raise ValueError(f"ids must be in 0..{vocab_size - 1}, got {wrong}")
     if attention_mask is None:
         return Prompts(ids, [ids.shape[1]] * len(ids))
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}")
     if attention_mask.shape != ids.shape:
         raise ValueError(
             f"attention_mask must have the shape of ids {tuple(ids.shape)}, "

@@ -64,7 +64,10 @@ class RunningBatch:
         self._state = start.sibling(0)
         self._logits: Tensor | None = None  # (n, V) of those running
         self._sequences: dict[int, _Sequence] = {}
+        self._next_key = 0
         self._running: list[int] = []
+        self._chosen: dict[int, Tensor] = {}  # of a step that was not finished
+        self._unseen: dict[int, int] = {}  # ids that the model has not been fed
 
     @property
     def running(self) -> list[int]:
@@ -88,14 +91,15 @@ class RunningBatch:
             **options: of `GenerationOptions` for one row; no searches, no sliding context.
 
         Returns:
-            The key by which it is known.
+            The key by which it is known, of no other sequence of this batch.
 
         Raises:
             TypeError, ValueError: as `Generator.generate`.
         """
+        self._feed()
         prompt = torch.as_tensor(ids, device=self._runner.device)
-        if prompt.ndim != 1:
-            raise ValueError(f"ids must be (T,), got {tuple(prompt.shape)}")
+        if prompt.ndim != 1 or not len(prompt):
+            raise ValueError(f"ids must be (T,) with T >= 1, got {tuple(prompt.shape)}")
         job = self._make_job(prompt[None], options)
         chunk = job.options.prefill_chunk_size
         if self._prefix is None:
@@ -106,7 +110,8 @@ class RunningBatch:
             logits, state = self._prefix.logits, self._prefix.state.fork()
             if rest.lengths[0]:
                 logits, state = feed(self._runner, rest, state, chunk)
-        key = max(self._sequences, default=-1) + 1
+        key = self._next_key
+        self._next_key += 1
         sampler = Sampler(job.options, job.prompts, self._runner.vocab_size, job.eos_ids)
         self._sequences[key] = _Sequence(job, sampler, job.row_stops()[0], [])
         if job.options.max_new_tokens:
@@ -120,22 +125,31 @@ class RunningBatch:
     def step(self) -> dict[int, int]:
         """Choose one more id for every running sequence; those that end with it run no longer.
 
+        An error, for instance of a sequence that has no token left to draw, or Ctrl-C leaves all
+        sequences as they were, or as they are after the step: `step` can be called again, where it
+        was an error after `remove` of the sequence it names.
+
         Returns:
             The new ids by key.
+
+        Raises:
+            RuntimeError: a sequence for which nothing can be chosen, by its key.
         """
+        self._feed()
         if not self._running:
             return {}
         assert self._logits is not None
-        new = {
-            key: self._choose(self._sequences[key], self._logits[row : row + 1])
-            for row, key in enumerate(self._running)
-        }
-        ended = [key for key in self._running if self._ends(self._sequences[key])]
-        self._drop(ended)
-        if self._running:
-            device = self._logits.device
-            ids = torch.tensor([[new[key]] for key in self._running], device=device)
-            self._logits, self._state = self._runner.step(ids, self._state)
+        for row, key in enumerate(self._running):
+            if key not in self._chosen:
+                self._chosen[key] = self._choose(key, self._logits[row : row + 1])
+        chosen, self._chosen = self._chosen, {}
+        new = {key: int(chosen[key]) for key in self._running}
+        for key, new_id in new.items():
+            self._sequences[key].sampler.count(chosen[key])
+            self._sequences[key].new.append(new_id)
+        self._drop([key for key in self._running if self._ends(self._sequences[key])])
+        self._unseen = {key: new[key] for key in self._running}
+        self._feed()
         return new
 
     def remove(self, key: int) -> None:
@@ -144,16 +158,26 @@ class RunningBatch:
         Raises:
             KeyError: there is no such sequence.
         """
-        del self._sequences[key]
+        if key not in self._sequences:
+            raise KeyError(key)
         self._drop([key])
+        del self._sequences[key]
 
-    def _choose(self, sequence: _Sequence, logits: Tensor) -> int:
+    def _feed(self) -> None:
+        """Let the model see the newest ids, if it has not."""
+        if self._unseen:
+            ids = torch.tensor([[self._unseen[key]] for key in self._running])
+            self._logits, self._state = self._runner.step(ids.to(self._runner.device), self._state)
+        self._unseen = {}
+
+    def _choose(self, key: int, logits: Tensor) -> Tensor:
+        sequence = self._sequences[key]
         choices = sequence.job.choices
         allowed = None if choices is None else choices.allowed()
-        chosen = sequence.sampler(logits, len(sequence.new), allowed)
-        sequence.sampler.count(chosen)
-        sequence.new.append(int(chosen))
-        return sequence.new[-1]
+        try:
+            return sequence.sampler(logits, len(sequence.new), allowed)
+        except RuntimeError as error:
+            raise RuntimeError(f"sequence {key}: {error}") from error
 
     def _ends(self, sequence: _Sequence) -> bool:
         options, count = sequence.job.options, len(sequence.new)
@@ -166,7 +190,10 @@ class RunningBatch:
         rows = [row for row, key in enumerate(self._running) if key not in keys]
         if len(rows) == len(self._running):
             return
-        self._running = [self._running[row] for row in rows]
-        self._state.reorder(rows)
         assert self._logits is not None
+        self._state.reorder(rows)
         self._logits = self._logits[rows]
+        for key in set(keys).intersection(self._running):
+            self._chosen.pop(key, None)
+            self._unseen.pop(key, None)
+        self._running = [self._running[row] for row in rows]

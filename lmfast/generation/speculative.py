@@ -47,6 +47,9 @@ def decode_speculatively(job: Job) -> Iterator[Tensor]:
     proposer = _proposer(job)
     model = Followed(job.runner, state, job.prompts.lengths)
     running = list(range(len(rows)))
+    # With the token before them fewer than a runner would round.
+    rounded_from = getattr(job.runner, "rounded_from", 1)
+    most = rounded_from - 2 if rounded_from > 1 else job.options.max_new_tokens
     tokens = [_extend(job, rows[i], logits[i : i + 1], Proposal([])) for i in running]
     while True:
         proposer.accept(tokens)
@@ -61,7 +64,7 @@ def decode_speculatively(job: Job) -> Iterator[Tensor]:
         if not running:
             job.lengths = [row.count for row in rows]
             return
-        limits = [job.options.max_new_tokens - rows[i].count - 1 for i in running]
+        limits = [min(most, job.options.max_new_tokens - rows[i].count - 1) for i in running]
         proposals = proposer.propose(limits) if max(limits) else [Proposal([]) for _ in limits]
         fed = [[new[-1], *p.ids] for new, p in zip(tokens, proposals, strict=True)]
         logits = model.feed(fed, job.runner.device)

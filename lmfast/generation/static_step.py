@@ -43,6 +43,16 @@ def takes(runner: Any) -> bool:
     return why_not_captured(runner) is None
 
 
+def explained(runner: Any) -> str:
+    """What `Generator.explain` adds for a model on a GPU."""
+    if runner.device.type != "cuda":
+        return ""
+    refused = why_not_captured(runner)
+    if refused is not None:
+        return f"; no CUDA graphs: {refused}"
+    return "; a CUDA graph per token where the options allow it"
+
+
 def unsupported(job: Any, *, on_cpu: bool = False) -> str | None:
     """Why a job cannot be decoded by a static step, or None."""
     o = job.options
@@ -87,6 +97,7 @@ class StaticStep:
         number: int,
     ) -> None:
         self.model, self._sampler, self._stop, self._pad_id = model, sampler, stop, pad_id
+        sampler.draw_each_step()
         self._number = number
         self.new = new.clone()
         self.finished = torch.zeros_like(new, dtype=torch.bool)

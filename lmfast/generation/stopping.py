@@ -96,8 +96,12 @@ class StopOfRow:
             self._tail = (self._tail + [new_id])[-self._longest :]
             ended = ended or any(self._tail[-len(s) :] == s for s in self._sequences)
         if self._stream is not None:
+            known = len(self._text)
             text = self._text + self._stream.push(new_id)
-            ended = ended or any(s in text for s in self._strings)
+            # Not those that were whole before, in a row that could not end yet.
+            ended = ended or any(
+                text.find(s, max(0, known - len(s) + 1)) >= 0 for s in self._strings
+            )
             self._text = text[len(text) - self._kept :] if self._kept else ""
         return ended and count_as_end
 
@@ -114,4 +118,7 @@ def completes(
         return True
     if any(list(ids[-len(s) :]) == list(s) for s in sequences):
         return True
-    return bool(strings) and any(s in tokenizer.decode(list(ids)) for s in strings)
+    if not strings:
+        return False
+    text, before = tokenizer.decode(list(ids)), tokenizer.decode(list(ids[:-1]))
+    return any(text.find(s, max(0, len(before) - len(s) + 1)) >= 0 for s in strings)

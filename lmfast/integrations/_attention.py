@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lmfast import ops
+from lmfast._dispatch import BACKENDS
 
 
 def attention_forward(
@@ -22,6 +24,7 @@ def attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    backend: str | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of transformers' models by `lmfast.ops.attention`.
@@ -35,6 +38,7 @@ def attention_forward(
         dropout: of the attention weights. They exist only in PyTorch's attention, which then runs.
         scaling: of the products; 1 / sqrt(D) by default.
         is_causal: whether a missing mask means the causal one; the module's attribute by default.
+        backend: as in `lmfast.use_backend`.
         kwargs: `softcap` and `s_aux` (sinks) are used; weights are returned for
             `output_attentions`.
 
@@ -64,10 +68,7 @@ def attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = in_autocast_dtype(query, key, value)
     size = value.shape[-1]
     if size != query.shape[-1]:
         if size > query.shape[-1] or softcap or sinks is not None:
@@ -84,8 +85,17 @@ def attention_forward(
         scale=scaling,
         softcap=softcap,
         sinks=sinks,
+        backend=backend,
     )
     return out[..., :size].transpose(1, 2).contiguous(), None
+
+
+def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype that products have under autocast; as they are without it."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
 
 
 def _with_weights(
@@ -120,7 +130,19 @@ def _with_weights(
     return out.transpose(1, 2).contiguous(), weights
 
 
+def name_for(backend: str | None) -> str:
+    """What `attn_implementation` is with a backend."""
+    return "lmfast" if backend is None else f"lmfast_{backend}"
+
+
 def register() -> None:
-    """Makes the name "lmfast" known; a name without a mask function would see no padding at all."""
-    AttentionInterface.register("lmfast", attention_forward)
-    AttentionMaskInterface.register("lmfast", sdpa_mask)
+    """Makes "lmfast", and "lmfast_torch" and so on for one backend, known.
+
+    A name without a mask function would see no padding at all.
+    """
+    for backend in (None, *BACKENDS):
+        function = functools.partial(attention_forward, backend=backend)
+        AttentionInterface.register(
+            name_for(backend), attention_forward if backend is None else function
+        )
+        AttentionMaskInterface.register(name_for(backend), sdpa_mask)

@@ -80,7 +80,7 @@ class LMFastCache(Cache):
         >>> from lmfast.integrations.transformers import LMFastCache
         >>> config = transformers.LlamaConfig(
         ...     vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        ...     num_attention_heads=2,
+        ...     num_attention_heads=2, eos_token_id=None,
         ... )
         >>> model = transformers.LlamaForCausalLM(config).eval()
         >>> ids, cache = torch.tensor([[1, 5, 7]]), LMFastCache(config)

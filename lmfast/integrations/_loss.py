@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lmfast import _extension, ops
+from lmfast.ops._library import is_autocast
 from lmfast.ops._linear_cross_entropy_arguments import bf16_products_allowed
 from lmfast.patching import swap
 from lmfast.patching.swap import recipe
@@ -58,7 +59,7 @@ class LazyLogits(torch.Tensor):
     @staticmethod
     def make(layer: Any, hidden: Tensor, steps: Steps = ()) -> LazyLogits:
         dtype, device = hidden.dtype, hidden.device
-        if torch.is_autocast_enabled(device.type):
+        if is_autocast(hidden):
             dtype = torch.get_autocast_dtype(device.type)
         self = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             LazyLogits, (*hidden.shape[:-1], layer.weight.shape[0]), dtype=dtype, device=device
@@ -206,8 +207,8 @@ def causal_lm_loss(
         backend=backend,
     )
     if num_items_in_batch is None:
-        # PyTorch's mean over no target at all is nan.
-        return loss if bool((shift_labels != ignore_index).any()) else loss * float("nan")
+        # PyTorch's mean over no target at all is nan; divided, as nothing has to wait for a GPU.
+        return loss / (shift_labels != ignore_index).any().to(loss.device, loss.dtype)
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(loss.device)
     return loss / num_items_in_batch

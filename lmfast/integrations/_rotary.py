@@ -138,7 +138,7 @@ def _holds(wrapper: types.FunctionType) -> list[types.CellType]:
     return [cell for cell in wrapper.__closure__ or () if cell.cell_contents is inner]
 
 
-def _innermost(function: Any) -> types.FunctionType | None:
+def own_function(function: Any) -> types.FunctionType | None:
     """The function under decorators that can be rebuilt around another one, or None."""
     while isinstance(function, types.FunctionType) and hasattr(function, "__wrapped__"):
         if not _holds(function):
@@ -149,7 +149,7 @@ def _innermost(function: Any) -> types.FunctionType | None:
 
 def rotary_functions(module: nn.Module) -> dict[str, Rotate]:
     """The functions that look like rotary ones among the names a module's forward uses."""
-    own = _innermost(type(module).forward)
+    own = own_function(type(module).forward)
     if own is None:
         return {}
     found = {}
@@ -160,17 +160,21 @@ def rotary_functions(module: nn.Module) -> dict[str, Rotate]:
     return found
 
 
+def rotary_candidates(module: nn.Module) -> list[dict[str, Any]]:
+    """Options for what the rotary functions of a layer may be by `lmfast.ops.rope`."""
+    return [
+        {"function": name, "form": form, "tables": tables, "interleaved": interleaved}
+        for name, function in rotary_functions(module).items()
+        for form, tables, interleaved in _variants(function)
+    ]
+
+
 def plan_rotary(module: nn.Module, call: Callable[[], list[Call]]) -> Plan | str | None:
     """A layer that calls one rotary function, on q and k together or in turn."""
     functions = rotary_functions(module)
     if not functions:
         return None
-    candidates: list[dict[str, Any]] = []
-    for name, function in functions.items():
-        candidates += [
-            {"function": name, "form": form, "tables": tables, "interleaved": interleaved}
-            for form, tables, interleaved in _variants(function)
-        ]
+    candidates = rotary_candidates(module)
     if not candidates:
         return f"{' and '.join(functions)} is not a rotation that lmfast.ops.rope computes"
     return Plan("rotary", candidates, call, "lmfast.ops.rope")
@@ -186,7 +190,7 @@ def _rotary(
     backend: str | None = None,
 ) -> dict[str, Any]:
     whole = original.forward  # type: ignore[attr-defined]
-    own = _innermost(whole)
+    own = own_function(whole)
     assert own is not None
     rotate = _FORMS[form](own.__globals__[function], tables, interleaved, backend)
     # Without a __name__, torch.compile looks names up in this namespace, not in the module's.

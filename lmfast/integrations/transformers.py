@@ -11,6 +11,8 @@ Importing this module makes `attn_implementation="lmfast"` known.
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,9 +20,10 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lmfast.integrations._attention import attention_forward, register
+from lmfast.integrations._attention import attention_forward, name_for, register
 from lmfast.integrations._cache import LMFastCache
 from lmfast.integrations._loss import LazyLogits
+from lmfast.integrations._own_attention import calls_attention, form_of, plan_own_attention
 from lmfast.integrations._rotary import plan_rotary, rotary_functions
 from lmfast.integrations._trainer import use_lmfast
 from lmfast.patching import swap
@@ -31,7 +34,6 @@ __all__ = ["LMFastCache", "LazyLogits", "attention_forward", "register", "use_lm
 
 # First and first not: the tests have been run with 5.17, 5.23 and 5.24.
 _KNOWN = ((5, 17), (5, 25))
-_ATTENTION = "lmfast"
 _BEFORE = "_lmfast_attention"  # the attribute of a model that keeps the attention it had
 
 register()
@@ -63,6 +65,7 @@ def roots(model: nn.Module) -> list[tuple[str, PreTrainedModel]]:
 def patch(model: nn.Module, worker: Any) -> None:
     """The part of `lmfast.patch` that needs to know transformers."""
     for _, root in roots(model):
+        _own_attention(root, worker)
         _rotary(root, worker)
         _attention(root, worker)
         _loss(root, worker)
@@ -73,7 +76,7 @@ def unpatch(model: nn.Module) -> None:
     for module in model.modules():
         before = vars(module).pop(_BEFORE, None)
         if before is not None and isinstance(module, PreTrainedModel):
-            if module.config._attn_implementation == _ATTENTION:
+            if module.config._attn_implementation.startswith(name_for(None)):
                 module.set_attn_implementation(before)
 
 
@@ -93,13 +96,14 @@ def _inputs(model: PreTrainedModel, embedding: nn.Module, **more: Any) -> list[C
     ids = torch.randint(0, vocabulary, (2, 7), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         embedded = embedding(ids.to(weight.device))
-    mask = torch.ones(2, 7, dtype=torch.int64)
-    mask[1, :2] = 0
+    mask = _padding()
 
     def result(keep: Tensor | None) -> Any:
         def select(out: Any) -> Any:
-            values = out.logits if getattr(out, "logits", None) is not None else out[0]
-            chosen = [_plain(values)[keep] if keep is not None else _plain(values)]
+            values = _plain(out.logits if getattr(out, "logits", None) is not None else out[0])
+            # Classes of a whole row come from its last token, which is none of padding.
+            each = keep is not None and values.shape[:2] == keep.shape
+            chosen = [values[keep] if each else values]
             loss = getattr(out, "loss", None)
             return chosen if loss is None else [*chosen, loss]
 
@@ -117,6 +121,13 @@ def _inputs(model: PreTrainedModel, embedding: nn.Module, **more: Any) -> list[C
         keep = None if padding is None else padding.bool().to(weight.device)
         calls.append(Call((), kwargs, result(keep)))
     return calls
+
+
+def _padding() -> Tensor:
+    """The mask of the second batch: its second row has two tokens in front that are none."""
+    mask = torch.ones(2, 7, dtype=torch.int64)
+    mask[1, :2] = 0
+    return mask
 
 
 def _plain(values: Tensor) -> Tensor:
@@ -137,6 +148,46 @@ def _rotary(root: PreTrainedModel, worker: Any) -> None:
     }
     if not wanted:
         return
+    for m, calls in _with_calls(root, wanted, worker):
+        plan = plan_rotary(m, lambda calls=calls: calls)  # type: ignore[misc]
+        if isinstance(plan, Plan):
+            worker.attempt(m, plan)
+        elif plan is not None:
+            worker.outcomes[id(m)] = (None, plan)
+
+
+def _own_attention(root: PreTrainedModel, worker: Any) -> None:
+    """Layers that do not ask transformers' AttentionInterface."""
+    if root._can_set_attn_implementation():
+        return
+    wanted = {
+        name: m
+        for name, m in root.named_modules()
+        if id(m) not in worker.outcomes and form_of(m) is not None
+    }
+    if not wanted:
+        return
+    # Rows of padding see no key, and every implementation fills them as it likes.
+    real = _padding().bool()
+    for m, calls in _with_calls(root, wanted, worker):
+        for call, keep in zip(calls, (torch.ones_like(real), real)):
+            call.select = functools.partial(_rows, keep=keep)
+            # Whoever collects weights says so.
+            call.kwargs["output_attentions"] = False
+        plan = plan_own_attention(m, lambda calls=calls: calls)  # type: ignore[misc]
+        if plan is not None and not worker.attempt(m, plan) and rotary_functions(m):
+            del worker.outcomes[id(m)]  # its rotary positions are tried next
+
+
+def _rows(result: Any, keep: Tensor) -> Tensor:
+    """Rows of what an attention layer returns beside its weights."""
+    return result[0][keep.to(result[0].device)]
+
+
+def _with_calls(
+    root: PreTrainedModel, wanted: dict[str, nn.Module], worker: Any
+) -> Iterator[tuple[nn.Module, list[Call]]]:
+    """Modules with the calls that they get when the model runs; what gets none is reported."""
     try:
         captured = _captured(root, set(wanted))
     except Exception as error:
@@ -144,14 +195,10 @@ def _rotary(root: PreTrainedModel, worker: Any) -> None:
             worker.outcomes[id(m)] = (None, f"the model could not be run: {error}")
         return
     for name, m in wanted.items():
-        if name not in captured:
+        if name in captured:
+            yield m, captured[name]
+        else:
             worker.outcomes[id(m)] = (None, "the model does not call it")
-            continue
-        plan = plan_rotary(m, lambda name=name: captured[name])  # type: ignore[misc]
-        if isinstance(plan, Plan):
-            worker.attempt(m, plan)
-        elif plan is not None:
-            worker.outcomes[id(m)] = (None, plan)
 
 
 def _captured(root: PreTrainedModel, names: set[str]) -> dict[str, list[Call]]:
@@ -192,21 +239,25 @@ def _attention(root: PreTrainedModel, worker: Any) -> None:
     """`attn_implementation="lmfast"`, if the whole model computes the same with it."""
     report = worker.report
     before = root.config._attn_implementation
-    if before == _ATTENTION:
-        report.notes.append('attention: attn_implementation="lmfast" already')
+    name = name_for(worker.backend)
+    if before == name:
+        report.notes.append(f'attention: attn_implementation="{name}" already')
         return
     if not root._can_set_attn_implementation():
+        count = sum(calls_attention(m) for m in root.modules())
+        layers = f"{count} layer{'s' if count > 1 else ''}"
+        what = f"lmfast.ops.attention within {layers}" if count else "left as it is"
         report.notes.append(
-            "attention: left as it is, the model does not use transformers' AttentionInterface"
+            f"attention: {what}, the model does not use transformers' AttentionInterface"
         )
         return
-    reason = _differs(root, lambda clone: clone.set_attn_implementation(_ATTENTION))
+    reason = _differs(root, lambda clone: clone.set_attn_implementation(name))
     if reason is not None:
         report.notes.append(f"attention: left as it is ({before}): {reason}")
         return
     vars(root)[_BEFORE] = before
-    root.set_attn_implementation(_ATTENTION)
-    report.notes.append(f'attention: attn_implementation="lmfast" in the place of "{before}"')
+    root.set_attn_implementation(name)
+    report.notes.append(f'attention: attn_implementation="{name}" in the place of "{before}"')
 
 
 def _differs(root: PreTrainedModel, change: Any, **more: Any) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # Made from entries of the configuration that we have, too.
@@ -56,9 +57,10 @@ def options_from_transformers(
     """
     _refuse_objects("logits_processor", logits_processor, _PROCESSORS)
     _refuse_objects("stopping_criteria", stopping_criteria, _CRITERIA)
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError("past_key_values must be empty: use lmfast.Generator's prefix instead")
+    for name in ("cache", "past_key_values"):  # the new name and the old one
+        if (cache := model_kwargs.get(name)) is not None and cache.get_seq_length() > 0:
+            raise ValueError(f"{name} must be empty: use lmfast.Generator's prefix instead")
+    _refuse_positions(model_kwargs.get("position_ids"), attention_mask)
     for name in ("return_dict_in_generate", "output_scores", "output_logits"):
         if getattr(config, name, None):
             raise ValueError(f"{name} must be False with custom_generate=lmfast.generate")
@@ -84,8 +86,22 @@ def options_from_transformers(
     new = config.max_length - ids.shape[1] if max_new_tokens is None else max_new_tokens
     least = max(config.min_new_tokens or 0, (config.min_length or 0) - ids.shape[1])
     options.update(max_new_tokens=new, min_new_tokens=min(least, new))
-    options.update(use_cache=config.use_cache is not False, attention_mask=attention_mask)
+    # Without a cache the same is found more slowly, and not by beam search.
+    options.update(use_cache=config.use_cache is not False or beams > 1)
+    options.update(attention_mask=attention_mask)
     return ids, options
+
+
+def _refuse_positions(positions: Tensor | None, mask: Tensor | None) -> None:
+    """transformers passes the positions that follow from the mask, or the user's own."""
+    if positions is None or positions.dim() != 2:
+        return
+    seen = torch.ones_like(positions) if mask is None else mask
+    if bool(((positions != seen.cumsum(-1) - 1) & seen.bool()).any()):
+        raise ValueError(
+            "position_ids must count the tokens that attention_mask shows, from 0, with "
+            "custom_generate=lmfast.generate: leave them out"
+        )
 
 
 def _refuse_objects(argument: str, objects: Any, known: set[str]) -> None:

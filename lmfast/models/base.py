@@ -113,7 +113,15 @@ class LanguageModel(nn.Module):
         Returns:
             Logits (B, V) after each row's last real token, or (B, T, V) with `all_positions`, and
             the state to pass next.
+
+        Raises:
+            ValueError: ids are not (B, T) with a token.
         """
+        if ids.dim() != 2 or ids.shape[1] == 0:
+            raise ValueError(
+                f"ids must be (B, T) with at least one token, got {tuple(ids.shape)}; one token of "
+                "each row is ids[:, None]"
+            )
         features, state = self.advance(ids, state, lengths)
         if all_positions:
             return self._logits(features), state

@@ -92,10 +92,11 @@ class Encoder(nn.Module):
         self, ids: Tensor, lengths: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         x = self.dropout(self.embedding(ids))
-        if lengths is None:
+        if lengths is not None:
+            check_lengths(lengths, ids)
+        if lengths is None or len(ids) == 0:
             states, final = self.rnn(x)
         else:
-            check_lengths(lengths, ids)
             packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
             packed, final = self.rnn(packed)
             states, _ = pad_packed_sequence(packed, batch_first=True, total_length=ids.shape[1])

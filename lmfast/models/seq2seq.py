@@ -143,9 +143,13 @@ class Seq2Seq(nn.Module):
         """
         if not 0 <= teacher_forcing <= 1:
             raise ValueError(f"teacher_forcing must be in [0, 1], got {teacher_forcing}")
+        if target.dim() != 2 or target.shape[1] == 0:
+            raise ValueError(
+                f"target must be (B, T) with at least one token, got {tuple(target.shape)}"
+            )
         memory, state = self.encode(source, source_lengths)
         begin = torch.full_like(target[:, :1], self.bos_idx)
-        inputs = torch.cat((begin, target[:, :-1]), 1) if target.shape[1] else target
+        inputs = torch.cat((begin, target[:, :-1]), 1)
         if teacher_forcing == 1 or target.shape[1] < 2:
             features, weights, _ = self.decoder(inputs, memory, state)
             return features, weights
@@ -254,7 +258,7 @@ class Seq2Seq(nn.Module):
         scores, lengths = torch.zeros(batch, device=device), torch.zeros(batch, device=device)
         running = torch.ones(batch, dtype=torch.bool, device=device)
         chosen: list[Tensor] = []
-        while len(chosen) < max_length and bool(running.any()):
+        while not chosen or (len(chosen) < max_length and bool(running.any())):
             features, _, state = self.decoder(tokens, memory, state)
             log_p, best = self.fc(features[:, 0]).log_softmax(-1).max(-1)
             scores += torch.where(running, log_p.float(), 0)
@@ -262,8 +266,7 @@ class Seq2Seq(nn.Module):
             chosen.append(torch.where(running, best, self.pad_idx))
             running = running & (best != self.eos_idx)
             tokens = best[:, None]
-        ids = torch.stack(chosen, 1) if chosen else tokens[:, :0]
-        return ids, scores / lengths**length_penalty
+        return torch.stack(chosen, 1), scores / lengths**length_penalty
 
     def _beams(
         self,

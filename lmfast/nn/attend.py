@@ -18,6 +18,9 @@ def is_causal_mask(mask: Tensor) -> bool:
         return False
     if mask.ndim != 2 or mask.shape[0] != mask.shape[1]:
         return False
+    # Most others show it in their first column or row, and are then not read twice.
+    if not mask[:, :1].all() or mask[:1, 1:].any():
+        return False
     return torch.equal(mask != 0, torch.ones_like(mask, dtype=torch.bool).tril())
 
 

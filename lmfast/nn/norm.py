@@ -54,7 +54,15 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.scale, self.eps)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `(norm(x + residual), x + residual)` from one pass over both inputs."""
+        """Return `(norm(x + residual), x + residual)` from one pass over both inputs.
+
+        In two where hooks or a subclass's `forward` must see the norm's own call.
+        """
+        forward_hooks = self._forward_hooks or self._forward_pre_hooks
+        hooks = forward_hooks or self._backward_hooks or self._backward_pre_hooks
+        if hooks or type(self).forward is not RMSNorm.forward:
+            total = x + residual
+            return self(total), total
         if x.dtype != residual.dtype:
             # Under autocast a layer's output is bf16 and the residual stream fp32: the sum is fp32.
             dtype = torch.promote_types(x.dtype, residual.dtype)

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 
 from lmfast._dispatch import Op, select
+from lmfast._transforms import transform_of
 from lmfast.ops._recurrent import cpu_layer
+from lmfast.ops._recurrent_batch import sequence_under_autocast
 from lmfast.ops._recurrent_both import cpu_both_ways
 from lmfast.ops._recurrent_projected import projected_layer, runs_projected
 from lmfast.ops._recurrent_reference import CELLS, Layer, Loop, made_layer
@@ -34,6 +37,10 @@ def _fits(t: object, shape: tuple[int, ...], like: Tensor) -> bool:
     )  # fmt: skip
 
 
+def _exports_onnx() -> bool:
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
 def _states(hx: Any, lstm: bool) -> tuple[Any, ...] | None:
     """(h,) or (h, c); None for anything else."""
     if not lstm:
@@ -43,7 +50,7 @@ def _states(hx: Any, lstm: bool) -> tuple[Any, ...] | None:
 
 def _runs_fused(op: Op, cell: str, x: Tensor, weights: list[Tensor | None]) -> bool:
     args = (x, None, None, *weights, None, cell, False)
-    return select(op, args).backend == "cpu"
+    return select(op, args).backend == "cpu" or transform_of(x, *weights) is not None
 
 
 class _FusedLayers(nn.RNNBase):
@@ -53,19 +60,30 @@ class _FusedLayers(nn.RNNBase):
     That class lends its forward and is no base: torch.compile refuses every instance of it.
     """
 
-    _torch_layer: type[nn.RNNBase]
+    _torch_layer: Any
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         if not torch.is_grad_enabled():
             stepped = self._one_step(input, hx)
             if stepped is not None:
                 return stepped
+        if torch.jit.is_tracing() or _exports_onnx():  # for those that know torch.nn's operators
+            return self._torch_layer.forward(self, input, hx)
         self._update_flat_weights()
-        prepared = self._prepare(input, hx)
+        narrow = torch.is_autocast_enabled("cpu")
+        given = (input, hx)
+        if narrow and isinstance(self._flat_weights[0], Tensor):
+            given = sequence_under_autocast(given, self._flat_weights[0].dtype)
+        prepared = self._prepare(*given)
         if prepared is None:
             return self._torch_layer.forward(self, input, hx)
         x, states, sizes, batch = prepared
         y, finals = self._layers(x, states, sizes, batch)
+        if narrow:
+            dtype = torch.get_autocast_dtype("cpu")
+            if self.mode == "GRU":  # for which autocast has no rule: the dtype of its state
+                dtype = (input.data if hx is None else hx).dtype
+            y, finals = y.to(dtype), [s.to(dtype) for s in finals]
         result: Any
         if isinstance(input, PackedSequence):
             finals = [_permuted(s, input.unsorted_indices) for s in finals]
@@ -78,6 +96,29 @@ class _FusedLayers(nn.RNNBase):
                 y = y.transpose(0, 1)
             result = y
         return result, (tuple(finals) if self.mode == "LSTM" else finals[0])
+
+    def __prepare_scriptable__(self) -> nn.RNNBase:
+        """torch.nn's layer with these parameters: what ``torch.jit.script`` takes.
+
+        It puts that layer into the model it is given, which then runs without the fused operators;
+        script a deep copy to keep them.
+        """
+        own = type(self).forward is not _FusedLayers.forward
+        if own or self._forward_hooks or self._forward_pre_hooks or is_parametrized(self):
+            raise NotImplementedError(
+                f"torch.jit.script takes {type(self).__name__} as torch.nn's layer, without its "
+                "hooks, parametrizations and a subclass's forward: remove them first"
+            )
+        options: dict[str, Any] = {"proj_size": self.proj_size} if self.proj_size else {}
+        if self.mode.startswith("RNN"):
+            options["nonlinearity"] = self.mode[4:].lower()
+        sizes = (self.input_size, self.hidden_size, self.num_layers)
+        options |= {"bias": self.bias, "batch_first": self.batch_first, "dropout": self.dropout}
+        options |= {"bidirectional": self.bidirectional, "device": "meta"}
+        layer: nn.RNNBase = self._torch_layer(*sizes, **options)
+        for name in layer._flat_weights_names:
+            setattr(layer, name, getattr(self, name))
+        return layer.train(self.training)
 
     def _one_step(self, x: Any, hx: Any) -> Any:
         """The result for one time step without gradients, None for everything else.
@@ -103,14 +144,15 @@ class _FusedLayers(nn.RNNBase):
             h0, c0 = hx
         find = self._parameters.get
         weights: list[Any] = [find(name) for name in self._flat_weights_names]
-        if any(w is not None and w.is_meta for w in weights):
-            return None  # with these PyTorch would run the operator without its kernel
         if torch.compiler.is_compiling():
+            if _exports_onnx():
+                return None
             shape = (self.num_layers, batch, self.hidden_size)
             given = [s for s in (h0, c0) if s is not None]
             if not all(is_plain(s) and s.shape == shape for s in given):
                 return None
-            if not is_plain(weights[0]) or x.shape[2] != self.input_size:
+            # A weight that is computed, by a parametrization or a norm, is no parameter.
+            if not all(is_plain(w) for w in weights) or x.shape[2] != self.input_size:
                 return None
             y, h, c = step_op(x, h0, c0, weights, self.num_layers, CELLS.index(cell), False)
             return y, ((h, c) if cell == "lstm" else h)
@@ -127,7 +169,7 @@ class _FusedLayers(nn.RNNBase):
         packed = isinstance(input, PackedSequence)
         x = input.data if packed else input
         weight = self._flat_weights[0]
-        if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or torch.jit.is_scripting():
+        if not isinstance(x, Tensor) or not isinstance(weight, Tensor):
             return None
         if x.shape[-1:] != (self.input_size,):
             return None

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 
 from lmfast import ops
 
@@ -74,7 +75,10 @@ class RotaryEmbedding(nn.Module):
 
     def tables(self, length: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Return cosines and sines, each (at least `length`, dim/2), on `device`."""
-        if torch.compiler.is_compiling():  # a graph makes its own: it cannot see into the cache
+        # A graph makes its own: it cannot see into the cache. FakeTensors must not get into it.
+        if torch.compiler.is_compiling() or (
+            torch._C._len_torch_dispatch_stack() and detect_fake_mode([]) is not None
+        ):
             return ops.rope_tables(length, self.dim, self.base, scaling=self.scaling, device=device)
         if not self._depends_on_length:
             # Powers of two: a growing cache asks for new tables only log2(length) times.

@@ -45,6 +45,8 @@ def differentiate(
     Returns:
         One gradient or None per input.
     """
+    if torch._C._are_functorch_transforms_active():
+        return _differentiate_transformed(function, inputs, grad_outputs)
     with torch.enable_grad():
         outputs = function(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -59,6 +61,29 @@ def differentiate(
         )
     by_id = {id(t): g for t, g in zip(wanted, found, strict=True)}
     return [None if t is None else by_id.get(id(t)) for t in inputs]
+
+
+def _differentiate_transformed(
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    grad_outputs: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """`differentiate` inside ``torch.func``'s transforms, of all floating-point inputs.
+
+    A transform that has ended, as that of ``jacrev`` has when it asks for gradients, leaves saved
+    tensors that say they need none.
+    """
+    wanted = [i for i, t in enumerate(inputs) if t is not None and t.is_floating_point()]
+
+    def used(*tensors: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(wanted, tensors, strict=True))
+        outputs = function(*(given.get(i, t) for i, t in enumerate(inputs)))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return tuple(o for o, g in zip(outputs, grad_outputs, strict=True) if g is not None)
+
+    pull_back: Any = torch.func.vjp(used, *(inputs[i] for i in wanted))[1]
+    found = dict(zip(wanted, pull_back(tuple(g for g in grad_outputs if g is not None))))
+    return [found.get(i) for i in range(len(inputs))]
 
 
 def with_reference(

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lmfast import _extension
 from lmfast._dispatch import is_requested
-from lmfast._forward_mode import has_tangent
+from lmfast._transforms import transform_of
 
 LIBRARY = torch.library.Library("lmfast", "DEF")
 
@@ -31,10 +32,10 @@ def define(schema: str, fake: Callable[..., Any]) -> Any:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd must record a call with these tensors, or they have tangents."""
+    """Whether autograd must record a call with these tensors, or another transform take it."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
-    return has_tangent(*tensors)
+    return transform_of(*tensors) is not None
 
 
 def may_run_at_once(op: str, backend: str | None) -> bool:
@@ -100,14 +101,28 @@ def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) 
         )
 
 
-def check_range(name: str, value: Tensor, past: int) -> None:
-    """ValueError unless every number of a CPU tensor lies in 0..past - 1.
+def is_autocast(value: Tensor) -> bool:
+    """Whether autocast chooses dtypes on this tensor's device, which may be "meta"."""
+    return not value.is_meta and torch.is_autocast_enabled(value.device.type)
 
-    On a GPU it would have to wait for the device; in a graph it would be data the graph depends on.
+
+def is_readable(value: Tensor) -> bool:
+    """Whether a check may look at the numbers of a tensor.
+
+    On a GPU it would have to wait for the device, in a graph the graph would depend on them, and
+    inside a transform or with FakeTensors there are none.
     """
-    if not value.is_cpu or value.numel() == 0 or torch.compiler.is_compiling():
-        return
-    if torch._C._are_functorch_transforms_active():
+    return (
+        value.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not isinstance(value, FakeTensor)
+    )
+
+
+def check_range(name: str, value: Tensor, past: int) -> None:
+    """ValueError unless every number of a tensor lies in 0..past - 1, where it ``is_readable``."""
+    if value.numel() == 0 or not is_readable(value):
         return
     lowest, highest = int(value.min()), int(value.max())
     if lowest < 0 or highest >= past:

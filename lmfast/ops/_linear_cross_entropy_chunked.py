@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmfast.ops._library import accumulation_dtype
+from lmfast.ops._library import accumulation_dtype, is_readable
 from lmfast.ops._linear_cross_entropy_arguments import with_shape
 
 # 16 MB of fp32 logits: large enough for full matmul speed, small enough to stay in the
@@ -26,10 +26,9 @@ def row_losses(
     ``targets`` must be valid indices.
     """
     lse = logits.logsumexp(-1)
-    chosen = logits.gather(-1, targets[:, None])[:, 0]
-    losses = lse - chosen
+    losses = lse - logits.gather(-1, targets[:, None])[:, 0]
     if label_smoothing:
-        losses = losses + label_smoothing * (chosen - logits.mean(-1))
+        losses = (1.0 - label_smoothing) * losses + label_smoothing * (lse - logits.mean(-1))
     if z_loss:
         losses = losses + z_loss * lse.square()
     return losses, lse
@@ -89,7 +88,7 @@ def chunked_linear_cross_entropy(
     keep = flat != ignore_index
     index = None
     # The number of rows kept is data: a graph must not depend on it, nor a GPU wait for it.
-    if hidden.device.type == "cpu" and not torch.compiler.is_compiling() and not keep.all():
+    if is_readable(keep) and not keep.all():
         index = keep.nonzero()[:, 0]
     scale = keep.to(accumulation_dtype(hidden.dtype))
     if reduction == "mean":

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmfast._transforms import in_transform, transform_of
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import define, needs_grad, unsupported_by_cpu_kernels
 from lmfast.ops._linear_cpu import fp32_product
@@ -29,6 +30,7 @@ from lmfast.ops._recurrent_reference import (
     flat_reference,
     loop_arguments,
     made_layer,
+    reference_layer,
 )
 from lmfast.ops._recurrent_step import MAX_ROWS, step_op
 
@@ -156,7 +158,8 @@ def one_step(tensors: tuple[Any, ...], cell: str) -> tuple[Tensor, Tensor, Tenso
 
 def is_one_step(tensors: tuple[Any, ...], batch: int) -> bool:
     """Whether `one_step` is the fastest way for x (..., D) with one row for each of the batch."""
-    return 0 < batch <= MAX_ROWS and tensors[0].shape[-1] > 0 and not needs_grad(*tensors)
+    fits = 0 < batch <= MAX_ROWS and tensors[0].shape[-1] > 0
+    return fits and not in_transform() and not needs_grad(*tensors)
 
 
 # Bytes of input products that a call without a backward makes at a time, so that it does not need
@@ -199,6 +202,8 @@ def _by_pieces(
 
 def cpu_layer(x: Tensor, layer: Layer, loop: Loop) -> tuple[Tensor, Tensor, Tensor]:
     """``reference_layer`` by the C++ loop. Narrow dtypes are widened: the state is fp32."""
+    if transform_of(x, *layer):
+        return reference_layer(x, layer, loop)
     batch, cell = loop.batch, loop.cell
     if runs_in_bf16(x, layer.w_hh, batch, cell):
         with torch.autocast("cpu", enabled=False):

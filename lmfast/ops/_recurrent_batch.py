@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from lmfast._dispatch import Op, register, register_op, select
 from lmfast.ops._library import check_same_device, check_tensor
@@ -86,6 +87,21 @@ def _masked_steps(
     return y, (h, c) if cell == "lstm" else h
 
 
+def as_under_autocast(t: Any, dtype: torch.dtype) -> Any:
+    """``t`` in the weights' dtype if it is a tensor that autocast casts: any of its dtypes do."""
+    casts = isinstance(t, Tensor) and t.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return t.to(dtype) if casts else t
+
+
+def sequence_under_autocast(value: Any, dtype: torch.dtype) -> Any:
+    """``value``, whose parts may be packed or tuples, as `as_under_autocast` makes them."""
+    if isinstance(value, PackedSequence):
+        return value._replace(data=as_under_autocast(value.data, dtype))
+    if isinstance(value, (tuple, list)):
+        return tuple(sequence_under_autocast(v, dtype) for v in value)
+    return as_under_autocast(value, dtype)
+
+
 def check_recurrent_arguments(
     x: object, h0: object, c0: object, weights: object, lengths: object, cell: str, reverse: bool
 ) -> tuple[Any, ...]:
@@ -103,6 +119,9 @@ def check_recurrent_arguments(
     for name, t in (("w_ih", w_ih), ("w_hh", w_hh)):
         if check_tensor(name, t).dim() != 2:
             raise ValueError(f"{name} must have 2 dimensions, got {tuple(t.shape)}")
+    if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
+        x = check_tensor("x", as_under_autocast(x, w_ih.dtype))
+        h0, c0 = (as_under_autocast(s, w_ih.dtype) for s in (h0, c0))
     gates, hidden = GATES[cell], w_hh.shape[1]
     shapes = {
         "w_ih": (w_ih, (gates * hidden, x.shape[2])),

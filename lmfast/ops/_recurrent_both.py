@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmfast._transforms import transform_of
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import define, needs_grad
 from lmfast.ops._recurrent import cpu_layer, forward_fake, input_product
@@ -168,7 +169,7 @@ def cpu_both_ways(x: Tensor, forward: Layer, reverse: Layer, loop: Loop) -> tupl
     tensors = (x, *forward, *reverse)
     plain = all(t is None or is_plain_fp32(t) for t in tensors)
     narrow = runs_in_bf16(x, forward.w_hh, loop.batch, loop.cell)
-    if not plain or narrow or torch.is_autocast_enabled("cpu"):
+    if not plain or narrow or torch.is_autocast_enabled("cpu") or transform_of(*tensors):
         return (
             cpu_layer(x, forward, loop._replace(reverse=False)),
             cpu_layer(x, reverse, loop._replace(reverse=True)),

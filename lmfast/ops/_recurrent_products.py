@@ -105,7 +105,7 @@ def gradients_of_products(
         if cell == "gru":
             dw = torch.cat((dw[hidden:], dw[:hidden]))
         elif cell == "gru_textbook":
-            dw = torch.cat((dw, _sum_over_rows(dgates[:, 2 * hidden :], cells, batch)))
+            dw = torch.cat((dw, sum_over_rows(dgates[:, 2 * hidden :], cells, batch)))
         grads[4] = dw
     if need_b_ih or need_b_hh:
         total = dgates.sum(0, dtype=torch.float32)
@@ -136,7 +136,7 @@ def first_rows(sizes: Tensor | None, batch: int, reverse: bool, rows: int) -> sl
 _LEAST_ROWS, _MOST_CHUNKS, _MOST_CHUNKED_ROWS, _MOST_CHUNKED_NUMBERS = 16, 16, 512, 1 << 18
 
 
-def _sum_over_rows(a: Tensor, b: Tensor, batch: int) -> Tensor:
+def sum_over_rows(a: Tensor, b: Tensor, batch: int) -> Tensor:
     """a^T b, its sum in chunks of whole steps where that is more exact and costs little."""
     rows, size = a.shape[0], a.shape[1] * b.shape[1]
     least = max(_LEAST_ROWS, rows // _MOST_CHUNKS)
@@ -158,7 +158,7 @@ def _state_weight_gradient(
         earlier = torch.arange(batch, rows) - torch.repeat_interleave(sizes[:-1], sizes[1:])
     if reverse:
         later, earlier = earlier, later
-    dw = _sum_over_rows(dgates[later], y[earlier], batch)
+    dw = sum_over_rows(dgates[later], y[earlier], batch)
     if h0 is not None and rows:
         dw += fp32_product(dgates[first_rows(sizes, batch, reverse, rows)].t(), h0.t())
     return dw

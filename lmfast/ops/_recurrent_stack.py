@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfast._forward_mode import has_tangent
+from lmfast._transforms import transform_of
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import define, needs_grad
 from lmfast.ops._linear_cpu import has_plain_product, longest_chain, matrix
@@ -155,7 +155,7 @@ def runs_as_wavefront(x: Tensor, layers: Sequence[Layer], loop: Loop) -> bool:
     if weights > _MOST_WEIGHTS or torch.is_autocast_enabled("cpu") or x.shape[1] == 0:
         return False
     tensors = [x, *(t for layer in layers for t in layer)]
-    if has_tangent(*tensors) or not has_plain_product():
+    if transform_of(*tensors) or not has_plain_product():
         return False
     return all(t is None or (is_plain_fp32(t) and t.device == x.device) for t in tensors)
 

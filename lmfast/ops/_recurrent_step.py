@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lmfast import _dispatch, _extension
+from lmfast._transforms import in_transform
 from lmfast.ops._library import define
 from lmfast.ops._recurrent_reference import CELLS
 
@@ -31,6 +32,9 @@ def _fake(
     cell: int,
     right: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if any(w.device != x.device for w in weights):
+        # With parameters on meta PyTorch would take these empty tensors for the result.
+        raise RuntimeError("weights must be on the device of x")
     hidden = weights[1].shape[0 if right else 1]
     states = x.new_empty(layers, x.numel() // x.shape[-1], hidden)
     lstm = CELLS[cell] == "lstm"
@@ -54,6 +58,8 @@ def may_step(op: str) -> bool:
         and not torch.is_grad_enabled()
         and not _dispatch.is_requested(op)
         and not torch.is_autocast_enabled("cpu")
+        and not torch.jit.is_tracing()
+        and not in_transform()
     )
 
 

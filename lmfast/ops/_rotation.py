@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lmfast.ops._library import accumulation_dtype, check_same_device
+from lmfast.ops._library import accumulation_dtype, check_same_device, is_readable
 
 
 def check_tables(cos: Tensor, sin: Tensor, x: Tensor) -> torch.dtype:
@@ -42,7 +42,7 @@ def check_positions(
                 f"got {tuple(positions.shape)}"
             )
         check_same_device("positions", positions, "q", q)
-        if positions.is_cpu and not torch.compiler.is_compiling() and positions.numel():
+        if positions.numel() and is_readable(positions):
             past = length - 1 if positions.dim() == 1 else 0
             _check_range(int(positions.min()), int(positions.max()) + past, rows)
         return positions.to(torch.int64), 0

@@ -15,6 +15,7 @@ from lmfast.ops._library import (
     check_same_device,
     check_tensor,
     define,
+    is_readable,
     needs_grad,
     unsupported_by_cpu_kernels,
     with_unit_last_stride,
@@ -173,6 +174,9 @@ def _samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample("smoothing", (normal(9, 35), ids(35, 9)), {"label_smoothing": 0.1})
     yield Sample("z-loss", (normal(9, 35), ids(35, 9)), {"z_loss": 0.01})
     yield Sample("large", (normal(9, 35) * 1e4, ids(35, 9)), {"reduction": "none"})
+    masked = normal(5, 35)
+    masked[:, 7:12] = float("-inf")
+    yield Sample("classes masked out", (masked, ids(7, 5)))
 
 
 def _fake(
@@ -226,7 +230,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         *args, backend = inputs
-        eager = args[0].is_cpu and not torch.compiler.is_compiling()
+        eager = is_readable(args[0])
         with_loss = args[-1] or (eager and args[3] != "none")
         return _with_gradient(backend, None, *args, want_dlogits=with_loss)
 
@@ -251,8 +255,9 @@ class _CrossEntropy(torch.autograd.Function):
             return (*found, *rest)
         if inplace and torch.compiler.is_compiling():
             return ((grad * dloss).to(grad.dtype), *rest)
-        eager = not torch.compiler.is_compiling() and grad.device.type == "cpu"
-        as_it_is = eager and grad.numel() > 0 and dloss.numel() == 1 and dloss.item() == 1.0
+        as_it_is = (
+            is_readable(dloss) and grad.numel() > 0 and dloss.numel() == 1 and dloss.item() == 1.0
+        )
         if inplace:
             # Once: a second backward finds another version of the saved gradient and says so.
             if not as_it_is:

@@ -22,6 +22,7 @@ from lmfast.ops._library import (
     check_same_device,
     check_tensor,
     define,
+    is_autocast,
     may_run_at_once,
     needs_grad,
     on_cpu,
@@ -122,7 +123,7 @@ def _check(
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must have shape ({len(weight)},), got {tuple(bias.shape)}")
         check_same_device("bias", bias, "x", x)
-    if not torch.is_autocast_enabled(x.device.type):
+    if not is_autocast(x):
         for name, t in (("weight", weight), ("bias", bias)):
             if t is not None and t.dtype != x.dtype:
                 raise TypeError(f"{name} must have x's dtype {x.dtype}, got {t.dtype}")

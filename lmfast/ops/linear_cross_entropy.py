@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from lmfast._dispatch import Op, implementation, register, register_op, select
-from lmfast._forward_mode import has_tangent
+from lmfast._transforms import transform_of
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import (
     define,
+    is_readable,
     needs_grad,
     unsupported_by_cpu_kernels,
 )
@@ -110,7 +111,7 @@ def linear_cross_entropy(
         softcap=softcap,
     )
     chosen = select(OP, args, backend)
-    if has_tangent(*args):  # the chunks compute gradients, no tangents
+    if transform_of(*args):  # the chunks compute gradients themselves
         return _reference(*args)
     if needs_grad(hidden, weight, bias):
         wanted = tuple(t is not None and t.requires_grad for t in (hidden, weight, bias))
@@ -155,7 +156,7 @@ def _scaling_is_exact(dloss: Tensor, grads: tuple[Tensor | None, ...]) -> bool:
     """Whether scaled gradients are as good as ones computed for ``dloss``: bf16 and fp16 would be
     rounded twice, unless the factor is a power of two, as loss scales and most numbers of
     accumulated batches are."""
-    if dloss.device.type != "cpu" or all(g is None or g.dtype == torch.float32 for g in grads):
+    if not is_readable(dloss) or all(g is None or g.dtype == torch.float32 for g in grads):
         return True
     return abs(math.frexp(dloss.item())[0]) == 0.5
 
@@ -208,7 +209,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return (dhidden, dweight, None, dbias, *rest)
         given, ctx.grads = ctx.grads, None
         if given is not None and _scaling_is_exact(dloss, given):
-            if not (dloss.device.type == "cpu" and dloss.item() == 1.0):
+            if not (is_readable(dloss) and dloss.item() == 1.0):
                 for g in given:
                     if g is not None:
                         g.mul_(dloss)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from lmfast._dispatch import Op, implementation, register_op, select
-from lmfast._forward_mode import has_tangent
+from lmfast._transforms import transform_of
 from lmfast.ops._autograd import apply, differentiate, recording_backward
-from lmfast.ops._library import check_same_device, check_tensor, needs_grad
+from lmfast.ops._library import check_same_device, check_tensor, is_autocast, needs_grad
 from lmfast.ops.linear import linear
 from lmfast.testing import Sample
 
@@ -77,8 +77,12 @@ def lora_linear(
         if needs_grad(x, weight, a, b, bias):
             return apply(_LoRALinear, *args, chosen.backend)[0]
         return chosen.forward(*args)
-    if torch.is_autocast_enabled(x.device.type) or has_tangent(*args):
+    if transform_of(*args):
         return _reference(*args)
+    if is_autocast(x):
+        if any(t is not None and t.dtype == torch.float64 for t in (x, weight, a, b, bias, low)):
+            return _reference(*args)  # autocast leaves fp64 alone
+        args = _in_autocast_dtype(*args)
     if needs_grad(x, weight, a, b, bias, low):
         return apply(_LoRALinear, *args, "torch")[0]
     return _products(*args)[0]
@@ -113,11 +117,17 @@ def _check(
         raise ValueError(f"bias must have shape ({rows},), got {tuple(bias.shape)}")
     if low is not None and low.shape != x.shape:
         raise ValueError(f"low must have x's shape {tuple(x.shape)}, got {tuple(low.shape)}")
-    if not torch.is_autocast_enabled(x.device.type):
+    if not is_autocast(x):
         for name, tensor in given.items():
             if tensor.dtype != x.dtype:
                 raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
     return x, weight, a, b, bias, float(scale), low
+
+
+def _in_autocast_dtype(*args: Any) -> tuple[Any, ...]:
+    """The arguments, tensors in the dtype of autocast's products; gradients go back through it."""
+    dtype = torch.get_autocast_dtype(args[0].device.type)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) else t for t in args)
 
 
 def _reference(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lmfast._dispatch import Op, implementation, register, register_op, select
+from lmfast._transforms import in_transform, transform_of
 from lmfast.ops._autograd import apply
 from lmfast.ops._library import (
     check_same_device,
@@ -57,7 +58,8 @@ def rope(
     Raises:
         TypeError: wrong types or dtypes.
         ValueError: shapes that do not fit, an odd head size smaller than the tables, positions
-            past the tables (on a GPU such rows become NaN instead), ``inplace`` with gradients.
+            past the tables (on a GPU such rows become NaN instead), ``inplace`` with gradients or
+            with tensors whose parts overlap.
         BackendError: the backend asked for cannot run this call.
 
     Backends:
@@ -105,8 +107,20 @@ def _check(
     table = check_tables(cos, sin, q)
     if inplace and needs_grad(q, k):
         raise ValueError("inplace=True is for inference: q or k requires a gradient")
+    if inplace and not torch.compiler.is_compiling():
+        for name, t in (("q", q), ("k", k)):
+            if any(step == 0 and size > 1 for step, size in zip(t.stride(), t.shape)):
+                raise ValueError(f"{name} is expanded: with inplace=True its parts overlap")
+        if k is q or _begin_together(q, k):
+            raise ValueError("k must not be q with inplace=True: it would be rotated twice")
     starts, offset = check_positions(positions, q, cos.shape[0])
     return q, k, cos.to(table), sin.to(table), starts, offset, bool(interleaved), bool(inplace)
+
+
+def _begin_together(q: Tensor, k: Tensor) -> bool:
+    if type(q) is not Tensor or type(k) is not Tensor or in_transform() or q.is_meta:
+        return False  # they need not have memory
+    return q.numel() > 0 and q.data_ptr() == k.data_ptr()
 
 
 def _reference(
@@ -235,7 +249,11 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Any, ...]:
         settings = (*ctx.saved_tensors, ctx.offset, ctx.interleaved, ctx.backend, not ctx.inverse)
-        if needs_grad(dq, dk):
+        if transform_of(dq, dk):
+            cos, sin, positions, offset, interleaved = settings[:5]
+            sin = sin if ctx.inverse else -sin
+            grads = _reference(dq, dk, cos, sin, positions, offset, interleaved, False)
+        elif needs_grad(dq, dk):
             grads = apply(_Rope, dq, dk, *settings)
         else:
             grads = _Rope.forward(dq, dk, *settings)

@@ -54,6 +54,7 @@ def rope_tables(
         (cos, sin), each (length, dim / 2) float32.
 
     Raises:
+        TypeError: length is no integer.
         ValueError: odd or non-positive dim, negative length, unknown or incomplete scaling.
 
     Source:
@@ -67,6 +68,8 @@ def rope_tables(
     """
     if dim <= 0 or dim % 2:
         raise ValueError(f"dim must be a positive even number, got {dim}")
+    if not hasattr(length, "__index__"):
+        raise TypeError(f"length must be an int, got {length!r}")
     if length < 0:
         raise ValueError(f"length must not be negative, got {length}")
     if base <= 0:

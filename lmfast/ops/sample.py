@@ -15,6 +15,7 @@ from lmfast.ops._library import (
     check_same_device,
     check_tensor,
     define,
+    is_readable,
     unsupported_by_cpu_kernels,
     with_unit_last_stride,
 )
@@ -142,10 +143,10 @@ def check_settings(batch: int, **values: float | Tensor) -> Tensor:
                 raise ValueError(
                     f"{name} must be a number or have shape ({batch},), got {tuple(value.shape)}"
                 )
-            if value.is_cpu and not torch.compiler.is_compiling() and not bool(valid(value).all()):
+            if is_readable(value) and not bool(valid(value).all()):
                 raise ValueError(f"{name} must be {wanted}, got {value.tolist()}")
             device = value.device
-        elif not valid(value):
+        elif not _is_valid(name, value):
             raise ValueError(f"{name} must be {wanted}, got {value}")
         columns.append(value)
     if device is None:
@@ -159,6 +160,13 @@ def check_settings(batch: int, **values: float | Tensor) -> Tensor:
         ],
         dim=1,
     )
+
+
+def _is_valid(name: str, value: Any) -> bool:
+    try:
+        return bool(_RANGES[name][0](value))
+    except TypeError:
+        raise TypeError(f"{name} must be a number or a tensor of them, got {value!r}") from None
 
 
 _Range = tuple[Callable[[Any], Any], str]
@@ -220,7 +228,7 @@ def _check(
         if suppress.ndim != 1:
             raise ValueError(f"suppress must be one list of ids, got {tuple(suppress.shape)}")
         check_range("suppress", suppress, vocabulary)
-    if uniform is not None and uniform.is_cpu and not torch.compiler.is_compiling():
+    if uniform is not None and is_readable(uniform):
         if not bool(((uniform >= 0) & (uniform < 1)).all()):
             raise ValueError(f"uniform must be in [0, 1), got {uniform.tolist()}")
     return (

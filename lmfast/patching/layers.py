@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lmfast import ops
 from lmfast.ops._linear_cpu import worth_asking
 from lmfast.patching.probe import Call, random_input
-from lmfast.patching.rules import Plan, is_leaf, own_weights, takes
+from lmfast.patching.rules import Plan, is_leaf, own_weights, takes, untouched
 from lmfast.patching.swap import recipe
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -31,9 +31,10 @@ def _is_torchs(module: nn.Module) -> bool:
 def activation_name(module: Any) -> str | None:
     """Which of the activations with a fused kernel a module or function is, or None."""
     x = torch.linspace(-9, 9, 181, dtype=torch.float64).requires_grad_()
+    call = module.forward if isinstance(module, nn.Module) else module  # without its hooks
     try:
         with torch.enable_grad():
-            y = module(x)
+            y = call(x)
             (dy,) = torch.autograd.grad(y.sum(), x)
     except Exception:
         return None
@@ -89,10 +90,32 @@ def _activation(original: type, name: str, backend: str | None = None) -> dict[s
     return {"forward": forward}
 
 
+# What a forward may name that does nothing but multiply by the weight and add the bias.
+_PRODUCT = set("weight bias T mT t transpose torch nn functional F linear matmul addmm".split())
+
+
+def _only_multiplies(cls: Any) -> bool:
+    """Whether a class of linear layers has nn.Linear's forward, or spells out the same product.
+
+    Subclasses are often made to do something on the side, which no trial on numbers shows; torch's
+    own are made for quantisation, or are read by nn.MultiheadAttention.
+    """
+    if cls is nn.Linear:
+        return True
+    code = getattr(cls.forward, "__code__", None)
+    return (
+        code is not None
+        and set(code.co_names) <= _PRODUCT
+        and not cls.__module__.startswith("torch.")
+    )
+
+
 def plan_linear(module: nn.Module) -> Plan | str | None:
-    """nn.Linear, and the same with a transposed weight as GPT-2 has it."""
+    """nn.Linear, its like in another spelling, and with a transposed weight as GPT-2 has it."""
     transposed = type(module).__name__ == "Conv1D"
-    if type(module) is not nn.Linear and not transposed:
+    if not isinstance(module, nn.Linear) and not transposed:
+        return None
+    if isinstance(module, nn.Linear) and not _only_multiplies(type(module)):
         return None
     weights = own_weights(module)
     if not is_leaf(module) or not set(weights) <= {"weight", "bias"} or "weight" not in weights:
@@ -207,12 +230,19 @@ def _gated(
     activation: str,
     backend: str | None = None,
 ) -> dict[str, Any]:
-    product = _gated_product(activation, backend)
+    product, own = _gated_product(activation, backend), original.forward  # type: ignore[attr-defined]
+    layers = {gate, up, down}
+
+    def is_fused(self: nn.Module) -> bool:
+        """Whether nobody looks at the activation, which is not called as a module any more."""
+        return untouched(m for name, m in self.named_children() if name not in layers)
 
     # The layers are called as modules, so that adapters and hooks on them keep working.
     if up is None:
 
         def forward(self: nn.Module, x: Tensor) -> Tensor:
+            if not is_fused(self):
+                return own(self, x)
             packed = getattr(self, gate)(x)
             if up_first:
                 second, first = packed.chunk(2, -1)
@@ -221,6 +251,8 @@ def _gated(
     else:
 
         def forward(self: nn.Module, x: Tensor) -> Tensor:
+            if not is_fused(self):
+                return own(self, x)
             return getattr(self, down)(product(getattr(self, gate)(x), getattr(self, up)(x)))
 
     return {"forward": forward}

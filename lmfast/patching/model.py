@@ -146,6 +146,9 @@ class _Worker:
         for module in list(self.model.modules()):
             if id(module) in self.outcomes:
                 continue
+            if type(module).__module__.startswith("lmfast.nn."):
+                self.outcomes[id(module)] = (None, "lmfast's own layer already")
+                continue
             found = [plan for rule in rules if (plan := rule(module)) is not None]
             plans = [plan for plan in found if isinstance(plan, Plan)]
             if found and not plans:

@@ -40,15 +40,42 @@ def subclass(original: Any, name: str, options: Options) -> type[nn.Module]:
     if name not in _RECIPES:  # a pickle of a model of transformers
         importlib.import_module("lmfast.integrations.transformers")
     settings = {key: value for key, value in options if key not in ("label", "note")}
+    made = _RECIPES[name](original, **settings)
+    if "forward" in made:
+        made["forward"] = _for_every_call(original.forward, made["forward"])
     attributes = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
-        **_RECIPES[name](original, **settings),
+        **made,
         "__reduce_ex__": _reduce_ex,
         "_lmfast_swap": (original, name, options),
     }
     return type(original)(original.__name__, (original,), attributes)
+
+
+def _for_every_call(own: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """Our forward for the calls it was made for; the original one for all others it can take.
+
+    Those are arguments by name, where names differ, and optional arguments that ours has not.
+    """
+    try:
+        theirs = list(inspect.signature(own).parameters)
+        mine = inspect.signature(ours).parameters
+    except (TypeError, ValueError):
+        return ours
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if theirs == list(mine) or any(p.kind in variable for p in mine.values()):
+        return ours
+    count = len(mine) - 1
+
+    @functools.wraps(own)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != count:
+            return own(self, *args, **kwargs)
+        return ours(self, *args)
+
+    return forward
 
 
 def _new(original: type, name: str, options: Options) -> nn.Module:
@@ -56,7 +83,10 @@ def _new(original: type, name: str, options: Options) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+def _reduce_ex(self: nn.Module, protocol: Any) -> Any:
+    if "_lmfast_swap" not in vars(type(self)):
+        # A class that someone made from this one, such as torch's parametrizations do.
+        return object.__reduce_ex__(self, protocol)
     found = super(type(self), self).__reduce_ex__(max(int(protocol), 2))
     assert isinstance(found, tuple)
     if found[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
@@ -80,8 +110,8 @@ def undo(module: nn.Module) -> bool:
     found = swap_of(module)
     if found is None:
         return False
-    ours: Any = type(module)
-    module.__class__ = found[0]
+    ours: Any = next(c for c in type(module).__mro__ if "_lmfast_swap" in vars(c))
+    module.__class__ = _without(type(module), ours, found[0])
     # A wrapper put around forward meanwhile, as accelerate's hooks are, keeps the method it found.
     for key, value in list(vars(module).items()):
         if (
@@ -91,6 +121,18 @@ def undo(module: nn.Module) -> bool:
         ):
             vars(module)[key] = types.MethodType(getattr(found[0], "forward"), module)  # noqa: B009
     return True
+
+
+def _without(cls: Any, ours: type, original: Any) -> Any:
+    """A class with `original` in the place of ours among its bases.
+
+    A module's class may have been made from ours meanwhile, as torch's parametrizations do.
+    """
+    if cls is ours:
+        return original
+    own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    bases = tuple(_without(b, ours, original) if issubclass(b, ours) else b for b in cls.__bases__)
+    return type(cls)(cls.__name__, bases, own)
 
 
 def each_swapped(model: nn.Module) -> Iterator[nn.Module]:

@@ -47,6 +47,7 @@ def plan_attention(module: nn.Module) -> Plan | str | None:
     with_mask = takes(type(module), 2)
     if not with_mask and not takes(type(module), 1):
         return None
+    together = "attention over all heads at once"
     pairings: tuple[Any, ...] = (True, False, None) if size % 2 == 0 else (None,)
 
     def calls() -> list[Call]:
@@ -62,11 +63,18 @@ def plan_attention(module: nn.Module) -> Plan | str | None:
     return Plan(
         "heads",
         [
-            {"parts": name, "weights": names, "output": output, "masked": with_mask, "pairs": pairs}
+            {
+                "parts": name,
+                "weights": names,
+                "output": output,
+                "masked": with_mask,
+                "pairs": pairs,
+                "label": f"lmfast.ops.{'' if pairs is None else 'rope and '}{together}",
+            }
             for pairs in pairings
         ],
         calls,
-        "lmfast.ops.rope and attention over all heads at once",
+        f"lmfast.ops.{together}",
     )
 
 

@@ -10,7 +10,9 @@ import numpy as np
 
 def check_text(text: object, name: str = "text") -> None:
     if not isinstance(text, (str, bytes)):
-        raise TypeError(f"{name} must be a str or bytes, got {type(text).__name__}")
+        several = name == "text" and isinstance(text, (list, tuple))
+        hint = "; encode_batch takes several" if several else ""
+        raise TypeError(f"{name} must be a str or bytes, got {type(text).__name__}{hint}")
 
 
 def checked_texts(texts: Any) -> list[str | bytes]:
@@ -63,8 +65,8 @@ def checked_ids(ids: Any, size: int, left_out: Collection[int]) -> Any:
         return []
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise TypeError(
-            f"ids must be a one-dimensional sequence of ints, got shape {array.shape} of "
-            f"{array.dtype}"
+            "ids must be a one-dimensional sequence of ints, got "
+            f"{type(ids).__name__} of shape {array.shape} and dtype {array.dtype}"
         )
     if left_out or array.dtype != np.int32:
         # Beyond 31 bits an id must not wrap into the vocabulary.

@@ -125,6 +125,8 @@ def save_json(model: Model, path: str | os.PathLike) -> None:
         with open(temporary, "w", encoding="utf-8") as file:
             json.dump(to_document(model), file, ensure_ascii=False, separators=(",", ":"))
         os.replace(temporary, path)
+    except OSError as error:  # of the file asked for, not of the one beside it
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)

@@ -61,7 +61,11 @@ def canonical_pairs(model: Model) -> list[tuple[int, int, int]]:
 
 def build(model: Model) -> Any:
     """A tokenizers.Tokenizer that encodes the same."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    try:
+        from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    except ImportError as error:
+        needs = "to_huggingface needs the tokenizers package: pip install tokenizers"
+        raise ImportError(needs) from error
 
     check_stand_ins(model)
     if model.mode == "char":

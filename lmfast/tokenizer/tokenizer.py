@@ -392,8 +392,8 @@ class BPETokenizer(Coding):
         return hash((self._model.mode, self._model.pattern, self._model.tokens))
 
     def __reduce__(self):
-        return _rebuild, (formats.to_document(self._model), self._backend)
+        return _rebuild, (formats.to_document(self._model), self._backend, type(self))
 
 
-def _rebuild(document: dict[str, Any], backend: str) -> BPETokenizer:
-    return BPETokenizer(formats.from_document(document), backend=backend)
+def _rebuild(document: dict[str, Any], backend: str, kind: Any = BPETokenizer) -> BPETokenizer:
+    return kind(formats.from_document(document), backend=backend)

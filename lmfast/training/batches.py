@@ -12,6 +12,16 @@ import torch
 from torch import Tensor
 
 
+def _checked(ids: object) -> Tensor:
+    """A text's ids (N,) as int32; TypeError or ValueError for anything else."""
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex():
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"ids must be a tensor of integers, got {kind}")
+    if ids.ndim != 1:
+        raise ValueError(f"ids must be (N,), one text, got shape {tuple(ids.shape)}")
+    return ids.to(torch.int32)
+
+
 class Batches(ABC):
     """An endless, resumable stream of batches, and fixed passes for evaluation.
 
@@ -176,7 +186,7 @@ class PackedBatches(MemoryBatches):
         seed: int = 0,
     ) -> None:
         check_positive(context=context)
-        self._ids = ids.to(torch.int32)
+        self._ids = _checked(ids)
         self._context, self._pad_id, self._ignore_index = context, pad_id, ignore_index
         super().__init__(
             -(-max(len(ids) - 1, 0) // context),
@@ -227,7 +237,7 @@ class ContiguousBatches(MemoryBatches):
         ignore_index: int = -100,
     ) -> None:
         check_positive(batch_size=batch_size, context=context)
-        self._ids = ids.to(torch.int32)
+        self._ids = _checked(ids)
         self._context, self._pad_id, self._ignore_index = context, pad_id, ignore_index
         self._row_length = -(-max(len(ids) - 1, 0) // batch_size)
         self._rows = batch_size

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from lmfast.nn.low_rank import LowRank, LowRankLinear, LowRankParameter, Update
 from lmfast.nn.packed import PackedParameters
 from lmfast.nn.projection import Projections, low_rank_name, low_rank_of
+from lmfast.patching import swap
 
 _LAYER = "low_rank"  # the submodule of a linear layer
 
@@ -89,6 +90,7 @@ def attach(site: Site, updates: Sequence[Update], dropout: float) -> None:
         site.owner.add_module(low_rank_name(site.weight), low_rank)
     else:
         site.owner.add_module(_LAYER, low_rank)
+        swap.undo(site.owner)  # what lmfast.patch gave it, the updates' products do as well
         site.owner.__class__ = _layer_classes()[type(site.owner)]
 
 
@@ -141,6 +143,12 @@ def _parametrizations(module: nn.Module) -> list[tuple[str, Any]]:
     return list(chains.items()) if isinstance(chains, nn.ModuleDict) else []
 
 
+def _own_class(module: nn.Module) -> type:
+    """A module's class as it was before `lmfast.patch`."""
+    found = swap.swap_of(module)
+    return type(module) if found is None else found[0]
+
+
 def _layer_classes() -> dict[type, type]:
     """Linear layer -> the class of one with updates. transformers' layers, if it is in use."""
     from lmfast.integrations.conv1d import classes_in_use
@@ -153,7 +161,7 @@ def _sites(model: nn.Module) -> Iterator[Site]:
     for name, module in model.named_modules():
         if isinstance(module, Projections):
             yield from _projections(name, module)
-        elif type(module) in layers:
+        elif _own_class(module) in layers:
             columns, rows = module.weight.shape  # type: ignore[union-attr, misc]
             if not isinstance(module, nn.Linear):
                 columns, rows = rows, columns

@@ -40,8 +40,15 @@ def check_saving(
         raise ValueError("patience needs an output_dir to keep the best checkpoint in")
 
 
-def check_model(model: nn.Module, recompute: bool, autocast: Any) -> None:
-    """Raise ValueError for a way of training that the model does not have."""
+def check_model(model: nn.Module, recompute: bool, autocast: Any, own_loss: bool) -> None:
+    """Raise TypeError or ValueError for a way of training that the model does not have."""
+    if own_loss and not hasattr(model, "loss"):
+        raise TypeError(
+            f"model must have loss(ids, targets), or Trainer be given loss=; "
+            f"{type(model).__name__} has none"
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("model must have a parameter that requires a gradient, all are frozen")
     if recompute and not isinstance(getattr(model, "layers", None), nn.ModuleList):
         raise ValueError(
             f"recompute needs a model with its blocks in `layers`, as the decoder has; "
@@ -52,7 +59,9 @@ def check_model(model: nn.Module, recompute: bool, autocast: Any) -> None:
 
 
 def check_batches(model: nn.Module, batches: Batches | None, own_loss: bool) -> None:
-    """Raise ValueError for batches that carry a state the model does not have."""
+    """Raise TypeError for what are no batches, ValueError for a state the model does not have."""
+    if batches is not None and not hasattr(batches, "next_batch"):
+        raise TypeError(f"batches must be Batches of lmfast.training, got {type(batches).__name__}")
     if batches is not None and batches.carries_state:
         start = model.new_state(1) if hasattr(model, "advance") else None  # type: ignore[operator]
         if not own_loss or not isinstance(start, Tensor):

@@ -143,7 +143,7 @@ class Trainer:
             {"clip_norm": clip_norm, "clip_value": clip_value},
         )
         settings.check_saving(save_every, patience, output_dir, evaluation, eval_every)
-        settings.check_model(model, recompute, autocast)
+        settings.check_model(model, recompute, autocast, loss is model_loss)
         for given in (batches, evaluation):
             settings.check_batches(model, given, loss is model_loss)
         self._processes = Processes.current()

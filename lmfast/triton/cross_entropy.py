@@ -108,7 +108,8 @@ def _cross_entropy_kernel(
     loss = (highest - chosen) + log_total
     if SMOOTHING:
         mean = tl.sum(plain_sum, axis=1) / classes
-        loss += label_smoothing * (chosen - mean)
+        # Apart, as one infinite logit minus another would be NaN.
+        loss = (1.0 - label_smoothing) * loss + label_smoothing * ((highest - mean) + log_total)
     if Z_LOSS:
         loss += z_loss * (highest + log_total) * (highest + log_total)
     nan = float("nan")

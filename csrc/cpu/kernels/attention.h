@@ -93,13 +93,17 @@ struct AttentionMaskArgs {
 struct AttentionBwdArgs {
   AttentionArgs fwd;
   AttentionTensor dout, dq, dk, dv;
-  // (B, Hkv, ranges, H / Hkv, T, dq_width) float partial sums when ranges > 1; else null.
+  // When ranges > 1, this range's part of dQ, (H / Hkv, dq_rows, dq_width), unscaled; else null.
   float* dq_partial;
-  int64_t dq_width;
+  int64_t dq_rows, dq_width;
 };
 
-struct AttentionReduceArgs {
+// Parts of dQ of one (batch row, key/value head).
+struct AttentionPartsArgs {
   AttentionBwdArgs bwd;
+  int64_t pair;
+  float* total;
+  const float* part;
 };
 
 constexpr int64_t kAttentionLanes = 64;  // query rows (forward) or keys (backward) of a block
@@ -122,7 +126,8 @@ static inline int64_t attention_bwd_scratch_bytes(const AttentionArgs& a) {
 }
 
 // Ranges: units, (B, Hkv, ranges); the forward's (B, Hkv, ranges, splits), and decoding's (B, Hkv,
-// splits). Combining and reducing: query rows, (B, H, T). Masks: their rows, (B, T).
+// splits). Combining: query rows, (B, H, T). Masks: their rows, (B, T). Adding a part to the total:
+// its numbers; storing the total: the heads of its group.
 // Where bf16_products.h says so, the _amx kernels take bf16 queries with bf16 or int8 storage, and
 // attention_decode_pairs all of them in bf16; attention_decode_bytes takes int8 storage and
 // at the AVX-512 levels needs AVX512-VNNI.
@@ -135,6 +140,7 @@ LMFAST_DECLARE_KERNEL(attention_mask_runs, AttentionMaskArgs)
 LMFAST_DECLARE_KERNEL(attention_combine, AttentionArgs)
 LMFAST_DECLARE_KERNEL(attention_bwd, AttentionBwdArgs)
 LMFAST_DECLARE_KERNEL(attention_bwd_amx, AttentionBwdArgs)
-LMFAST_DECLARE_KERNEL(attention_reduce, AttentionReduceArgs)
+LMFAST_DECLARE_KERNEL(attention_add_part, AttentionPartsArgs)
+LMFAST_DECLARE_KERNEL(attention_store_parts, AttentionPartsArgs)
 
 }  // namespace lmfast

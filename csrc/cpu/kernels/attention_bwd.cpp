@@ -10,7 +10,10 @@
 //
 // A unit owns all of dK and dV of its keys, and its dQ: there are no atomic additions, and the
 // result does not depend on the threads. When there are few heads the keys are cut into ranges,
-// whose partial dQ attention_reduce adds in order; the number of ranges depends on the shape only.
+// each with a part of dQ; their number depends on the shape only. A part is added as soon as all
+// earlier ones are (attention_backward.cpp), so there are about as many in memory as threads:
+// 16,384 tokens of one head, forward and backward, 32 MB with two threads, where sixteen parts
+// took 84.
 //
 // Two versions, as in attention_fwd.cpp: fp32 here, bf16 on tiles in attention_bwd_amx.cpp.
 #include "../simd_transpose.h"
@@ -82,7 +85,7 @@ void bwd_unit(const AttentionBwdArgs& a, const Unit& u) {
   Scratch scratch(f.scratch);
   float* q_copy = scratch.take<float>(f.length * width);
   float* dout_copy = scratch.take<float>(f.length * width);
-  float* dq = scratch.take<float>(f.length * padded);
+  float* own_dq = scratch.take<float>(f.length * padded);
   HeadRows h{0, scratch.take<float>(f.length), scratch.take<float>(f.length),
              scratch.take<float>(f.length)};
   float* dk = scratch.take<float>(sums * kLanes * width);
@@ -107,6 +110,7 @@ void bwd_unit(const AttentionBwdArgs& a, const Unit& u) {
     const FloatRows q = float_rows<T>(f.q, u.b, h.head, all, width, q_copy);
     const FloatRows dout = float_rows<T>(a.dout, u.b, h.head, all, width, dout_copy);
     exact_deltas<T>(a, u.b, h, dout, chain, v_rows, v_lanes, k_lanes);
+    float* dq = dq_of_head(a, g, own_dq);
     memset(dq, 0, sizeof(float) * static_cast<size_t>(f.length * padded));
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t key = keys.lo + block * kLanes;
@@ -150,28 +154,7 @@ void bwd_unit(const AttentionBwdArgs& a, const Unit& u) {
       }
       if (g == group - 1) store_dkv<T>(a, u, key, dk_sum, dv_sum);
     }
-    store_dq<T>(a, u, h.head, dq, padded);
-  }
-}
-
-template <class T>
-void reduce_rows(const AttentionBwdArgs& a, int64_t begin, int64_t end) {
-  constexpr int W = VecF::kWidth;
-  const AttentionArgs& f = a.fwd;
-  const int64_t group = f.heads / f.kv_heads, step = group * f.length * a.dq_width;
-  const VecF scale = VecF::set1(f.scale);
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t t = row % f.length, pair = row / f.length;
-    const int64_t head = pair % f.heads, b = pair / f.heads;
-    const int64_t slot = (b * f.kv_heads + head / group) * f.ranges;
-    const float* in = a.dq_partial + slot * step + (head % group * f.length + t) * a.dq_width;
-    T* out = mutable_row_of<T>(a.dq, b, head, t);
-    for (int64_t d = 0; d < f.head_dim; d += W) {
-      VecF total = VecF::zero();
-      for (int64_t r = 0; r < f.ranges; ++r) total = total + VecF::load(in + r * step + d);
-      const int n = static_cast<int>(f.head_dim - d < W ? f.head_dim - d : W);
-      (total * scale).store(out + d, n);
-    }
+    if (a.dq_partial == nullptr) store_dq<T>(a, u, h.head, dq, padded);
   }
 }
 
@@ -196,9 +179,25 @@ void attention_bwd(const AttentionBwdArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-void attention_reduce(const AttentionReduceArgs& a, int64_t begin, int64_t end) {
-  LMFAST_DISPATCH_DTYPE(a.bwd.fwd.dtype, scalar_t, {
-    if constexpr (sizeof(scalar_t) <= sizeof(float)) reduce_rows<scalar_t>(a.bwd, begin, end);
+void attention_add_part(const AttentionPartsArgs& a, int64_t begin, int64_t end) {
+  constexpr int W = VecF::kWidth;
+  for (int64_t i = begin; i < end; i += W) {
+    const int n = static_cast<int>(end - i < W ? end - i : W);
+    (VecF::load(a.total + i, n) + VecF::load(a.part + i, n)).store(a.total + i, n);
+  }
+}
+
+void attention_store_parts(const AttentionPartsArgs& a, int64_t begin, int64_t end) {
+  const AttentionArgs& f = a.bwd.fwd;
+  const Unit u{a.pair / f.kv_heads, a.pair % f.kv_heads, 0, 0};
+  const int64_t first_head = u.kv_head * (f.heads / f.kv_heads);
+  LMFAST_DISPATCH_DTYPE(f.dtype, scalar_t, {
+    if constexpr (sizeof(scalar_t) <= sizeof(float)) {
+      for (int64_t g = begin; g < end; ++g) {
+        const float* dq = a.total + g * a.bwd.dq_rows * a.bwd.dq_width;
+        store_dq<scalar_t>(a.bwd, u, first_head + g, dq, a.bwd.dq_width);
+      }
+    }
   })
 }
 

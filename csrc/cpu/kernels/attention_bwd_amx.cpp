@@ -154,7 +154,7 @@ void bwd_unit(const AttentionBwdArgs& a, const Unit& u) {
   bf16* dout_copy = scratch.take<bf16>(length * width);
   char* q_tiles = scratch.take<char>(length * width * 2);
   char* dout_tiles = scratch.take<char>(length * width * 2);
-  float* dq = scratch.take<float>(length * width);
+  float* own_dq = scratch.take<float>(length * width);
   HeadRows h{0, scratch.take<float>(length), scratch.take<float>(length),
              scratch.take<float>(length)};
   float* dk = scratch.take<float>(sums * kLanes * width);
@@ -186,6 +186,7 @@ void bwd_unit(const AttentionBwdArgs& a, const Unit& u) {
     const TileRows dout = tile_rows(a.dout, u.b, h.head, all, columns, width, dout_copy);
     pack_head(f.q, u.b, h.head, f.length, columns, d_tiles, q_tiles);
     pack_head(a.dout, u.b, h.head, f.length, columns, d_tiles, dout_tiles);
+    float* dq = dq_of_head(a, g, own_dq);
     memset(dq, 0, sizeof(float) * static_cast<size_t>(length * width));
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t key = keys.lo + block * kLanes;
@@ -237,7 +238,7 @@ void bwd_unit(const AttentionBwdArgs& a, const Unit& u) {
       }
       if (g == group - 1) store_dkv<bf16>(a, u, key, dk_sum, dv_sum);
     }
-    store_dq<bf16>(a, u, h.head, dq, width);
+    if (a.dq_partial == nullptr) store_dq<bf16>(a, u, h.head, dq, width);
   }
 }
 

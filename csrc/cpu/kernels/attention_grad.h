@@ -41,19 +41,18 @@ inline void describe_head(const AttentionArgs& f, int64_t b, HeadRows& h, int64_
   }
 }
 
-// Rows of a finished dQ to their tensor, or unscaled to this range's partial sums.
+// Where dQ of head g of the group is summed: with the parts of other ranges to come, in this one's;
+// otherwise in `own`.
+LMFAST_INLINE float* dq_of_head(const AttentionBwdArgs& a, int64_t g, float* own) {
+  return a.dq_partial == nullptr ? own : a.dq_partial + g * a.dq_rows * a.dq_width;
+}
+
+// Rows of a finished dQ to their tensor.
 template <class T>
 void store_dq(const AttentionBwdArgs& a, const Unit& u, int64_t head, const float* dq,
               int64_t width) {
   constexpr int W = VecF::kWidth;
   const AttentionArgs& f = a.fwd;
-  if (a.dq_partial != nullptr) {
-    const int64_t group = f.heads / f.kv_heads;
-    const int64_t slot = (u.b * f.kv_heads + u.kv_head) * f.ranges + u.range;
-    float* out = a.dq_partial + (slot * group + head % group) * f.length * width;
-    memcpy(out, dq, sizeof(float) * static_cast<size_t>(f.length * width));
-    return;
-  }
   const VecF scale = VecF::set1(f.scale);
   for (int64_t t = 0; t < f.length; ++t) {
     T* out = mutable_row_of<T>(a.dq, u.b, head, t);

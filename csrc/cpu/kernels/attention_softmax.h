@@ -117,9 +117,7 @@ LMFAST_INLINE VecF largest(const float* s, int n) {
 }
 
 // Whether some lane of x is above its limit.
-LMFAST_INLINE bool any_above(VecF x, VecF limit) {
-  return hmax(select_less(limit, x, VecF::set1(1.0f), VecF::zero())) > 0.0f;
-}
+LMFAST_INLINE bool any_above(VecF x, VecF limit) { return any_less(limit, x); }
 LMFAST_INLINE bool any_above(VecF x, float limit) { return any_above(x, VecF::set1(limit)); }
 
 // Whether a lane of vector i needs a larger reference value before e^(top - m) is taken.

@@ -61,8 +61,13 @@ void row(const CrossEntropyArgs& a, int64_t r) {
   A chosen_lane[V::kWidth];
   V::load(x + target, 1).store(chosen_lane);
   const double chosen = chosen_lane[0], log_sum = ::log(sum_exp), lse = largest + log_sum;
-  a.loss[r] = (largest - chosen) + log_sum + a.smoothing * (chosen - sum_logits / classes) +
-              a.z_loss * lse * lse;
+  double loss = (largest - chosen) + log_sum;
+  // Apart, as infinite logits (classes masked out) times 0, or one minus another, would be NaN.
+  if (a.smoothing > 0.0) {
+    loss = (1.0 - a.smoothing) * loss +
+           a.smoothing * ((largest - sum_logits / static_cast<double>(classes)) + log_sum);
+  }
+  a.loss[r] = loss + a.z_loss * lse * lse;
   if (dx == nullptr) return;
   const double scale = a.scale[r], slope = 1.0 + 2.0 * a.z_loss * lse;
   const V factor = V::set1(static_cast<A>(scale * slope / sum_exp));

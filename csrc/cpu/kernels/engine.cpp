@@ -83,7 +83,7 @@ class Steps : public Products {
     };
     const auto store = store_to(l.qkv, a_.qkv, a_.qkv_stride, false);
     const bool whole = l.whole_qk_norm != 0;
-    product(l.qkv, normed(l.attention_norm), a_.tokens, head_panels(), store,
+    product(l.qkv, normed(l.attention_norm), a_.tokens, a_.rounded, head_panels(), store,
             [&](int64_t first, int64_t past) {
               for (int64_t t = 0; t < a_.tokens && !whole; ++t) heads(t, first, past);
             });
@@ -173,7 +173,8 @@ class Steps : public Products {
           attention_fwd(t, unit, unit + 1);
           continue;
         }
-        attention_decode(t, unit, unit + 1);
+        const bool bytes = t.stored.type == Stored::kI8 && a_.vnni;
+        (bytes ? attention_decode_bytes : attention_decode)(t, unit, unit + 1);
         if (row.splits == 1) {
           const int64_t rows = attention_rows(t);
           attention_combine(t, unit * rows, (unit + 1) * rows);
@@ -197,7 +198,7 @@ class Steps : public Products {
     const float* bias = bias_of(l.up);
     const auto kind = static_cast<EngineActivation>(l.activation);
     const bool gated = l.gated != 0;
-    product(l.up, normed(l.mlp_norm), a_.tokens, gated ? 2 : 1,
+    product(l.up, normed(l.mlp_norm), a_.tokens, a_.rounded, gated ? 2 : 1,
             [=](int64_t row, int rows, int64_t panel, int panels, const float* sums) {
               for (int r = 0; r < rows; ++r) {
                 float* hidden = a_.hidden + (row + r) * a_.hidden_stride;
@@ -221,9 +222,9 @@ class Steps : public Products {
   // x += product, or its norm.
   void add_product(const EngineMatrix& w, const Source& from, const EngineNorm& post) {
     if (!is_present(post)) {
-      return product(w, from, a_.tokens, 1, store_to(w, a_.x, a_.x_stride, true));
+      return product(w, from, a_.tokens, a_.rounded, 1, store_to(w, a_.x, a_.x_stride, true));
     }
-    product(w, from, a_.tokens, 1, store_to(w, a_.update, a_.x_stride, false));
+    product(w, from, a_.tokens, a_.rounded, 1, store_to(w, a_.update, a_.x_stride, false));
     phases_.run(a_.tokens, a_.tokens * m_.width * 16, 1, [&](int64_t first, int64_t past) {
       for (int64_t i = first; i < past; ++i) {
         float *x = a_.x + i * a_.x_stride, *y = a_.update + i * a_.x_stride;

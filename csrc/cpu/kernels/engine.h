@@ -171,6 +171,8 @@ struct EngineArgs {
   // Instructions that the processor has, whatever the level was compiled for.
   bool vnni;  // AVX512-VNNI
   bool bf16;  // products of bf16: AMX at its level, else AVX512-BF16
+  // Whether products with narrower weights, and that of the output layer, may round rows to bf16.
+  bool rounded, rounded_head;
 
   // Of a recurrent model: tokens are those of the first step, row by row, then of the next.
   const EngineCell* cells;
@@ -192,7 +194,7 @@ struct EngineArgs {
 };
 
 constexpr int64_t kEngineFewRows = 8;       // that every thread prepares for itself
-constexpr int64_t kEngineRoundedRows = 32;  // from which on products may be of bf16
+constexpr int64_t kEngineRoundedRows = 32;  // of the cache, whose single tokens may be rounded
 // Bytes of an operand: rows as floats, as int16, as two int8, sums and steps.
 static inline int64_t engine_operand_bytes(int64_t rows, int64_t stride) {
   return rows * (stride * 8 + round_up(stride, 128) / 8 * 4 + 64) + 256;
@@ -200,8 +202,8 @@ static inline int64_t engine_operand_bytes(int64_t rows, int64_t stride) {
 // Floats of sums of a thread: 64 for each row, and for what fills up the last tile.
 static inline int64_t engine_sums(int64_t rows) { return (rows + 32) * 64; }
 // Bytes of a thread's own operand, or of the panels it widens when there are many rows.
-static inline int64_t engine_private_bytes(int64_t rows, int64_t stride) {
-  return rows > kEngineFewRows ? 128 * stride : engine_operand_bytes(rows, stride);
+static inline int64_t engine_private_bytes(int64_t rows, int64_t stride, bool shared) {
+  return shared ? 128 * stride : engine_operand_bytes(rows, stride);
 }
 constexpr int64_t kEngineSegment = 4096;  // logits that one thread looks through
 

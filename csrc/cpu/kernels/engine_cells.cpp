@@ -69,25 +69,26 @@ class CellSteps : public Products {
     const auto kind = static_cast<EngineCellKind>(l.kind);
     const int64_t units = round_up(m_.width, kEnginePanel) / kEnginePanel;
     const Source x{a_.x, a_.x_stride, m_.width, nullptr, nullptr};
-    product(l.input, x, a_.tokens, 1, store_to(l.input, a_.qkv, a_.qkv_stride, false));
+    product(l.input, x, a_.tokens, a_.rounded, 1, store_to(l.input, a_.qkv, a_.qkv_stride, false));
     if (kind == EngineCellKind::kMinGru || kind == EngineCellKind::kMinLstm) {
       return phases_.run(units, a_.tokens * units * 256, 1,
                          [&](int64_t first, int64_t past) { scan(index, kind, first, past); });
     }
+    const bool rounded = batch_ >= kEngineRoundedRows;
     for (int64_t t = 0; t < a_.length; ++t) {
       const int64_t count = a_.firsts[t + 1] - a_.firsts[t];
       const Source h{states(index, t), a_.x_stride, m_.width, nullptr,
                      count == batch_ ? nullptr : a_.token_rows + a_.firsts[t]};
       const auto store = store_to(l.state, a_.hidden, a_.hidden_stride, false);
       if (kind != EngineCellKind::kGruTextbook) {
-        product(l.state, h, count, kEngineStateGates[l.kind], store,
+        product(l.state, h, count, rounded, kEngineStateGates[l.kind], store,
                 [&](int64_t first, int64_t past) { advance(index, kind, t, first, past); });
         continue;
       }
-      product(l.state, h, count, 2, store,
+      product(l.state, h, count, rounded, 2, store,
               [&](int64_t first, int64_t past) { reset(index, t, first, past); });
       const Source kept{a_.update, a_.x_stride, m_.width, nullptr, nullptr};
-      product(l.candidate, kept, count, 1,
+      product(l.candidate, kept, count, rounded, 1,
               store_to(l.candidate, a_.joined, a_.joined_stride, false),
               [&](int64_t first, int64_t past) { advance(index, kind, t, first, past); });
     }

@@ -3,7 +3,8 @@
 // Floor: arithmetic, 2 rows depth columns. fp32 products run at 98 % of their peak (199 of 203 GF/s
 // on two threads of a Zen 4), so only narrower ones are faster: vdpbf16ps twice as many numbers an
 // instruction, AMX tiles 8 to 16 times. Rows are rounded to bf16, as the weights were; decoding,
-// which memory bounds, keeps its rows in fp32 (kEngineRoundedRows).
+// which memory bounds, keeps its rows in fp32. Which it is depends on the length of a prompt alone,
+// not on what runs beside it (EngineRunner.step).
 //
 // Panels of bf16 lie as both instructions take them. Integers are widened, one block of the depth
 // at a time, and then used for all rows: codes are exact in bf16, those with groups are multiplied

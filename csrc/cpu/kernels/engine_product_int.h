@@ -317,7 +317,7 @@ LMFAST_INLINE void multiply_integers(const EngineMatrix& w, const char* memory, 
       const int count = static_cast<int>(rows - r < kIntRowsAtOnce ? rows - r : kIntRowsAtOnce);
       float* sums = carried;
       memset(sums, 0, sizeof(float) * static_cast<size_t>(count * kSumsStride));
-      const int64_t ahead = r == kIntRowsAtOnce ? steps * at.stride : kAhead;
+      const int64_t ahead = r == kIntRowsAtOnce ? steps * at.stride : kAheadNarrow;
       const IntegerTile t{at, w.depth, chunk, of_groups, &x, r, ahead};
       if (panels == kIntPanels) {
         integer_rows<kNibbles, kIntPanels>(count, vnni, t, sums);

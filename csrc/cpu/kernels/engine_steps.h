@@ -82,9 +82,9 @@ class Products {
     return false;
   }
 
-  RowsAs rows_as(const EngineMatrix& w, int64_t rows) const {
+  RowsAs rows_as(const EngineMatrix& w, bool rounded) const {
     if (w.type == static_cast<int64_t>(EngineWeights::kF32)) return RowsAs::kFloats;
-    if (a_.bf16 && rows >= kEngineRoundedRows) return RowsAs::kPairs;
+    if (a_.bf16 && rounded) return RowsAs::kPairs;
     if (!is_integer(w)) return RowsAs::kFloats;
     return a_.vnni ? RowsAs::kBytes : RowsAs::kWords;
   }
@@ -92,11 +92,12 @@ class Products {
   // Runs done(row, rows, panel, panels, sums) for all panels of the product, phase and barrier. A
   // unit is `unit` panels; finish(first, past) comes after those units, by the same thread.
   template <class Done, class Finish>
-  void product(const EngineMatrix& w, const Source& from, int64_t rows, int64_t unit,
+  void product(const EngineMatrix& w, const Source& from, int64_t rows, bool rounded, int64_t unit,
                const Done& done, const Finish& finish) {
     Operand x{};
-    const RowsAs as = rows_as(w, rows);
-    const bool in_place = usable_in_place(from, as), shared = !in_place && rows > kEngineFewRows;
+    const RowsAs as = rows_as(w, rounded);
+    const bool in_place = usable_in_place(from, as);
+    const bool shared = !in_place && (rows > kEngineFewRows || as == RowsAs::kPairs);
     bool ready = in_place;
     if (in_place) {
       x.rows = const_cast<float*>(from.rows);
@@ -133,9 +134,9 @@ class Products {
     if (!waiting) expect(then, rows);
   }
   template <class Done>
-  void product(const EngineMatrix& w, const Source& from, int64_t rows, int64_t unit,
+  void product(const EngineMatrix& w, const Source& from, int64_t rows, bool rounded, int64_t unit,
                const Done& done) {
-    product(w, from, rows, unit, done, [](int64_t, int64_t) {});
+    product(w, from, rows, rounded, unit, done, [](int64_t, int64_t) {});
   }
 
   // How a product's panels are divided.
@@ -192,7 +193,7 @@ class Products {
     from.index = a_.wanted;
     const float cap = static_cast<float>(m_.logit_softcap);
     const VecF down = VecF::set1(cap > 0.0f ? 1.0f / cap : 0.0f), back = VecF::set1(cap);
-    product(w, from, a_.outputs, 1,
+    product(w, from, a_.outputs, a_.rounded_head, 1,
             [=](int64_t row, int rows, int64_t panel, int panels, const float* sums) {
               for (int r = 0; r < rows; ++r) {
                 const float* in = sums + r * kSumsStride;

@@ -24,12 +24,16 @@ inline FinishedToken finish_token(const LceProblem& p, float scale, float logit,
                                   float others, double mean_logit) {
   const double target_prob = center == logit ? 1.0 : ::exp(double(logit) - center);
   const double sum = target_prob + others;
-  const double above =
-      center == logit ? ::log1p(double(others)) : center - double(logit) + ::log(sum);
+  const double log_sum = center == logit ? ::log1p(double(others)) : ::log(sum);
   FinishedToken f;
-  f.lse = logit + above;
+  f.lse = center + log_sum;
   const double slope = 1.0 + 2.0 * p.z_loss * f.lse;
-  f.loss = above + p.smoothing * (logit - mean_logit) + p.z_loss * f.lse * f.lse;
+  f.loss = center - double(logit) + log_sum + p.z_loss * f.lse * f.lse;
+  // Of a target masked out by a bias of -inf the loss is infinite, and no 0 * inf.
+  if (p.smoothing > 0.0f) {
+    f.loss = (1.0 - p.smoothing) * f.loss + p.smoothing * (f.lse - mean_logit) +
+             p.smoothing * p.z_loss * f.lse * f.lse;
+  }
   f.weight = static_cast<float>(scale * slope);
   f.coefficient = static_cast<float>(scale * slope / sum);
   const double target = ((slope - 1.0) * target_prob - others) / sum + p.smoothing;

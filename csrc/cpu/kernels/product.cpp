@@ -21,20 +21,26 @@
 namespace lmfast::LMFAST_ISA {
 namespace {
 
+static_assert(kProductRows == kGemmRows);
+
+template <bool kValue>
+struct Constant {
+  static constexpr bool value = kValue;
+};
+
 // Rows [first, first + rows) of the columns [k, k + depth) of A: six rows to a piece, depth in
-// order.
+// order. One column after the other: piece by piece a column's numbers, a power of two apart, throw
+// each other out of L1 (48 rows, depth 128: 0.6 us so, 2.7 by pieces, the product 13).
 void pack_a(const ProductArgs& a, int64_t first, int64_t rows, int64_t k, int64_t depth,
             float* out) {
-  constexpr int W = VecF::kWidth;
-  for (int64_t m = 0; m < rows; m += kGemmRows) {
-    const int n = static_cast<int>(rows - m < kGemmRows ? rows - m : kGemmRows);
-    const float* in = a.a.data + first + m + k * a.a.stride;
-    for (int64_t i = 0; i < depth; ++i, in += a.a.stride, out += kGemmRows) {
-      for (int j = 0; j < n; j += W) {
-        const int lanes = n - j < W ? n - j : W;
-        VecF::load(in + j, lanes).store(out + j, lanes);
-      }
+  const float* in = a.a.data + first + k * a.a.stride;
+  const int64_t whole = rows / kGemmRows, rest = rows % kGemmRows;
+  for (int64_t i = 0; i < depth; ++i, in += a.a.stride, out += kGemmRows) {
+    for (int64_t m = 0; m < whole; ++m) {
+      memcpy(out + m * depth * kGemmRows, in + m * kGemmRows, 4 * kGemmRows);
     }
+    float* last = out + whole * depth * kGemmRows;
+    for (int64_t r = 0; r < rest; ++r) last[r] = in[whole * kGemmRows + r];
   }
 }
 
@@ -64,54 +70,86 @@ void pack_panel(const ProductArgs& a, int64_t p, int64_t k, int64_t depth, float
   }
 }
 
-// c (rows x lanes) += the chunk's products, by panels of B `b`.
-void multiply_block(const ProductArgs& a, const float* from, int64_t rows, int64_t lanes,
-                    int64_t depth, const float* b, int64_t b_stride, float* c, int64_t c_stride) {
-  if (!a.a.by_columns) {
-    gemm_f32<false, true>(rows, lanes, depth, from, a.a.stride, b, b_stride, c, c_stride);
-    return;
+// Where the numbers of an operand are that a unit reads next, and how many rows of them to ask for
+// at each tile, so that they arrive while it multiplies.
+struct Next {
+  const float* data;
+  int64_t stride, rows, width, each;
+
+  void ask() {
+    for (int64_t i = 0; i < each && rows > 0; ++i, --rows, data += stride) {
+      for (int64_t n = 0; n < width; n += 16) __builtin_prefetch(data + n, 0, 2);
+      __builtin_prefetch(data + width - 1, 0, 2);
+    }
   }
+};
+
+// c (rows x lanes) = the chunk's products and what is `added`, a row for all of c or c itself.
+void multiply_block(const ProductArgs& a, const float* from, int64_t rows, int64_t lanes,
+                    int64_t depth, const float* b, int64_t b_stride, float* c, int64_t c_stride,
+                    const float* added, int64_t added_stride, Next (&next)[2]) {
+  const int64_t stride = a.a.by_columns ? kGemmRows : a.a.stride;
   for (int64_t m = 0; m < rows; m += kGemmRows) {
     const int64_t n = rows - m < kGemmRows ? rows - m : kGemmRows;
-    gemm_f32<true, true>(n, lanes, depth, from + m * depth, kGemmRows, b, b_stride,
-                         c + m * c_stride, c_stride);
-  }
-}
-
-// The first sums of c: the bias, or zeros.
-void start(const ProductArgs& a, int64_t column, int64_t columns, int64_t rows, float* c,
-           int64_t c_stride) {
-  constexpr int W = VecF::kWidth;
-  for (int64_t n = 0; n < columns; n += W) {
-    const int lanes = static_cast<int>(columns - n < W ? columns - n : W);
-    const VecF value = a.bias == nullptr ? VecF::zero() : VecF::load(a.bias + column + n, lanes);
-    for (int64_t r = 0; r < rows; ++r) value.store(c + r * c_stride + n, lanes);
+    for (int64_t r = 0; r < n; ++r) {
+      for (int64_t v = 0; v < lanes; v += 16) __builtin_prefetch(c + r * c_stride + v, 1);
+    }
+    next[0].ask();
+    next[1].ask();
+    const auto tile = [&](auto columns, auto adds) {
+      gemm_f32<decltype(columns)::value, decltype(adds)::value>(
+          n, lanes, depth, from, stride, b, b_stride, c, c_stride, added, added_stride);
+    };
+    using Yes = Constant<true>;
+    using No = Constant<false>;
+    if (a.a.by_columns) {
+      added != nullptr ? tile(Yes{}, Yes{}) : tile(Yes{}, No{});
+    } else {
+      added != nullptr ? tile(No{}, Yes{}) : tile(No{}, No{});
+    }
+    from += a.a.by_columns ? kGemmRows * depth : kGemmRows * a.a.stride;
+    c += kGemmRows * c_stride;
+    if (added != nullptr) added += kGemmRows * added_stride;
   }
 }
 
 void multiply_unit(const ProductArgs& a, int64_t unit) {
   constexpr int W = VecF::kWidth;
-  const int64_t first = unit / a.groups * a.block, panel = unit % a.groups * a.group;
-  const int64_t rows = a.rows - first < a.block ? a.rows - first : a.block;
+  const int64_t number = unit / a.groups, panel = unit % a.groups * a.group;
+  const int64_t first = product_first_row(a, number);
+  const int64_t rows = product_first_row(a, number + 1) - first;
   const int64_t all = (a.columns + kProductLanes - 1) / kProductLanes;
   const int64_t past = panel + a.group < all ? panel + a.group : all;
   float* packed_a = a.scratch;
   float* packed_b = packed_a + (a.a.by_columns ? a.block * a.chunk : 0);
-  // Sums of a last panel with an odd number of columns: whole vectors would run into the next row.
+  // Sums of a last panel with an odd number of columns, whose whole vectors would run into the next
+  // row of C, and its bias behind them.
   float* edge = packed_b + (a.packing == ProductPacking::kByUnit ? kProductLanes * a.chunk : 0);
+  float* edge_bias = edge + a.block * kProductLanes;
   const int64_t ragged = a.columns % W == 0 ? all : all - 1;
-  float* const c = a.c + first * a.columns;
-  for (int64_t p = panel; p < past; ++p) {
-    const int64_t column = p * kProductLanes;
-    p == ragged ? start(a, column, columns_of(a, p), rows, edge, kProductLanes)
-                : start(a, column, columns_of(a, p), rows, c + column, a.columns);
+  if (ragged < past && a.bias != nullptr) {
+    memset(edge_bias, 0, 4 * kProductLanes);
+    memcpy(edge_bias, a.bias + ragged * kProductLanes, 4 * columns_of(a, ragged));
   }
-  for (int64_t k = 0; k < a.depth; k += a.chunk) {
+  const int64_t tiles = (rows + kGemmRows - 1) / kGemmRows * (past - panel);
+  int64_t k = 0;
+  do {
     const int64_t depth = a.depth - k < a.chunk ? a.depth - k : a.chunk;
     const float* from = a.a.data + first * a.a.stride + k;
     if (a.a.by_columns) {
       pack_a(a, first, rows, k, depth, packed_a);
       from = packed_a;
+    }
+    const int64_t later = k + depth, left = a.depth - later;
+    const auto next_of = [&](const ProductOperand& m, int64_t at, int64_t width) {
+      return Next{m.data + at + later * m.stride, m.stride, left < a.chunk ? left : a.chunk, width,
+                  (a.chunk + tiles - 1) / tiles};
+    };
+    Next next[2] = {};
+    if (a.a.by_columns) next[0] = next_of(a.a, first, rows);
+    if (a.packing == ProductPacking::kNone) {
+      const int64_t column = panel * kProductLanes, end = past * kProductLanes;
+      next[1] = next_of(a.b, column, (end < a.columns ? end : a.columns) - column);
     }
     for (int64_t p = panel; p < past; ++p) {
       const int64_t column = p * kProductLanes;
@@ -126,14 +164,19 @@ void multiply_unit(const ProductArgs& a, int64_t unit) {
         b = a.b.data + column + k * a.b.stride;
         b_stride = a.b.stride;
       }
-      p == ragged ? multiply_block(a, from, rows, lanes, depth, b, b_stride, edge, kProductLanes)
-                  : multiply_block(a, from, rows, lanes, depth, b, b_stride, c + column, a.columns);
+      float* c = p == ragged ? edge : a.c + first * a.columns + column;
+      const int64_t c_stride = p == ragged ? kProductLanes : a.columns;
+      const float* bias = a.bias == nullptr ? nullptr : p == ragged ? edge_bias : a.bias + column;
+      multiply_block(a, from, rows, lanes, depth, b, b_stride, c, c_stride, k == 0 ? bias : c,
+                     k == 0 ? 0 : c_stride, next);
     }
-  }
+    k += a.chunk;
+  } while (k < a.depth);
   if (ragged < panel || ragged >= past) return;
   const int64_t column = ragged * kProductLanes;
   for (int64_t r = 0; r < rows; ++r) {
-    memcpy(c + r * a.columns + column, edge + r * kProductLanes, 4 * (a.columns - column));
+    memcpy(a.c + (first + r) * a.columns + column, edge + r * kProductLanes,
+           4 * (a.columns - column));
   }
 }
 

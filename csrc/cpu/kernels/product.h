@@ -24,13 +24,27 @@ struct ProductArgs {
   ProductPacking packing;
   float* packed_b;  // all panels of B: kProductLanes columns, the depth in order, zeros behind
   int64_t chunk;    // products are summed in chunks of the depth of at most this many
-  // A unit is `block` rows by `group` panels; the units of a row of blocks lie together.
-  int64_t block, group, groups;
+  // A unit is a block of rows by `group` panels; the units of a row of blocks lie together. The
+  // blocks are as even as tiles of kProductRows rows allow, and none has more than `block` rows.
+  int64_t blocks, block, group, groups;
   float* scratch;  // product_scratch_floats
 };
 
-// Columns of a panel of B, at every level.
-inline constexpr int64_t kProductLanes = 64;
+// Columns of a panel of B, and rows of a tile, at every level.
+inline constexpr int64_t kProductLanes = 64, kProductRows = 6;
+
+// First row of a block, or the number of rows for the one past the last.
+inline int64_t product_first_row(const ProductArgs& a, int64_t block) {
+  const int64_t tiles = (a.rows + kProductRows - 1) / kProductRows;
+  return block == a.blocks ? a.rows : block * tiles / a.blocks * kProductRows;
+}
+
+// Divides the rows into that many blocks, or as many as there are tiles.
+inline void divide_product_rows(ProductArgs& a, int64_t blocks) {
+  const int64_t tiles = (a.rows + kProductRows - 1) / kProductRows;
+  a.blocks = blocks < tiles ? blocks : tiles;
+  a.block = (tiles + a.blocks - 1) / a.blocks * kProductRows;
+}
 
 inline int64_t product_scratch_floats(const ProductArgs& a) {
   const int64_t of_a = a.a.by_columns ? a.block * a.chunk : 0;

@@ -8,7 +8,8 @@
 //
 // The textbook's GRU takes two rounds: n and z from dh, then r from the gradient of r h'.
 //
-// Floor as in recurrent_fwd.cpp: the product with W_hh. tanh(c) is computed again rather than kept.
+// Floor as in recurrent_fwd.cpp: the product with W_hh. tanh(c) of the LSTM is h / o, a reciprocal
+// instead of an exponential: where o is so small that this loses digits, so do all its products.
 #include "recurrent_cells.h"
 #include "recurrent_math.h"
 #include "recurrent_rounds.h"
@@ -43,14 +44,14 @@ LMFAST_INLINE void cell_backward(const RecurrentBwdArgs& a, VecF dh, int64_t row
     const float* gates = a.gates + row * 4 * hidden + unit;
     const VecF i = VecF::load(gates, lanes), f = VecF::load(gates + hidden, lanes);
     const VecF g = VecF::load(gates + 2 * hidden, lanes), o = VecF::load(gates + 3 * hidden, lanes);
-    const VecF tanh_c = gate_tanh(VecF::load(a.cells + row * hidden + unit, lanes));
+    const VecF y = VecF::load(a.y + row * hidden + unit, lanes), tanh_c = y / o;
     float* carry = a.carry + sequence * hidden + unit;
     const VecF dc = fmadd(dh * o, one - tanh_c * tanh_c, VecF::load(carry, lanes));
     (dc * f).store(carry, lanes);
     (dc * g * i * (one - i)).store(out, lanes);
     (dc * load_or_zero(c, unit, lanes) * f * (one - f)).store(out + hidden, lanes);
     (dc * i * (one - g * g)).store(out + 2 * hidden, lanes);
-    (dh * tanh_c * o * (one - o)).store(out + 3 * hidden, lanes);
+    (dh * y * (one - o)).store(out + 3 * hidden, lanes);
   } else if constexpr (kCell == Cell::kGruTextbook) {
     const float* gates = a.gates + row * 3 * hidden + unit;
     float* carry = a.carry + sequence * hidden + unit;
@@ -87,17 +88,18 @@ LMFAST_INLINE void cell_backward(const RecurrentBwdArgs& a, VecF dh, int64_t row
 template <Cell kCell, int kRound>
 constexpr int64_t kFactors = rounds_of(kCell) == 1 ? gates_of(kCell) : 2 - kRound;
 
-// What the cells of a row will read.
+// What the cells of a row will read; c: as of `BwdRows`.
 template <Cell kCell>
-LMFAST_INLINE void ask_for_row(const RecurrentBwdArgs& a, int64_t row, int64_t unit) {
+LMFAST_INLINE void ask_for_row(const RecurrentBwdArgs& a, int64_t row, const float* c,
+                               int64_t unit) {
   constexpr int kKept = kept_gates_of(kCell);
   const int64_t hidden = a.shape.hidden;
 #pragma GCC unroll 4
   for (int v = 0; v < kBwdVecs; ++v, unit += VecF::kWidth) {
     const int64_t at = row * hidden + unit;
-    kKept == 0 ? ask_for<1>(a.y + at, 0)
-               : ask_for<kKept>(a.gates + row * kKept * hidden + unit, hidden);
-    if (kCell == Cell::kLstm) ask_for<1>(a.cells + at, 0);
+    if (kKept != 0) ask_for<kKept>(a.gates + row * kKept * hidden + unit, hidden);
+    if (kKept == 0 || kCell == Cell::kLstm) ask_for<1>(a.y + at, 0);
+    if (kCell == Cell::kLstm && c != nullptr) ask_for<1>(c + unit, 0);
     if (a.dy != nullptr) ask_for<1>(a.dy + at - a.part.row * hidden, 0);
   }
 }
@@ -110,7 +112,9 @@ __attribute__((noinline)) void bwd_tile(const RecurrentBwdArgs& a, const float* 
   const int64_t hidden = a.shape.hidden;
   const float* factor = kRound == 0 ? at.later : a.dgates + (at.row * kWidth + kWidth - 1) * hidden;
   VecF sum[kRows][kBwdVecs];
-  for (int r = 0; r < kRows; ++r) ask_for_row<kCell>(a, at.row + r, unit);
+  for (int r = 0; r < kRows; ++r) {
+    ask_for_row<kCell>(a, at.row + r, at.c == nullptr ? nullptr : at.c + r * hidden, unit);
+  }
   if (factor != nullptr) {
     multiply<kRows, kBwdVecs, TileParts<kRows, kSmall>::value>(sum, factor, kWidth * hidden, panel,
                                                                kFactors<kCell, kRound> * hidden);

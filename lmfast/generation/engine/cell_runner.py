@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 from lmfast.generation.engine.cells import CellPlan, pack_cells
+from lmfast.generation.engine.rounded_rows import (
+    ROUNDED_FROM,
+    rounding,
+    short_rows,
+    step_apart,
+)
 from lmfast.generation.engine.watch import Watch
 from lmfast.generation.states import RecurrentState
 from lmfast.ops._library import define
@@ -21,15 +27,16 @@ def _fake(*args: object) -> None:
 
 
 # ids (B, T), lengths (B); logits of the last token of each row, or with `all` of all real tokens.
+# rounded: see rounded_rows.rounding.
 _step = define(
     "engine_cells(Tensor weights, Tensor program, Tensor ids, Tensor lengths, bool all, "
-    "Tensor(a!) state, Tensor(b!) logits) -> ()",
+    "int rounded, Tensor(a!) state, Tensor(b!) logits) -> ()",
     _fake,
 )
 # ids (B); chosen (steps, B) gets the tokens.
 _greedy = define(
-    "engine_cells_greedy(Tensor weights, Tensor program, Tensor ids, Tensor(a!) state, "
-    "Tensor(b!) logits, Tensor stops, Tensor(c!) chosen) -> ()",
+    "engine_cells_greedy(Tensor weights, Tensor program, Tensor ids, int rounded, "
+    "Tensor(a!) state, Tensor(b!) logits, Tensor stops, Tensor(c!) chosen) -> ()",
     _fake,
 )
 
@@ -38,7 +45,8 @@ class CellRunner:
     """A recurrent model packed for the CPU; its state is what the model's own `new_state` gives.
 
     Results do not depend on the number of threads, nor on what else is in the batch beyond the last
-    bits; from 32 rows at a time on bf16 and integers may be multiplied with rows rounded to bf16.
+    bits. With narrower weights than "fp32", a row's products may be of bf16 where a call feeds it
+    32 tokens or more; in a batch of as many rows all may.
 
     Args:
         make_plan: returns the model's plan; called again by `repack`.
@@ -53,6 +61,8 @@ class CellRunner:
     ) -> None:
         self._make_plan = make_plan
         self.weights, self.group = weights, group
+        self._narrow = weights != "fp32"
+        self.rounded_from = ROUNDED_FROM if self._narrow else 1
         self.device = torch.device("cpu")
         self.repack()
 
@@ -90,6 +100,10 @@ class CellRunner:
         """
         counts = self._check(ids, state, lengths)
         batch, steps = ids.shape
+        most = counts.tolist()
+        if (short := short_rows(self._narrow, most)) is not None:
+            return step_apart(self, ids, state, most, short, all_positions), state
+        rounded = rounding(self._narrow, batch, max(most, default=0), all_positions)
         memory = self._own(state)
         size = max(1, _TOKENS // max(batch, 1))
         shape = (batch, steps, self.vocab_size) if all_positions else (batch, self.vocab_size)
@@ -101,9 +115,8 @@ class CellRunner:
             if total == 0:
                 break
             found = torch.empty(total if all_positions else batch, self.vocab_size)
-            _step(
-                self._packed.weights, self._packed.program, part, now, all_positions, memory, found
-            )
+            packed = self._packed.weights, self._packed.program
+            _step(*packed, part, now, all_positions, rounded, memory, found)
             if all_positions:
                 real = torch.arange(part.shape[1]) < now[:, None]
                 logits[:, begin : begin + size][real] = found
@@ -132,8 +145,9 @@ class CellRunner:
         logits = torch.empty(batch, self.vocab_size)
         memory = self._own(state)
         ends = torch.tensor(stops, dtype=torch.int64)
-        weights, program = self._packed.weights, self._packed.program
-        _greedy(weights, program, ids.contiguous(), memory, logits, ends, chosen)
+        packed = self._packed.weights, self._packed.program
+        rounded = rounding(self._narrow, batch, 1, True)
+        _greedy(*packed, ids.contiguous(), rounded, memory, logits, ends, chosen)
         done = steps if not len(stops) else int((chosen[:, 0] >= 0).sum())
         return chosen[:done]
 

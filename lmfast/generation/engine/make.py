@@ -36,9 +36,9 @@ def make_engine(
             GPT-2, GPT-NeoX, Llama, Mistral, Qwen 2 or 3, Gemma 2 or 3, Phi-3 or OLMo 2 with a
             language model's head; in float32 or bfloat16 on the CPU.
         weights: "fp32", "bf16", "int8", "int4" (the output layer and embeddings are int8), or what
-            `lmfast.quantise` made. Of less than 32 rows at a time, bf16 and integers are multiplied
-            in float32's accuracy; of more, which a prompt has, rows are rounded to bf16 where the
-            processor has products of such.
+            `lmfast.quantise` made. bf16 and integers are multiplied in float32's accuracy, but for
+            prompts of 32 tokens and more, and in batches of as many rows: these are rounded to bf16
+            where the processor has products of such.
         group: inputs that share a scale, 32, 64 or 128; None: all of int8, 32 of int4.
         cache_dtype: of keys and values, of decoders; float32 for "fp32", else bfloat16 by default.
 
@@ -90,7 +90,17 @@ def is_recurrent(model: Any) -> bool:
 
 def plan_of(model: Any) -> Plan | CellPlan:
     """The plan of a model; CannotPack if the engine does not know it."""
+    _check_hooks(model)
     return recurrent_plan(model) if is_recurrent(model) else _decoder_maker(model)(model)
+
+
+def _check_hooks(model: Any) -> None:
+    for name, module in model.named_modules():
+        if not name and hasattr(model, "step"):
+            continue  # those of its forward, which does not run here
+        if module._forward_hooks or module._forward_pre_hooks:
+            where = repr(name) if name else "the model"
+            raise CannotPack(f"{where} has forward hooks, which the engine would not call")
 
 
 def _decoder_maker(model: Any) -> Callable[[Any], Plan]:
@@ -111,6 +121,7 @@ def _planner(make_plan: Callable[[Any], P], model: Any) -> Callable[[], P]:
         alive = reference()
         if alive is None:
             raise ValueError("the model this engine was packed from is gone: make a new engine")
+        _check_hooks(alive)
         return make_plan(alive)
 
     return plan

@@ -12,39 +12,20 @@ from torch import Tensor
 from lmfast.generation import _whole_step
 from lmfast.generation.cache import KVCache
 from lmfast.generation.engine.decoding import NO_TABLE, Lane
+from lmfast.generation.engine.operators import engine_greedy, engine_step
 from lmfast.generation.engine.plan import CannotPack, Plan
 from lmfast.generation.engine.program import Packed, pack
+from lmfast.generation.engine.rounded_rows import (
+    ROUNDED_FROM,
+    rounding,
+    short_rows,
+    step_apart,
+)
 from lmfast.generation.engine.watch import Watch
-from lmfast.ops._library import define
 
 # Tokens of a prompt that go through the layers together: their rows stay in the caches, and the
 # memory beside the model is bounded.
 CHUNK = 512
-
-
-def _fake(*args: object) -> None:
-    return None
-
-
-# rows (groups, B, 4): first token, how many, column of the first, columns in use afterwards.
-# slots, tables: of each group. keys, values: of each layer; scales: of both in turn, or none.
-# rope: cosines and sines in turn.
-_step = define(
-    "engine_step(Tensor weights, Tensor program, Tensor ids, Tensor positions, Tensor wanted, "
-    "Tensor rows, Tensor[] slots, Tensor[] tables, Tensor(a!)[] keys, Tensor(b!)[] values, "
-    "Tensor(c!)[] scales, Tensor[] rope, Tensor(d!) logits) -> ()",
-    _fake,
-)
-
-# positions (steps, B), slots (steps, B) of each group; chosen (steps, B) gets the tokens.
-_greedy = define(
-    "engine_greedy(Tensor weights, Tensor program, Tensor ids, Tensor positions, Tensor wanted, "
-    "Tensor rows, Tensor[] slots, Tensor[] tables, Tensor(a!)[] keys, Tensor(b!)[] values, "
-    "Tensor(c!)[] scales, Tensor[] rope, Tensor(d!) logits, Tensor stops, Tensor(e!) chosen) -> ()",
-    _fake,
-)
-
-
 # What the engine's attention reads keys and values from.
 _CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
@@ -54,8 +35,8 @@ class EngineRunner:
 
     Prompts may be ragged, and steps of any length: `step` runs only real tokens, in pieces of up to
     512. Results do not depend on the number of threads, and not on what else is in the batch beyond
-    the last bits, except that from 32 tokens at a time on bf16 and integers may be multiplied with
-    rows rounded to bf16.
+    the last bits. With narrower weights than "fp32", a row's products may be of bf16 where a call
+    feeds it 32 tokens or more; in a batch of as many rows all may.
 
     Args:
         make_plan: returns the model's plan; called again by `repack`.
@@ -77,6 +58,8 @@ class EngineRunner:
     ) -> None:
         self._make_plan = make_plan
         self.weights, self.group = weights, group
+        self._narrow = weights != "fp32"
+        self.rounded_from = ROUNDED_FROM if self._narrow else 1
         self.device = torch.device("cpu")
         default = torch.float32 if weights == "fp32" else torch.bfloat16
         self.cache_dtype = default if cache_dtype is None else cache_dtype
@@ -93,8 +76,7 @@ class EngineRunner:
         self._windows = plan.windows
         self._shape = (len(plan.layers), plan.kv_heads, plan.head_dim)
         self._tables = [rope.tables for rope in plan.ropes]
-        self._rope: list[Tensor] = []
-        self._rope_length = 0
+        self._rope: tuple[int, list[Tensor]] = 0, []  # in one piece, for threads
         self._watch = Watch(plan.parameters)
         self._lanes: WeakKeyDictionary[KVCache, dict[int, Lane]] = WeakKeyDictionary()
 
@@ -146,6 +128,10 @@ class EngineRunner:
                 return found, state
         counts = self._check(ids, state, lengths)
         batch, steps = ids.shape
+        if counts is not None and (short := short_rows(self._narrow, counts)) is not None:
+            return step_apart(self, ids, state, counts, short, all_positions), state
+        longest = steps if counts is None else max(counts, default=0)
+        rounded = rounding(self._narrow, batch, longest, all_positions)
         shape = (batch, steps, self.vocab_size) if all_positions else (batch, self.vocab_size)
         done = 0
         logits: Tensor | None = None
@@ -155,7 +141,7 @@ class EngineRunner:
             size = max(1, CHUNK // max(batch, 1))
             size = min(size if most is None else min(size, most), steps - done)
             if size == steps:  # the usual case, without copies
-                found, _ = self._run(flat, state, counts, all_positions, last=counts)
+                found, _ = self._run(flat, state, counts, all_positions, rounded)
                 if all_positions and counts is not None:
                     logits = found.new_zeros(shape)
                     logits[_real(counts, steps)] = found
@@ -165,7 +151,7 @@ class EngineRunner:
             now = None if counts is None else [min(max(n - done, 0), size) for n in counts]
             total = [steps] * batch if counts is None else counts
             ends = [done < n <= done + size for n in total]
-            found, at = self._run(part.contiguous(), state, now, all_positions, ends=ends)
+            found, at = self._run(part.contiguous(), state, now, all_positions, rounded, ends)
             if logits is None:
                 logits = found.new_zeros(shape)
             if all_positions:
@@ -204,7 +190,7 @@ class EngineRunner:
         chosen = torch.full((steps, lane.batch), -1)
         logits = torch.empty((lane.batch, self.vocab_size))
         stop_ids = torch.tensor(stops, dtype=torch.int64)
-        self._call(_greedy, ids.view(-1, 1), state, lane, logits, stop_ids, chosen)
+        self._call(engine_greedy, ids.view(-1, 1), state, lane, logits, stop_ids, chosen)
         done = steps if not len(stops) else int((chosen[:, 0] >= 0).sum())
         lane.finish(state, done)
         return chosen[:done]
@@ -217,7 +203,7 @@ class EngineRunner:
         if lane is None:
             return None
         logits = torch.empty((lane.batch, self.vocab_size))
-        self._call(_step, ids, state, lane, logits)
+        self._call(engine_step, ids, state, lane, logits)
         lane.finish(state, 1)
         return logits
 
@@ -263,6 +249,7 @@ class EngineRunner:
                 lane.values,
                 lane.scales,
                 self._rotations(state._longest + lane.steps),
+                rounding(self._narrow, lane.batch, 1, True),
                 *more,
             )
         except RuntimeError:
@@ -275,7 +262,7 @@ class EngineRunner:
         cache: KVCache,
         counts: list[int] | None,
         all_positions: bool,
-        last: list[int] | None = None,
+        rounded: int,
         ends: list[bool] | None = None,
     ) -> tuple[Tensor, Tensor | slice]:
         """One call of the operator.
@@ -310,7 +297,7 @@ class EngineRunner:
             if cache.dtype != torch.int8
             else [t for s in storage for t in (s.key_scales, s.value_scales)]
         )
-        _step(
+        engine_step(
             self._packed.weights,
             self._packed.program,
             flat,
@@ -323,6 +310,7 @@ class EngineRunner:
             [s.values for s in storage],
             scales,
             self._rotations(new.longest),
+            rounded,
             logits,
         )
         _whole_step.finish(cache, step)
@@ -330,11 +318,11 @@ class EngineRunner:
 
     def _rotations(self, length: int) -> list[Tensor]:
         """Cosines and sines of every rotation, for at least `length` positions."""
-        if length > self._rope_length:
-            pairs = [tables(length) for tables in self._tables]
-            self._rope = [t for pair in pairs for t in pair]
-            self._rope_length = min((len(t) for t in self._rope), default=length)
-        return self._rope
+        known, tables = self._rope
+        if length > known:
+            tables = [t for make in self._tables for t in make(length)]
+            self._rope = min((len(t) for t in tables), default=length), tables
+        return tables
 
     def _check(self, ids: Tensor, state: KVCache, lengths: Tensor | None) -> list[int] | None:
         if not isinstance(ids, Tensor) or ids.dtype != torch.int64:

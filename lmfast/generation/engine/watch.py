@@ -13,22 +13,33 @@ class Watch:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         watched = [p for p in parameters if not p.is_inference()]
-        self._seen = [weakref.ref(p) for p in watched]
-        self._versions = [p._version for p in watched]
-        self._places = [p.data_ptr() for p in watched]
+        # In one piece: threads may look while one of them finds that some have gone.
+        self._known = (
+            [weakref.ref(p) for p in watched],
+            [p._version for p in watched],
+            [p.data_ptr() for p in watched],
+        )
 
     def untouched(self) -> bool:
         """The short test: no parameter has another version, and none is gone."""
-        return [p._version for ref in self._seen if (p := ref()) is not None] == self._versions
+        seen, versions, _ = self._known
+        return [p._version for ref in seen if (p := ref()) is not None] == versions
 
     def check(self) -> None:
         """ValueError if one of the parameters changed; those that are gone cannot."""
-        for index in reversed(range(len(self._seen))):
-            p = self._seen[index]()
-            if p is None:
-                for known in (self._seen, self._versions, self._places):
-                    del known[index]  # type: ignore[attr-defined]
-            elif p._version != self._versions[index] or p.data_ptr() != self._places[index]:
+        alive = [
+            (ref, p, version, place)
+            for ref, version, place in zip(*self._known, strict=True)
+            if (p := ref()) is not None
+        ]
+        for _, p, version, place in alive:
+            if p._version != version or p.data_ptr() != place:
                 raise ValueError(
                     "the model's parameters changed since they were packed: call repack()"
                 )
+        if len(alive) < len(self._known[0]):
+            self._known = (
+                [ref for ref, *_ in alive],
+                [version for _, _, version, _ in alive],
+                [place for *_, place in alive],
+            )
