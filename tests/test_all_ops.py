@@ -322,7 +322,7 @@ def test_many_gradients_at_once_by_torch_func(op: str) -> None:
 
 
 # Ops in which a product is PyTorch's: on some processors that depends on the threads.
-WITH_PYTORCH_PRODUCTS = {"additive_attention"}
+WITH_PYTORCH_PRODUCTS = {"additive_attention", "quantised_linear"}
 if lmfast._extension.cpu_isa() == "default":
     WITH_PYTORCH_PRODUCTS |= {"elman_rnn", "gru", "lstm"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,23 @@ def test_work_is_counted_by_operator_and_by_layer() -> None:
     assert work.bytes["aten::view"] == 0
     assert (work.layer_flops["0"], work.layer_flops["1"]) == (2 * 3 * 4 * 8, 2 * 3 * 8 * 2)
     assert work.layer_bytes["1"] == 4 * (3 * 8 + 8 * 2 + 3 * 2)
+
+
+def test_arguments_by_name_are_counted() -> None:
+    a, out, work = torch.ones(3, 4), torch.ones(3, 3), Work()
+    with work:
+        torch.mm(a, a.t(), out=out)
+        torch.add(a, a, out=a)
+    assert work.bytes["aten::mm"] == 4 * (2 * 12 + 9)  # the result is written, not read
+    assert work.bytes["aten::add"] == 4 * 2 * 12
+
+
+def test_convolutions_are_no_experts() -> None:
+    model = model_of()
+    entries = model.matrix_entries()
+    model.module.conv = torch.nn.Conv1d(6, 6, 4, groups=6)
+    model.module.expert = torch.nn.Parameter(torch.zeros(4, 2, 8))
+    assert replace(model, experts_used=0.25).matrix_entries() == entries + 6 * 4 + 2 * 8
 
 
 def test_work_of_this_packages_operators(needs_cpu_kernels: None) -> None:

@@ -117,6 +117,28 @@ def test_cuda_source_compiles(source: Path, cuda_objects: CudaObjects) -> None:
         assert stack <= limit, f"{name} has an array in local memory: {properties}"
 
 
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not on the PATH")
+@pytest.mark.parametrize(("architecture", "clusters"), [(89, False), (90, True)])
+def test_kernels_without_clusters_stop(architecture: int, clusters: bool, tmp_path: Path) -> None:
+    """A later GPU translates the code of an earlier one: nothing in it must look like a result."""
+    source, target = tmp_path / "kernels.cu", tmp_path / "kernels.ptx"
+    source.write_text(
+        f'#include "{ROOT}/csrc/cuda/kernels/recurrent_cluster.cuh"\n'
+        "namespace lmfast::gpu {\n"
+        "template __global__ void recurrent_cluster_fwd_kernel<float, 32, 4>("
+        "const __grid_constant__ RecurrentFwd);\n"
+        "template __global__ void recurrent_cluster_bwd_kernel<float, 32, 4>("
+        "const __grid_constant__ RecurrentBwd);\n}\n"
+    )
+    command = [NVCC, "-ptx", f"-arch=compute_{architecture}", "-std=c++17", "-o", str(target)]
+    subprocess.run([*command, str(source)], check=True)
+    bodies = target.read_text().split(".visible .entry ")[1:]
+    assert len(bodies) == 2
+    for body in bodies:
+        assert ("trap;" in body) != clusters
+        assert ("barrier.cluster" in body) == clusters
+
+
 def test_cuda_module_links(cuda_objects: CudaObjects, tmp_path: Path) -> None:
     """Every symbol of the module is in the libraries of a CPU build of torch and the CUDA run
     time, but for the current stream, which only a CUDA build has: its header declares it."""

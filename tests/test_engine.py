@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lmfast import Generator
+from lmfast import Generator, KVCache
 from lmfast.generation.engine import CannotPack, EngineRunner, make_engine
 from lmfast.models import DecoderLanguageModel
 
@@ -253,6 +253,19 @@ def test_other_cache_types(dtype: torch.dtype) -> None:
     (expected, found), *_ = both(model, runner, ids_of(2, 30), 1)
     assert (found - expected).abs().max() < 0.1  # keys of 8 to 11 bits
     assert runner.new_state(1).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float64])
+def test_caches_that_the_engine_does_not_read(dtype: torch.dtype) -> None:
+    model = model_of(OPTIONS["llama"])
+    runner = make_engine(model)
+    state = runner.new_state(1)
+    other = KVCache(state.num_layers, 1, state.num_kv_heads, state.head_dim, dtype=dtype)
+    message = rf"must store float32, bfloat16, float16 or int8 .* got {dtype}: make the cache"
+    with pytest.raises(ValueError, match="state " + message):
+        runner.step(ids_of(1, 3), other)
+    with pytest.raises(ValueError, match="cache_dtype " + message):
+        make_engine(model, cache_dtype=dtype)
 
 
 def test_changed_parameters_are_noticed() -> None:

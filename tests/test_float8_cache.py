@@ -31,7 +31,24 @@ def test_rounding_is_to_the_nearest_and_never_beyond() -> None:
     beyond = torch.tensor([449.0, 464.0, 465.0, 1e30, -1e30])
     assert rounded(beyond, FLOAT8).float().tolist() == [448.0] * 4 + [-448.0]
     lost = torch.tensor([torch.inf, -torch.inf, torch.nan])
-    assert rounded(lost, FLOAT8).float().isnan().all()
+    assert (rounded(lost, FLOAT8).view(torch.uint8) == 0x7F).all()
+
+
+def test_float64_is_rounded_once() -> None:
+    codes = torch.arange(127, dtype=torch.uint8).view(FLOAT8).double()
+    middles = (codes[1:] + codes[:-1]) / 2
+    for sign in (1.0, -1.0):
+        assert torch.equal(rounded(sign * codes, FLOAT8).double(), sign * codes)
+        # float32 does not tell these from the middles.
+        above, below = (sign * middles * (1.0 + e) for e in (1e-12, -1e-12))
+        assert torch.equal(rounded(above, FLOAT8).double(), sign * codes[1:])
+        assert torch.equal(rounded(below, FLOAT8).double(), sign * codes[:-1])
+    assert torch.equal(rounded(middles, FLOAT8).float(), rounded(middles.float(), FLOAT8).float())
+    beyond = torch.tensor([1e39, -1e300, torch.inf, torch.nan, 1e-300], dtype=torch.float64)
+    found = rounded(beyond, FLOAT8).float()
+    assert found[:2].tolist() == [448.0, -448.0]
+    assert found[2:4].isnan().all()
+    assert found[4] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -5,6 +5,9 @@ Models of transformers: test_generation_static_transformers.py.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -222,3 +225,131 @@ def test_a_step_looks_at_no_value(looks: bool, kind: Any, monkeypatch: pytest.Mo
                     step()
             else:
                 step()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@torch.inference_mode()
+def test_what_a_capture_changed_is_put_back(fails: bool) -> None:
+    """Also where it fails: then the step itself goes on, with the same tensors and draws."""
+    step, draws = made_step(model()), torch.Generator().manual_seed(4)
+    step._sampler._generator = draws
+    before, state = [t.clone() for t in step.everything()], draws.get_state()
+
+    def record(step: Any, generator: Any, put_back: Any) -> Any:
+        step()
+        put_back()
+        assert torch.equal(draws.get_state(), state)
+        step()
+        if fails:
+            raise RuntimeError("called a synchronizing CUDA operation\nand more")
+        return step.__call__
+
+    run, refused = static_step.capture(step, draws, record)
+    assert all(torch.equal(a, b) for a, b in zip(step.everything(), before, strict=True))
+    assert torch.equal(draws.get_state(), state)
+    assert (run is step) == fails
+    said = "its capture failed with RuntimeError: called a synchronizing CUDA operation"
+    assert refused == (said if fails else None)
+    run()
+    assert torch.equal(step.model.lengths, before[0] + 1)
+
+    def without_memory(*_: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    assert static_step.capture(step, draws, without_memory) == (step, None)
+
+
+def test_generation_goes_on_where_a_capture_fails(
+    static: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(step: Any, generator: Any, put_back: Any) -> Any:
+        step()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    capture = static_step.capture
+    monkeypatch.setattr(static_step, "capture", lambda step, g: capture(step, g, record))
+    ids = torch.randint(1, V, (3, 9), generator=torch.Generator().manual_seed(2))
+    # Without draws: a CPU, not a GPU, has drawn for several steps before this one.
+    options: dict[str, Any] = {"max_new_tokens": 21, "eos_token_id": [1, 2]}
+    found = generate(model(), ids, None, frequency_penalty=0.2, **options)
+    assert static == [1]
+    static_step.unsupported = lambda job: "not now"  # the fixture puts it back
+    expected = generate(model(), ids, None, frequency_penalty=0.2, **options)
+    assert torch.equal(found[:, : expected.shape[1]], expected)
+
+
+class _Stream:
+    """Where a capture runs; the current one is what `torch.cuda` has."""
+
+    def wait_stream(self, other: Any) -> None:
+        assert isinstance(other, _Stream)
+
+
+@pytest.mark.parametrize("fails", ["", "waits", "at the end"])
+def test_a_capture_leaves_streams_and_modes_as_they_were(
+    fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of calls, with a `torch.cuda` that keeps them: warm-up, watched, captured."""
+    first, calls = _Stream(), []
+    current, mode = [first], [1]
+
+    @contextmanager
+    def on(stream: Any) -> Any:
+        current.append(stream)
+        yield
+        current.pop()
+
+    @contextmanager
+    def graph(graph: Any) -> Any:
+        current.append(_Stream())
+        yield
+        if fails == "at the end":  # as PyTorch does, which stays on the stream then
+            raise RuntimeError("capture invalidated")
+        current.pop()
+
+    def step() -> None:
+        calls.append((mode[0], len(current)))
+        if fails == "waits" and mode[0] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    fakes = {
+        "Stream": _Stream,
+        "stream": on,
+        "graph": graph,
+        "CUDAGraph": lambda: SimpleNamespace(replay="replay"),
+        "current_stream": lambda: current[-1],
+        "set_stream": lambda stream: current.append(stream),
+        "get_sync_debug_mode": lambda: mode[0],
+        "set_sync_debug_mode": lambda m: mode.__setitem__(0, m),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    put_back = partial(calls.append, "put back")
+    if fails:
+        with pytest.raises(RuntimeError):
+            static_step._record(step, None, put_back)
+    else:
+        assert static_step._record(step, None, put_back) == "replay"
+    watched = [(1, 2), "put back", ("error", 2)]
+    assert calls == (watched if fails == "waits" else [*watched, "put back", (1, 2)])
+    assert current[-1] is first
+    assert mode == [1]
+
+
+def test_a_model_that_was_not_captured_takes_the_loop() -> None:
+    wanted, ids = loop.GenerationOptions(max_new_tokens=2), torch.tensor([[3, 4]])
+    generator = generator_of(model())
+    assert static_step.takes(generator.runner)
+    generator.runner.capture_refused = "its capture failed"
+    assert not static_step.takes(generator.runner)
+    reason = static_step.unsupported(generator._job(ids, None, wanted), on_cpu=True)
+    assert reason == "its capture failed"
+
+
+def test_explain_says_why_there_are_no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = generator_of(model())
+    assert static_step.explained(generator.runner) == ""
+    monkeypatch.setattr(ModuleRunner, "device", torch.device("cuda"))
+    assert "; a CUDA graph per token" in static_step.explained(generator.runner)
+    generator.runner.capture_refused = "its capture failed"
+    assert static_step.explained(generator.runner) == "; no CUDA graphs: its capture failed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from transformers_models import ARCHITECTURES, IDS, LEFT, assert_close, make  # 
 
 import lmfast  # noqa: E402
 from lmfast.generation import Generator, static_step  # noqa: E402
-from lmfast.integrations import transformers_static  # noqa: E402
+from lmfast.integrations import _experts, transformers_static  # noqa: E402
 from lmfast.integrations.transformers_runner import TransformersRunner  # noqa: E402
 
 # Not in one graph, says transformers: states or experts of their own.
@@ -59,7 +60,13 @@ def test_the_logits_of_the_loop(kind: str, patched: bool) -> None:
             assert_close(got, expected)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "qwen3_moe"])
+def _as_on_a_gpu() -> bool:
+    """`torch.compiler.is_compiling`: this package looks at values on a CPU alone, unless it is."""
+    return sys._getframe(1).f_globals["__name__"].startswith("lmfast.")
+
+
+# Without experts: that their products wait for the host, tensors without values do not show.
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "qwen3"])
 def test_a_step_looks_at_no_value(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With tensors that have no values: whatever would wait for a GPU raises."""
     model = make(kind)
@@ -68,7 +75,7 @@ def test_a_step_looks_at_no_value(kind: str, monkeypatch: pytest.MonkeyPatch) ->
     with torch.no_grad():
         _, state = runner.step(IDS, runner.new_state(2))
         step = runner.static_model(state, 7)
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as on a GPU, unchecked
+        monkeypatch.setattr(torch.compiler, "is_compiling", _as_on_a_gpu)
         with FakeTensorMode(allow_non_fake_inputs=True):
             assert step(torch.tensor([3, 4])).shape == (2, 96)
 
@@ -120,3 +127,62 @@ def test_says_why_not() -> None:
     assert transformers_static.why_not_static(model) is None
     model._can_compile_fullgraph = False
     assert "one graph" in str(transformers_static.why_not_static(model))
+    model._can_compile_fullgraph = True
+    model.hf_device_map = {"": 0}
+    assert transformers_static.why_not_static(model) is None
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu"}
+    assert "several devices (hf_device_map)" in str(transformers_static.why_not_static(model))
+    del model.hf_device_map
+    model.lm_head.to("meta")
+    assert "(cpu, meta)" in str(transformers_static.why_not_static(model))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "deepseek_v3", "qwen3_moe", "olmoe"])
+def test_experts_are_known_and_convolutions_are_not(kind: str) -> None:
+    model = make(kind)
+    model.conv = torch.nn.Conv1d(4, 4, 3)
+    named = {n: p for n, p in model.named_parameters() if ".experts." in n and p.ndim == 3}
+    assert {id(p) for p in _experts.expert_parameters(model)} == set(map(id, named.values()))
+    assert model.config.get_text_config()._experts_implementation == "grouped_mm"
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "capability", "waits"),
+    [
+        ("grouped_mm", torch.bfloat16, (9, 0), False),
+        ("grouped_mm", torch.bfloat16, (10, 0), False),
+        ("grouped_mm", torch.bfloat16, (8, 0), True),
+        ("grouped_mm", torch.bfloat16, (12, 0), True),
+        ("grouped_mm", torch.float16, (9, 0), True),
+        ("batched_mm", torch.float16, (8, 0), False),
+        ("eager", torch.bfloat16, (9, 0), True),
+        (None, torch.bfloat16, (9, 0), True),
+    ],
+)
+def test_where_experts_wait_for_the_host(
+    implementation: str | None, dtype: torch.dtype, capability: tuple[int, int], waits: bool
+) -> None:
+    assert (_experts.why_experts_wait(implementation, dtype, capability) is not None) == waits
+
+
+@torch.inference_mode()
+def test_keys_and_values_are_not_kept_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = TransformersRunner(make("llama"))
+    _, state = runner.step(IDS, runner.new_state(2))
+    old = state.cache.layers[0].keys.nbytes + state.cache.layers[0].values.nbytes
+    # Ten columns become eighteen: of two layers, and one layer of the old ones besides.
+    needed = 2 * old * 8 // IDS.shape[1] + old
+    for free, fits in ((needed, True), (needed - 1, False), (None, True)):
+        monkeypatch.setattr(transformers_static, "_free_bytes", lambda device, free=free: free)
+        assert runner.may_be_static(state, 8) == fits
+    runner.static_model(state, 8)
+    assert all(layer.keys is None and layer.values is None for layer in state.cache.layers)
+
+
+def test_this_package_with_a_backend_sees_all() -> None:
+    model = make("llama")
+    lmfast.patch(model)
+    assert transformers_static._sees_all(model)
+    for name, sees in (("lmfast_triton", True), ("sdpa", False)):
+        model.config._attn_implementation_internal = name
+        assert transformers_static._sees_all(model) == sees

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,35 @@ def test_what_was_measured_decides(
     table["NVIDIA-T-1-x"]["linear float32 16x4 8x4"]["torch"] = 2.0
     assert lmfast.explain("linear", x, weight) == "torch"
     assert "measured on NVIDIA-T-1-x: torch 2.0 us" in capsys.readouterr().out
+
+
+def test_many_rows_take_the_library_s_product_of_the_widened_matrix() -> None:
+    prefer = _dispatch.ops()["quantised_linear"].prefer
+    assert prefer is not None
+    assert prefer(on_gpu(4, 256, 8)) is None
+    assert prefer(on_gpu(5, 256, 8)) == (
+        "torch",
+        "1280 rows: above 1024 cuBLAS's product is faster",
+    )
+    assert prefer(torch.zeros(2000, 8)) is None
+
+
+def test_its_gradient_widens_the_matrix_anew() -> None:
+    """What runs on a GPU, here on the CPU: no matrix is kept from forward to backward."""
+    module = importlib.import_module("lmfast.ops.quantised_linear")
+
+    codes, scales = lmfast.ops.quantise_weight(torch.randn(7, 12))
+    x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    dy, kept = torch.randn(5, 7, dtype=torch.float64), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        y = module.apply(module._QuantisedLinear, x, codes, scales, bias, "torch")
+    assert all(t.dtype == torch.int8 or t.numel() < 84 for t in kept)
+    found = torch.autograd.grad(y, (x, bias), dy)
+    expected = module._reference(x, codes, scales, bias)
+    torch.testing.assert_close(y, expected)
+    for a, b in zip(found, torch.autograd.grad(expected, (x, bias), dy), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_the_benchmark_enters_what_it_measured() -> None:

@@ -241,3 +241,28 @@ def test_generation_by_a_graph_is_that_of_the_loop(
             options["generator"] = torch.Generator("cuda").manual_seed(5)
         results.append(generator.generate(ids, max_new_tokens=40, eos_token_id=7, **options))
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("kind", ["waits for the host", "experts"])
+def test_what_cannot_be_captured_runs_all_the_same(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    from transformers_models import make
+
+    model: Any = make("mixtral" if kind == "experts" else "llama").eval().cuda()
+    if kind == "waits for the host":
+        model.lm_head.register_forward_hook(lambda *a: (float(a[2].sum()), None)[1])
+    ids = torch.randint(1, 96, (3, 12), device="cuda")
+    generator = Generator(model)
+    drawn = []
+    for _ in range(2):  # eagerly on static buffers, then by the loop
+        draws = torch.Generator("cuda").manual_seed(5)
+        options: dict[str, Any] = {"do_sample": True, "top_k": 20, "generator": draws}
+        drawn.append(generator.generate(ids, max_new_tokens=20, **options))
+        torch.rand(3, device="cuda")  # the default generator still draws
+    assert torch.equal(*drawn)
+    reason = "wait for the host" if kind == "experts" else "its capture failed"
+    assert f"no CUDA graphs: {reason}" in generator.explain().replace(
+        "the products of experts ", ""
+    )

@@ -11,6 +11,7 @@ import triton_interpreter  # noqa: F401  (mends it)
 from op_checks import check_gradients, check_values
 
 import lmfast
+from lmfast.ops.quantised_linear import dequantised
 from lmfast.testing import Sample, assert_within_error_rule
 from lmfast.triton import linear_cross_entropy
 
@@ -159,6 +160,21 @@ def test_gradients_of_quantised_and_low_rank_layers_in_several_tiles() -> None:
     check_gradients(lmfast._dispatch.ops()["lora_linear"], sample, "triton")
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_small_gradients_of_quantised_layers_in_fp16(bits: int) -> None:
+    """Gradients of 1e-4 times scales of 1e-3 are below what fp16 holds; the sums are not."""
+    generator = torch.Generator().manual_seed(16)
+    weight = torch.randn(70, 150, generator=generator) / 12
+    codes, scales = lmfast.ops.quantise_weight(weight, bits, group=30)
+    dy = (1e-4 * torch.randn(3, 70, generator=generator)).half()
+    x = torch.zeros(3, 150, dtype=torch.float16, requires_grad=True)
+    lmfast.ops.quantised_linear(x, codes, scales, backend="triton").backward(dy)
+    exact = dy.double() @ dequantised(codes, scales, torch.float64)
+    # The matrix is rounded to 2^-12 of an element, and the result to 2^-25 where it is below
+    # 2^-14: of elements of about 7e-5 both are less than 1e-3.
+    assert (x.grad - exact).norm() < 1e-3 * exact.norm()
+
+
 def test_attention_joins_parts_of_the_keys() -> None:
     """Decoding: several parts per row, some without a key, one row with none at all."""
     generator = torch.Generator().manual_seed(9)
@@ -198,7 +214,7 @@ def test_rope_append_stores_eight_bit_floats(rotary: int) -> None:
     beside = middles.nextafter(codes[1:]), middles.nextafter(codes[:-1])
     beyond = torch.tensor([449.0, 1e30, torch.inf, torch.nan])
     values = torch.cat((codes, middles, *beside, beyond, -middles, -codes, -beyond))
-    v = values[: len(values) // 32 * 32].view(1, 2, -1, 16)
+    v = values[-(len(values) // 32 * 32) :].view(1, 2, -1, 16)
     k, steps = torch.randn(v.shape), v.shape[2]
     tables = lmfast.ops.rope_tables(steps, rotary) if rotary else (None, None)
     stored = []
@@ -209,9 +225,8 @@ def test_rope_append_stores_eight_bit_floats(rotary: int) -> None:
         scales = (None, None)
         forward(k.clone(), k, v, keys, held, *scales, slots, None, *tables, None, 0, False)
         stored.append((keys, held.view(torch.uint8)))
-    nan = (stored[0][1] & 127) == 127
-    assert torch.equal((stored[1][1] & 127) == 127, nan)
-    assert torch.equal(stored[0][1][~nan], stored[1][1][~nan])
+    assert (stored[0][1] == 0x7F).any()  # NaN has no sign
+    assert torch.equal(stored[0][1], stored[1][1])
     # Rotated in fp32 by either, the last digit may differ: at a middle it decides.
     a, b = (keys.float() for keys, _ in stored)
     assert ((a - b).abs() <= a.abs() / 8 + 2.0**-9).all()

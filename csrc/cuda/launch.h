@@ -6,6 +6,9 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <initializer_list>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "../common/tensor.h"
 #include "kernels/device.cuh"
@@ -41,6 +44,27 @@ inline int multiprocessors() {
       cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess,
       "the number of multiprocessors of device ", device, " is not known");
   return count;
+}
+
+// Lets a kernel take all the shared memory that a block of the current device can have, and says
+// whether it may. Set once for each kernel and device: were it set to what each launch takes,
+// threads would undo each other's setting between it and the launch.
+inline bool allow_shared_memory(const void* kernel, int device) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, bool> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find({kernel, device});
+  if (found != known.end()) return found->second;
+  int most = 0;
+  cudaFuncAttributes attributes{};
+  const bool allowed =
+      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ==
+          cudaSuccess &&
+      cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           most - static_cast<int>(attributes.sharedSizeBytes)) == cudaSuccess;
+  if (!allowed) cudaGetLastError();  // the refusal is the answer, not an error of the next launch
+  return known[{kernel, device}] = allowed;
 }
 
 // Whether rows of all these operands (null: absent) can be read in vectors of 16 bytes.

@@ -163,9 +163,10 @@ struct Layer {
   template <typename Args>
   void launch_together(void (*kernel)(Args), Args args, const char* name) {
     const void* function = reinterpret_cast<const void*>(kernel);
-    LMFAST_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      plan.shared_bytes) == cudaSuccess,
-                 name, ": ", plan.shared_bytes, " bytes of shared memory are refused");
+    int device = 0;
+    LMFAST_CHECK(cudaGetDevice(&device) == cudaSuccess, "no current CUDA device");
+    LMFAST_CHECK(allow_shared_memory(function, device), name, ": ", plan.shared_bytes,
+                 " bytes of shared memory are refused");
     void* arguments[] = {&args};
     const dim3 grid(plan.unit_blocks, plan.groups), block(plan.warps * 32);
     const cudaError_t error =

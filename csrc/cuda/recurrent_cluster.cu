@@ -53,7 +53,7 @@ struct Launch {
   cudaLaunchAttribute attribute{};
   cudaLaunchConfig_t config{};
 
-  Launch(const RecurrentPlan& plan, const void* kernel, cudaStream_t stream) {
+  Launch(const RecurrentPlan& plan, cudaStream_t stream) {
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = plan.unit_blocks;
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
@@ -63,44 +63,45 @@ struct Launch {
     config.stream = stream;
     config.attrs = &attribute;
     config.numAttrs = 1;
-    allowed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   plan.shared_bytes) == cudaSuccess &&
-              (plan.unit_blocks <= 8 ||
-               cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
-                   cudaSuccess);
   }
   Launch(const Launch&) = delete;
   Launch& operator=(const Launch&) = delete;
-  bool allowed;
 };
 
-// Whether the device has room for one cluster of the plan: a part of a GPU may have too few
-// neighbouring multiprocessors. Asked once for each kind of launch.
-bool has_room(const RecurrentPlan& plan, const void* kernel, int device) {
+// Clusters of the plan that the device runs at once: a part of a GPU may have too few neighbouring
+// multiprocessors. 0 also where there is only code for GPUs without clusters, which a later GPU
+// translates, and which has nothing in it. Asked, and the kernel prepared, once for each kind of
+// launch.
+int clusters_at_once(const RecurrentPlan& plan, const void* kernel, int device) {
   static std::mutex mutex;
-  static std::map<std::tuple<const void*, int, int, int, int>, bool> known;
+  static std::map<std::tuple<const void*, int, int, int, int>, int> known;
   const auto key = std::make_tuple(kernel, device, plan.unit_blocks, plan.warps, plan.shared_bytes);
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
-  const Launch launch(plan, kernel, nullptr);
+  cudaFuncAttributes attributes{};
   int clusters = 0;
+  const Launch launch(plan, nullptr);
   const bool there =
-      launch.allowed &&
-      cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) == cudaSuccess &&
-      clusters > 0;
-  if (!there) cudaGetLastError();  // the refusal is the answer, not an error of the next launch
-  known[key] = there;
-  return there;
+      cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90 &&
+      allow_shared_memory(kernel, device) &&
+      (plan.unit_blocks <= 8 ||
+       cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) ==
+           cudaSuccess) &&
+      cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) == cudaSuccess;
+  if (!there) {
+    clusters = 0;
+    cudaGetLastError();  // the refusal is the answer, not an error of the next launch
+  }
+  known[key] = clusters;
+  return clusters;
 }
 
 template <typename Args>
 void launch_on(const Args& args, const RecurrentPlan& plan, DType dtype, cudaStream_t stream,
                const char* name) {
   const Kernel<Args> kernel = kernel_of<Args>(plan, dtype);
-  const Launch launch(plan, reinterpret_cast<const void*>(kernel), stream);
-  LMFAST_CHECK(launch.allowed, name, ": clusters of ", plan.unit_blocks, " blocks with ",
-               plan.shared_bytes, " bytes of shared memory are refused");
+  const Launch launch(plan, stream);
   const cudaError_t error = cudaLaunchKernelEx(&launch.config, kernel, args);
   LMFAST_CHECK(error == cudaSuccess, name, " did not start: ", cudaGetErrorString(error));
 }
@@ -116,17 +117,14 @@ RecurrentPlan cluster_plan(RecurrentCell cell, int hidden, int batch, DType dtyp
   cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device);
   if (major < 9 || clusters == 0) return {};
   cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  for (int most = kRecurrentMaxCluster; most > 0; most /= 2) {
-    RecurrentPlan plan =
-        recurrent_cluster_plan(cell, backward, hidden, batch, dtype != DType::kF32,
-                               multiprocessors(), most, std::min(shared, kRecurrentMaxShared));
-    if (!plan.fits) return {};
-    const void* kernel = backward
-                             ? reinterpret_cast<const void*>(kernel_of<RecurrentBwd>(plan, dtype))
-                             : reinterpret_cast<const void*>(kernel_of<RecurrentFwd>(plan, dtype));
-    if (has_room(plan, kernel, device)) return plan;
-  }
-  return {};
+  return recurrent_cluster_plan_with_room(
+      cell, backward, hidden, batch, dtype != DType::kF32, multiprocessors(),
+      std::min(shared, kRecurrentMaxShared), [&](const RecurrentPlan& plan) {
+        const void* kernel =
+            backward ? reinterpret_cast<const void*>(kernel_of<RecurrentBwd>(plan, dtype))
+                     : reinterpret_cast<const void*>(kernel_of<RecurrentFwd>(plan, dtype));
+        return clusters_at_once(plan, kernel, device);
+      });
 }
 
 void launch_in_clusters(const RecurrentFwd& args, const RecurrentPlan& plan, DType dtype,

@@ -7,8 +7,8 @@
 namespace lmfast::gpu {
 
 // How a layer lies in clusters of the current device; `fits` is false where it does not: no
-// clusters (before compute capability 9), weights too large, too many rows, or
-// LMFAST_RECURRENT_CLUSTERS=0.
+// clusters (before compute capability 9, or no code for later ones), weights too large, too many
+// rows, or LMFAST_RECURRENT_CLUSTERS=0.
 RecurrentPlan cluster_plan(RecurrentCell cell, int hidden, int batch, DType dtype, bool backward);
 
 void launch_in_clusters(const RecurrentFwd& args, const RecurrentPlan& plan, DType dtype,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lmfast
+from lmfast.integrations._experts import expert_parameters
 from lmfast.models import DecoderLanguageModel, LanguageModel, RecurrentLanguageModel
 from lmfast.training import load_model
 
@@ -36,8 +37,7 @@ class ProfiledModel:
         attention_width: query heads times head size, 0 without attention.
         cache_width: key heads times head size, for keys and values each.
         layers: with attention.
-        experts_used: share of the experts that a token meets, of models that have them: parameters
-            of three dimensions are those of all experts of a layer.
+        experts_used: share of the experts that a token meets, of models that have them.
     """
 
     module: nn.Module
@@ -59,11 +59,16 @@ class ProfiledModel:
     def matrix_entries(self) -> int:
         """Entries of the matrices that every token is multiplied with."""
         # By where they lie: the output may be the view of a parameter.
-        matrices: list[Tensor] = [p for p in self.module.parameters() if p.ndim == 2]
+        expert = expert_parameters(self.module)
+        inside = {id(p) for p in expert}
+        # Of convolutions, too, a token meets every entry once.
+        matrices: list[Tensor] = [
+            p for p in self.module.parameters() if p.ndim >= 2 and id(p) not in inside
+        ]
         given = {m.data_ptr(): m for m in matrices}
         given.pop(self.embedding.data_ptr(), None)
         given[self.output.data_ptr()] = self.output
-        experts = sum(p.numel() for p in self.module.parameters() if p.ndim == 3)
+        experts = sum(p.numel() for p in expert)
         return sum(t.numel() for t in given.values()) + round(experts * self.experts_used)
 
     def flops_per_token(self, context: int) -> float:

@@ -124,22 +124,27 @@ def _moved(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     if any(r.alias_info is not None and not r.alias_info.is_write for r in returns):
         return 0  # a view
     name = func._schema.name
-    outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+    outputs: list[Tensor] = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
     if name in _GATHERS:
         return 2 * sum(map(_size, outputs))
     if name.startswith("lmfast::") and name.endswith(("cached_attention", "decode_attention")):
         return _moved_on_cache(name, args)
     if name.endswith("rope_append"):
         return 2 * sum(_size(t) for t in args[:3])
-    seen: set[int] = set()
-    total = 0
-    for argument, value in zip(func._schema.arguments, args):
-        written = argument.alias_info is not None and argument.alias_info.is_write
+    arguments = func._schema.arguments
+    pairs = [*zip(arguments, args), *((a, kwargs[a.name]) for a in arguments if a.name in kwargs)]
+    read: dict[int, int] = {}
+    written: dict[int, int] = {}
+    for argument, value in pairs:
         for t in tree_leaves(value):
-            if isinstance(t, Tensor) and id(t) not in seen:
-                seen.add(id(t))
-                total += _size(t) * (1 + written)
-    return total + sum(_size(t) for t in outputs if id(t) not in seen)
+            if not isinstance(t, Tensor):
+                continue
+            if not argument.is_out:  # what lies there before is not read
+                read[id(t)] = _size(t)
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written[id(t)] = _size(t)
+    made = (_size(t) for t in outputs if id(t) not in read and id(t) not in written)
+    return sum(read.values()) + sum(written.values()) + sum(made)
 
 
 def _moved_on_cache(name: str, args: tuple[Any, ...]) -> int:

@@ -85,9 +85,7 @@ class Generator:
         if self._reason is None:
             text = f"the compiled engine, with {self.weights} weights"
         else:
-            text = f"the model's own modules: {self._reason}"
-            if self.runner.device.type == "cuda" and static_step.takes(self.runner):
-                text += "; a CUDA graph per token where the options allow it"
+            text = f"the model's own modules: {self._reason}{static_step.explained(self.runner)}"
         print(f"Generator runs {text}")
         return text
 

@@ -81,8 +81,8 @@ class ModuleRunner:
         """Why the model has no step on static buffers, or None."""
         return static_models.why_not_static(self._model)
 
-    def may_be_static(self, state: Any) -> bool:
-        """Whether a state can be brought onto static buffers."""
+    def may_be_static(self, state: Any, steps: int) -> bool:
+        """Whether a state can be brought onto static buffers; it has room for its steps."""
         return static_models.may_be_static(state)
 
     def static_model(self, state: Any, steps: int) -> static_models.StaticModel:

@@ -202,9 +202,9 @@ class TransformersRunner:
         """Why the model has no step on static buffers, or None."""
         return transformers_static.why_not_static(self._model)
 
-    def may_be_static(self, state: TransformersState) -> bool:
-        """Whether a state can be brought onto static buffers."""
-        return transformers_static.may_be_static(state)
+    def may_be_static(self, state: TransformersState, steps: int) -> bool:
+        """Whether a state can be brought onto static buffers, and there is memory for them."""
+        return transformers_static.may_be_static(state, steps)
 
     def static_model(
         self, state: TransformersState, steps: int

@@ -4,6 +4,9 @@ Keys and values lie in layers of transformers' own static kind, which every mode
 into one graph takes: their lengths are tensors. All rows have their newest token in the same
 column, shorter ones padding in front, as `TransformersState` keeps them; layers with a window keep
 all tokens, and the masks do the rest.
+
+There is room for every token from the start. Attention of this package on rows of one length reads
+only those that there are; any other reads the room, under a mask.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
+from lmfast.integrations._experts import expert_parameters, why_experts_wait
+
 # Rotations whose tables follow from positions alone.
 _ROTATIONS = ("default", "linear", "llama3", "yarn", "proportional")
 
@@ -24,7 +29,8 @@ class StaticTransformer:
 
     Args:
         model: the model.
-        state: `TransformersState` after the prompts, used up.
+        state: `TransformersState` after the prompts, used up: its keys and values go layer by
+            layer while the static ones come.
         steps: most steps there may be.
         takes_positions: the model's forward takes `position_ids`.
         takes_last_only: it takes `logits_to_keep`.
@@ -37,15 +43,17 @@ class StaticTransformer:
         lengths = state.lengths
         width = max(lengths)
         capacity = width + steps
-        layers = []
+        layers: list[Any] = []
         for old in state.cache.layers:
-            layer = StaticLayer(max_cache_len=capacity)
+            layer: Any = StaticLayer(max_cache_len=capacity)
             layer.lazy_initialization(old.keys, old.values)
             layer.keys[:, :, :width] = old.keys
             layer.values[:, :, :width] = old.values
             layer.cumulative_length.fill_(width)
+            old.keys = old.values = None  # not both caches at once
+            old.is_initialized = False
             layers.append(layer)
-        self._layers: list[Any] = layers
+        self._layers = layers
         self._cache = Cache(layers=self._layers)
         device = layers[0].keys.device
         self._options: dict[str, Any] = {"logits_to_keep": 1} if takes_last_only else {}
@@ -83,13 +91,36 @@ def why_not_static(model: Any) -> str | None:
     for kind in _rotations(model.config.get_text_config()):
         if kind not in _ROTATIONS:
             return f"the rotation ({kind}) depends on the length of the text"
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        return "its layers lie on several devices (hf_device_map)"
+    devices = sorted({str(p.device) for p in model.parameters()})
+    if len(devices) > 1:
+        return f"its parameters lie on several devices ({', '.join(devices)})"
+    experts = expert_parameters(model)
+    if experts and experts[0].is_cuda:
+        implementation = getattr(model.config.get_text_config(), "_experts_implementation", None)
+        capability = torch.cuda.get_device_capability(experts[0].device)
+        return why_experts_wait(implementation, experts[0].dtype, capability)
     return None
 
 
-def may_be_static(state: Any) -> bool:
-    """Whether all layers keep keys and values alone."""
+def may_be_static(state: Any, steps: int) -> bool:
+    """Whether all layers keep keys and values alone, and there is memory for so many steps."""
     layers = state.cache.layers
-    return bool(layers) and all(getattr(layer, "is_initialized", False) for layer in layers)
+    if not layers or not all(getattr(layer, "is_initialized", False) for layer in layers):
+        return False
+    free, width = _free_bytes(layers[0].keys.device), max(state.lengths)
+    sizes = [layer.keys.nbytes + layer.values.nbytes for layer in layers]
+    # An old layer goes when its new one is there: never more than one is kept twice.
+    return free is None or sum(sizes) * steps // width + max(sizes) <= free
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """What PyTorch may still allocate on a GPU; None on a CPU: not known."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def _rotations(config: Any) -> Iterator[str]:
@@ -105,8 +136,9 @@ def _sees_all(model: Any) -> bool:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windows = [getattr(config, n, None) for n in ("sliding_window", "attention_chunk_size")]
+    name = getattr(config, "_attn_implementation", None) or ""
     return (
-        getattr(config, "_attn_implementation", None) == "lmfast"
+        (name == "lmfast" or name.startswith("lmfast_"))  # or with a backend
         and kinds == {"full_attention"}
         and (not any(windows) or getattr(config, "layer_types", None) is not None)
         and getattr(config, "is_causal", True)

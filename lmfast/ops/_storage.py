@@ -26,9 +26,12 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if dtype != FLOAT8:
         return x.to(dtype)
-    wide = x.float()
-    inside = wide.clamp(-_LARGEST_FLOAT8, _LARGEST_FLOAT8).to(FLOAT8)
-    known = wide.isfinite()
+    known = x.isfinite()
+    inside = x.clamp(-_LARGEST_FLOAT8, _LARGEST_FLOAT8)
+    if x.dtype == torch.float64:  # through float32 would be rounding twice
+        step = torch.ldexp(torch.ones_like(x), inside.frexp().exponent.clamp_min(-5) - 4)
+        inside = (inside / step).round() * step
+    inside = inside.float().to(FLOAT8)
     # Of eight-bit floats only the bits can be chosen between.
     nan = torch.full_like(known, 0x7F, dtype=torch.uint8)
     return torch.where(known, inside.view(torch.uint8), nan).view(FLOAT8)

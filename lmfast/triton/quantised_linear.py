@@ -10,8 +10,9 @@ One row of x takes no matrix instruction, which would be 15/16 empty: a program 
 the matrix with x elementwise, keeps a sum per thread, and adds across threads once at the end.
 
 The gradient of x, dy W, walks the rows of the matrix instead of its columns: the same bytes once.
-There the scale of an int8 row stands inside the sum, so it is multiplied into dy, which is rounded
-to its dtype once more; both columns of a byte again have a sum each, and are stored side by side.
+There the scale of an int8 row stands inside the sum, so it is multiplied into the codes, which are
+rounded as the widened matrix would be: products of dy and a scale would be too small for fp16. Both
+columns of a byte again have a sum each, and are stored side by side.
 """
 
 from __future__ import annotations
@@ -173,15 +174,14 @@ def _quantised_grad_kernel(
         n = begin + tl.arange(0, BLOCK_N)
         there = (n < width)[:, None] & (k < columns)[None, :]
         dy_there = (m < rows)[:, None] & (n < width)[None, :]
-        dy = tl.load(dy_row + n[None, :], mask=dy_there, other=0.0)
+        dy = tl.load(dy_row + n[None, :], mask=dy_there, other=0.0).to(dtype)
         at = n.to(tl.int64)[:, None] * codes0 + k[None, :]
         codes = tl.load(codes_ptr + at, mask=there, other=0)
         if GROUP == 0:
             scale = tl.load(scales_ptr + n, mask=n < width, other=0.0).to(tl.float32)
-            dy = (dy.to(tl.float32) * scale[None, :]).to(dy_ptr.dtype.element_ty).to(dtype)
-            low = tl.dot(dy, codes.to(dtype), low, input_precision="tf32x3")
+            w = (codes.to(tl.float32) * scale[:, None]).to(dtype)
+            low = tl.dot(dy, w, low, input_precision="tf32x3")
         else:
-            dy = dy.to(dtype)
             w = _numbers(codes, scales_ptr, n, k, there, scales0, 0, GROUP).to(dtype)
             low = tl.dot(dy, w, low, input_precision="tf32x3")
             w = _numbers(codes, scales_ptr, n, k, there, scales0, 1, GROUP).to(dtype)

@@ -53,7 +53,7 @@ def _codes(x, inverse, unknown):
 
 @triton.jit
 def _float8_codes(x):
-    """The bytes of float8_e4m3fn: nearest, halves to even, at most 448; NaN for what is not finite.
+    """The bytes of float8_e4m3fn: nearest, halves to even, at most 448; for what is not finite NaN.
 
     From 2^-6 on the bits of fp32 are rounded to three of the fraction; smaller numbers are
     multiples of 2^-9.
@@ -63,8 +63,8 @@ def _float8_codes(x):
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
     small = ((magnitude * 512.0 + 12582912.0) - 12582912.0).to(tl.int32)
     code = tl.where(magnitude < 0.015625, small, tl.minimum(normal, 0x7E))
-    code = tl.where(magnitude <= 3.4028234663852886e38, code, 0x7F)
-    return code | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)
+    code |= (x.to(tl.int32, bitcast=True) >> 24) & 0x80
+    return tl.where(magnitude <= 3.4028234663852886e38, code, 0x7F)
 
 
 @triton.jit

@@ -78,6 +78,36 @@ void check_plans() {
   }
 }
 
+// A GPU of 132 multiprocessors whose parts hold 7 clusters of 16, not the 8 of the quotient: the
+// rows in turn are those of the clusters that run at once.
+void check_room() {
+  const int parts[] = {18, 16, 18, 16, 18, 16, 16, 14};
+  const auto room = [&](const RecurrentPlan& plan) {
+    int clusters = 0;
+    for (const int size : parts) clusters += size / plan.unit_blocks;
+    return clusters;
+  };
+  const auto plan_of = [](int hidden, int batch, auto with) {
+    return recurrent_cluster_plan_with_room(Cell::kLstm, false, hidden, batch, true, 132,
+                                            kRecurrentMaxShared, with);
+  };
+  for (int hidden = 8; hidden < 520; hidden += 8) {
+    for (const int batch : {1, 64, 128, 250, 300, 448}) {
+      const RecurrentPlan plan = plan_of(hidden, batch, room);
+      if (!plan.fits) continue;
+      const int there = room(plan), turns = (plan.groups + there - 1) / there;
+      expect(float(plan.rows_in_turn >= turns * plan.group_rows), 1.0, 0.0, "rows in turn");
+    }
+  }
+  const RecurrentPlan plan = plan_of(512, 448, room);
+  expect(float(plan.unit_blocks), 16.0, 0.0, "blocks");
+  expect(float(plan.groups), 7.0, 0.0, "a group per cluster there is");
+  const auto none = [](const RecurrentPlan&) { return 0; };
+  expect(float(plan_of(64, 8, none).fits), 0.0, 0.0, "no room");
+  const auto small = [&](const RecurrentPlan& p) { return p.unit_blocks > 2 ? 0 : room(p); };
+  expect(float(plan_of(64, 8, small).unit_blocks), 2.0, 0.0, "smaller clusters");
+}
+
 void check_all(bool quick) {
   // cell, batch, hidden, rows of each step, reverse, states, warps, groups
   check<bf16, 64, 4, 32, 8>({Cell::kLstm, 3, 16, {3, 2, 1}, false, true, 1, 1}, {2, 8}, {2, 8});
@@ -98,6 +128,9 @@ void check_all(bool quick) {
 int main(int argc, char**) {
   using namespace lmfast::gpu;
   check_all(argc > 1);
-  if (argc == 1) check_plans();
+  if (argc == 1) {
+    check_plans();
+    check_room();
+  }
   std::puts("recurrent kernels in clusters agree with double precision");
 }

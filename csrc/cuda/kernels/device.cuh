@@ -168,7 +168,9 @@ __device__ __forceinline__ unsigned load_acquired(const unsigned* counter) {
 }
 __device__ __forceinline__ void pause_briefly() { __nanosleep(20); }
 
-// Clusters of blocks, from compute capability 9 on; kernels that use them do nothing below.
+// Clusters of blocks, from compute capability 9 on. It is what the code was compiled for that
+// counts: a later GPU may run code made for an earlier one. Kernels that use clusters end with an
+// error there, and are not launched.
 #if __CUDA_ARCH__ >= 900
 #define LMFAST_CLUSTERS 1
 #endif

@@ -175,4 +175,26 @@ inline RecurrentPlan recurrent_cluster_plan(RecurrentCell cell, bool backward, i
   return best;
 }
 
+// The plan of `recurrent_cluster_plan` for a device that runs room(plan) clusters of it at once.
+// Where these are fewer than its multiprocessors would make, which lie in parts of uneven size, it
+// plans again for those there are; where there is none, with smaller clusters.
+template <typename Room>
+RecurrentPlan recurrent_cluster_plan_with_room(RecurrentCell cell, bool backward, int hidden,
+                                               int batch, bool half, int multiprocessors,
+                                               int max_shared, Room room) {
+  for (int most = kRecurrentMaxCluster; most > 0; most /= 2) {
+    int usable = multiprocessors;
+    for (;;) {
+      const RecurrentPlan plan =
+          recurrent_cluster_plan(cell, backward, hidden, batch, half, usable, most, max_shared);
+      if (!plan.fits) return {};
+      const int expected = usable / plan.unit_blocks, there = room(plan);
+      if (there >= expected || there >= plan.groups) return plan;
+      if (there < 1) break;
+      usable = there * plan.unit_blocks;
+    }
+  }
+  return {};
+}
+
 }  // namespace lmfast::gpu

@@ -104,6 +104,8 @@ __global__ void __launch_bounds__(kRecurrentMaxWarps * 32, 1)
     }
   }
   keep_last_states<T>(p, group0, unit0, units);
+#else
+  __trap();
 #endif
 }
 
@@ -169,6 +171,8 @@ __global__ void __launch_bounds__(kRecurrentMaxWarps * 32, 1)
     }
   }
   keep_last_carry<T>(p, group0, unit0, units);
+#else
+  __trap();
 #endif
 }
 

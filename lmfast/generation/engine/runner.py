@@ -26,6 +26,8 @@ from lmfast.generation.engine.watch import Watch
 # Tokens of a prompt that go through the layers together: their rows stay in the caches, and the
 # memory beside the model is bounded.
 CHUNK = 512
+# What the engine's attention reads keys and values from.
+_CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
 class EngineRunner:
@@ -44,6 +46,7 @@ class EngineRunner:
 
     Raises:
         CannotPack: the model is of a kind that cannot be packed.
+        ValueError: a `cache_dtype` that the engine does not read.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class EngineRunner:
         self.device = torch.device("cpu")
         default = torch.float32 if weights == "fp32" else torch.bfloat16
         self.cache_dtype = default if cache_dtype is None else cache_dtype
+        _check_cache_dtype("cache_dtype", self.cache_dtype)
         self.repack()
 
     def repack(self) -> None:
@@ -333,7 +337,8 @@ class EngineRunner:
                 f"{tuple(ids.shape)}"
             )
         shape = (state.num_layers, state.num_kv_heads, state.head_dim)
-        if shape != self._shape or state.device.type != "cpu" or state.dtype == torch.float64:
+        _check_cache_dtype("state", state.dtype)
+        if shape != self._shape or state.device.type != "cpu":
             raise ValueError(
                 "state must be a cache of this model's (layers, kv heads, head size) "
                 f"{self._shape} on the CPU, got {shape} of {state.dtype} on {state.device}"
@@ -379,3 +384,11 @@ def _real(counts: Sequence[int], steps: int) -> Tensor:
 
 
 __all__ = ["CannotPack", "EngineRunner"]
+
+
+def _check_cache_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in _CACHE_DTYPES:
+        raise ValueError(
+            f"{name} must store float32, bfloat16, float16 or int8 to be read by the engine, got "
+            f"{dtype}: make the cache with one of these, or run the model's modules on it"
+        )
