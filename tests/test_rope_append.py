@@ -152,7 +152,9 @@ def test_errors_name_the_argument():
         ops.rope_append(q, k, v[:, :1], keys, values, slots)
     with pytest.raises(ValueError, match=r"keys must have shape \(R, 2, C, 24\)"):
         ops.rope_append(q, k, v, keys[:, :1], values[:, :1], slots)
-    with pytest.raises(TypeError, match=r"keys must be float32, .* or int8, got torch\.int64"):
+    with pytest.raises(
+        TypeError, match=r"keys must be float32, .*int8 or float8_e4m3fn, got torch\.int64"
+    ):
         ops.rope_append(q, k, v, keys.long(), values.long(), slots)
     with pytest.raises(ValueError, match="key_scales is for int8 storage, and needed there"):
         ops.rope_append(q, k, v, keys.to(torch.int8), values.to(torch.int8), slots)
