@@ -204,3 +204,35 @@ def test_a_sequence_can_be_removed_after_a_step_that_failed():
     assert len(batch.new_ids(second)) == 8
     with pytest.raises(KeyError):
         batch.remove(first)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "lstm", "llama"])
+def test_a_step_interrupted_within_the_model_goes_on_where_it_was(kind):
+    model = make(kind)
+    generator = Generator(model)
+    prompt = [5, 9, 2]
+    alone = generator.generate(torch.tensor([prompt]), max_new_tokens=8)[0, 3:].tolist()
+    batch = generator.batch()
+    key = batch.add(prompt, max_new_tokens=8)
+    batch.step()
+    inner = [
+        m for m in model.modules() if type(m).__name__ in ("DecoderBlock", "LlamaDecoderLayer")
+    ]
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    original = generator.runner.step
+    if inner:
+        inner[1].forward, forward = interrupt, inner[1].forward
+    else:
+        generator.runner.step = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        batch.step()
+    if inner:
+        inner[1].forward = forward
+    else:
+        generator.runner.step = original
+    while batch.running:
+        batch.step()
+    assert batch.new_ids(key) == alone

@@ -134,3 +134,13 @@ def test_what_holds_parts_that_do_something_on_the_side_stays(kind: type) -> Non
 def test_a_linear_layer_that_does_more_stays() -> None:
     assert outcome(CountingLinear(8, 8)) is None
     assert outcome(nn.modules.linear.NonDynamicallyQuantizableLinear(8, 8)) is None
+
+
+def test_a_decorator_of_pytorch_hides_nothing() -> None:
+    class Logging(ScaledNorm):
+        @torch.autocast("cpu", enabled=False)
+        def forward(self, x: Tensor) -> Tensor:
+            HITS.append(1)
+            return super().forward(x)
+
+    assert outcome(Logging(8)) is None

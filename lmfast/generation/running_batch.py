@@ -68,6 +68,8 @@ class RunningBatch:
         self._running: list[int] = []
         self._chosen: dict[int, Tensor] = {}  # of a step that was not finished
         self._unseen: dict[int, int] = {}  # ids that the model has not been fed
+        self._undecided: list[int] = []  # sequences that may end with their newest id
+        self._ended: list[int] = []
 
     @property
     def running(self) -> list[int]:
@@ -96,6 +98,7 @@ class RunningBatch:
         Raises:
             TypeError, ValueError: as `Generator.generate`.
         """
+        self._decide()
         self._feed()
         prompt = torch.as_tensor(ids, device=self._runner.device)
         if prompt.ndim != 1 or not len(prompt):
@@ -125,9 +128,9 @@ class RunningBatch:
     def step(self) -> dict[int, int]:
         """Choose one more id for every running sequence; those that end with it run no longer.
 
-        An error, for instance of a sequence that has no token left to draw, or Ctrl-C leaves all
-        sequences as they were, or as they are after the step: `step` can be called again, where it
-        was an error after `remove` of the sequence it names.
+        After an error, for instance of a sequence that has no token left to draw, or Ctrl-C in the
+        model, in drawing or in a tokenizer, `step` can be called again and goes on where it was;
+        where it was an error, after `remove` of the sequence it names.
 
         Returns:
             The new ids by key.
@@ -135,6 +138,7 @@ class RunningBatch:
         Raises:
             RuntimeError: a sequence for which nothing can be chosen, by its key.
         """
+        self._decide()
         self._feed()
         if not self._running:
             return {}
@@ -147,10 +151,20 @@ class RunningBatch:
         for key, new_id in new.items():
             self._sequences[key].sampler.count(chosen[key])
             self._sequences[key].new.append(new_id)
-        self._drop([key for key in self._running if self._ends(self._sequences[key])])
-        self._unseen = {key: new[key] for key in self._running}
+        self._unseen, self._undecided = dict(new), list(self._running)
+        self._decide()
         self._feed()
         return new
+
+    def _decide(self) -> None:
+        """Let those end whose newest id ends them."""
+        while self._undecided:
+            key = self._undecided[0]
+            if self._ends(self._sequences[key]):
+                self._ended.append(key)
+            del self._undecided[0]
+        self._drop(self._ended)
+        self._ended = []
 
     def remove(self, key: int) -> None:
         """Forget a sequence, running or not.
@@ -167,7 +181,14 @@ class RunningBatch:
         """Let the model see the newest ids, if it has not."""
         if self._unseen:
             ids = torch.tensor([[self._unseen[key]] for key in self._running])
-            self._logits, self._state = self._runner.step(ids.to(self._runner.device), self._state)
+            lengths = getattr(self._state, "lengths", None)
+            try:
+                logits, state = self._runner.step(ids.to(self._runner.device), self._state)
+            except BaseException:
+                if lengths is not None:  # some layers may have taken the ids
+                    self._state.truncate(lengths)
+                raise
+            self._logits, self._state = logits, state
         self._unseen = {}
 
     def _choose(self, key: int, logits: Tensor) -> Tensor:
@@ -196,4 +217,5 @@ class RunningBatch:
         for key in set(keys).intersection(self._running):
             self._chosen.pop(key, None)
             self._unseen.pop(key, None)
+        self._undecided = [key for key in self._undecided if key not in keys]
         self._running = [self._running[row] for row in rows]

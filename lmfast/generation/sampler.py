@@ -21,6 +21,8 @@ _DRAWN_AT_ONCE = 16  # steps
 class Sampler:
     """What turns logits into ids, row by row, and remembers what was generated.
 
+    The implementation of `sample` is chosen at the first call.
+
     Args:
         options: of the call.
         prompts: of the rows.

@@ -102,7 +102,7 @@ class StopOfRow:
             ended = ended or any(
                 text.find(s, max(0, known - len(s) + 1)) >= 0 for s in self._strings
             )
-            self._text = text[len(text) - self._kept :] if self._kept else ""
+            self._text = text[max(0, len(text) - self._kept) :]
         return ended and count_as_end
 
 

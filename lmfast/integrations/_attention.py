@@ -61,7 +61,7 @@ def attention_forward(
     alone = attention_mask is None or attention_mask.dtype == torch.bool
     if ends is not None and alone and length == 1 and key.shape == value.shape and not dropout:
         out = ops.cached_attention(
-            query, key, value, ends, softcap=softcap, sinks=sinks, scale=scaling
+            query, key, value, ends, softcap=softcap, sinks=sinks, scale=scaling, backend=backend
         )
         return out.transpose(1, 2).contiguous(), None
     if dropout or kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:

@@ -31,7 +31,8 @@ class LanguageModel(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _REGISTRY[cls.kind] = cls
+        if "kind" in vars(cls):  # a user's subclass must not be what files of its parent become
+            _REGISTRY[cls.kind] = cls
 
     @property
     def config(self) -> dict[str, Any]:

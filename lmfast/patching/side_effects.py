@@ -14,6 +14,7 @@ import inspect
 import types
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ _CHANGES = {
     *("add", "append", "appendleft", "clear", "discard", "extend", "extendleft", "insert", "pop"),
     *("popitem", "popleft", "remove", "reverse", "rotate", "setdefault", "sort", "update"),
 }
+_INSTALLED = {"site-packages", "dist-packages"}
 _TALKING = {print, input, open, setattr, delattr, exec, eval}
 
 
@@ -61,6 +63,9 @@ def _of(function: Any, module: nn.Module, seen: set[types.CodeType]) -> str | No
     if not isinstance(function, types.FunctionType):
         return None
     if str(function.__globals__.get("__name__")).startswith("torch."):
+        wrapped = getattr(function, "__wrapped__", None)  # as by torch.autocast and torch.no_grad
+        return None if wrapped is None else _of(wrapped, module, seen)
+    if _is_of_another_library(function, module):
         return None
     if hasattr(function, "__wrapped__"):
         return f"{function.__name__} is decorated"
@@ -78,6 +83,14 @@ def _of(function: Any, module: nn.Module, seen: set[types.CodeType]) -> str | No
         if found is not None:
             return found
     return None
+
+
+def _is_of_another_library(function: types.FunctionType, module: nn.Module) -> bool:
+    """Whether it is installed, and not with the module: libraries keep tables of their own."""
+    if not _INSTALLED.intersection(Path(function.__code__.co_filename).parts):
+        return False
+    home = str(function.__globals__.get("__name__")).partition(".")[0]
+    return all(cls.__module__.partition(".")[0] != home for cls in type(module).__mro__)
 
 
 def _is_constant(cell: types.CellType) -> bool:
