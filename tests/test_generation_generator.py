@@ -5,7 +5,6 @@ import torch
 
 import lmfast
 from lmfast.generation import Generator
-from lmfast.generation.stopping import StopOfRow
 from lmfast.models import DecoderLanguageModel, RecurrentLanguageModel
 
 V = 37
@@ -386,17 +385,3 @@ def test_a_forward_that_generation_would_not_call_is_named():
         Generator(Scaled(50, 16, 2, 1, 0))
     config = DecoderLanguageModel(50, 16, 2, 1, 0).config
     assert type(lmfast.models.build_model(config)) is DecoderLanguageModel
-
-
-@pytest.mark.parametrize("length", range(1, 9))
-@pytest.mark.parametrize("before", ["", "x" * 3, "x" * 20])
-def test_stop_strings_of_any_length(length, before):
-    class Letters:
-        def decode(self, ids):
-            return "".join(map(chr, ids))
-
-    string = "abcdefgh"[:length]
-    stop = StopOfRow([], [], [string], Letters())
-    assert [stop.ends(ord(c)) for c in before + string] == [False] * len(before + string[1:]) + [
-        True
-    ]

@@ -8,6 +8,7 @@ import torch
 
 import lmfast
 from lmfast.generation import GenerationOptions, Generator
+from lmfast.generation.stopping import StopOfRow
 from lmfast.models import DecoderLanguageModel, RecurrentLanguageModel
 
 V = 37
@@ -113,3 +114,17 @@ def test_padding_of_a_config_outside_the_vocabulary_is_not_used():
     end = int(lmfast.generate(model, ids, 1)[0, 2])
     out = lmfast.generate(model, ids, 6, eos_token_id=end)
     assert (out[0, 3:] == model.pad_idx).all()
+
+
+@pytest.mark.parametrize("length", range(1, 9))
+@pytest.mark.parametrize("before", ["", "x" * 3, "x" * 20])
+def test_stop_strings_of_any_length(length, before):
+    class Letters:
+        def decode(self, ids):
+            return "".join(map(chr, ids))
+
+    string = "abcdefgh"[:length]
+    stop = StopOfRow([], [], [string], Letters())
+    assert [stop.ends(ord(c)) for c in before + string] == [False] * len(before + string[1:]) + [
+        True
+    ]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmfast._dispatch import Op, implementation, register, register_op, select
-from lmfast.ops._autograd import apply, differentiate, recording_backward
+from lmfast.ops._autograd import apply, recording_backward
 from lmfast.ops._library import (
     accumulation_dtype,
     check_same_device,
@@ -220,25 +220,19 @@ class _QuantisedLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, codes, scales, bias, ctx.backend = inputs
-        # x itself is needed for gradients of gradients alone, and is alive as the graph's input.
-        ctx.save_for_backward(x, codes, scales, bias)
+        _, codes, scales, _, ctx.backend = inputs
+        ctx.save_for_backward(codes, scales)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, codes, scales, bias = ctx.saved_tensors
-        if recording_backward():
-
-            def plain(x: Tensor, bias: Tensor | None) -> Tensor:
-                return _reference(x, codes, scales, bias)
-
-            dx, dbias = differentiate(plain, (x, bias), (dy,))
-            return dx, None, None, dbias, None
+        codes, scales = ctx.saved_tensors
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            backward = implementation("quantised_linear", ctx.backend).backward or _backward
-            dx = backward(dy, codes, scales)
-        if bias is not None and ctx.needs_input_grad[3]:
+            backward = implementation("quantised_linear", ctx.backend).backward
+            assert backward is not None
+            # The layer is linear in x: gradients of gradients are those of the plain product.
+            dx = (_backward if recording_backward() else backward)(dy, codes, scales)
+        if ctx.needs_input_grad[3]:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
         return dx, None, None, dbias, None
 
