@@ -13,6 +13,7 @@
 
 #include "../lane_sums.h"
 #include "../prefetch.h"
+#include "linear_finish.h"
 
 namespace lmfast::LMFAST_ISA {
 namespace {
@@ -114,19 +115,9 @@ void by_rows(const LinearFewRowsArgs& a, const T* weight, int64_t column, int co
 template <class T>
 LMFAST_INLINE void finish(const LinearFewRowsArgs& a, const float* sums, int64_t row,
                           int64_t column, int columns) {
+  const T* bias = a.bias == nullptr ? nullptr : static_cast<const T*>(a.bias) + column;
   T* out = static_cast<T*>(a.out) + row * a.columns + column;
-  for (int v = 0; v < columns; v += W) {
-    const int n = columns - v < W ? columns - v : W;
-    VecF y = VecF::load(sums + v, n);
-    if (a.bias != nullptr) y = y + VecF::load(static_cast<const T*>(a.bias) + column + v, n);
-    // The second operand comes out when one is NaN.
-    if (a.relu) y = max(VecF::zero(), y);
-    if (n == W) {
-      y.store(out + v);
-    } else {
-      y.store(out + v, n);
-    }
-  }
+  finish_row(out, sums, bias, a.relu, columns, [](VecF y, int, int) { return y; });
 }
 
 // Adds kDepth rows of the depth, each read from end to end, to the sums of all rows of x: the
@@ -187,20 +178,6 @@ void run(const LinearFewRowsArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-template <class T>
-void widen(const WidenArgs& a, int64_t begin, int64_t end) {
-  for (int64_t r = begin; r < end; ++r) {
-    const T* x = static_cast<const T*>(a.x) + r * a.stride;
-    float* out = a.out + r * a.width;
-    int64_t i = 0;
-    for (; i + W <= a.width; i += W) VecF::load(x + i).store(out + i);
-    if (i < a.width) {
-      const int n = static_cast<int>(a.width - i);
-      VecF::load(x + i, n).store(out + i, n);
-    }
-  }
-}
-
 }  // namespace
 
 void linear_few_rows(const LinearFewRowsArgs& a, int64_t begin, int64_t end) {
@@ -211,17 +188,6 @@ void linear_few_rows(const LinearFewRowsArgs& a, int64_t begin, int64_t end) {
       return run<f16>(a, begin, end);
     default:
       return run<float>(a, begin, end);
-  }
-}
-
-void linear_few_rows_widen(const WidenArgs& a, int64_t begin, int64_t end) {
-  switch (a.dtype) {
-    case DType::kBF16:
-      return widen<bf16>(a, begin, end);
-    case DType::kF16:
-      return widen<f16>(a, begin, end);
-    default:
-      return widen<float>(a, begin, end);
   }
 }
 

@@ -23,15 +23,6 @@ struct LinearFewRowsArgs {
   void* out;  // (rows, columns), contiguous
 };
 
-struct WidenArgs {
-  DType dtype;
-  int64_t width;
-  const void* x;
-  int64_t stride;
-  float* out;  // rows of `width`
-};
-
 LMFAST_DECLARE_KERNEL(linear_few_rows, LinearFewRowsArgs)  // range: units of columns
-LMFAST_DECLARE_KERNEL(linear_few_rows_widen, WidenArgs)    // range: rows
 
 }  // namespace lmfast

@@ -14,6 +14,7 @@
 
 #include "../lane_sums.h"
 #include "../prefetch.h"
+#include "linear_finish.h"
 #include "quantised_codes.h"
 
 namespace lmfast::LMFAST_ISA {
@@ -221,18 +222,11 @@ void multiply(const QuantisedLinearArgs& a, const float* x, int64_t rows, int64_
 template <class T, class S>
 LMFAST_INLINE void finish(const QuantisedLinearArgs& a, const float* sums, int64_t row,
                           int64_t column, int columns) {
+  const T* bias = a.bias == nullptr ? nullptr : static_cast<const T*>(a.bias) + column;
   T* out = static_cast<T*>(a.out) + row * a.columns + column;
-  for (int v = 0; v < columns; v += W) {
-    const int n = columns - v < W ? columns - v : W;
-    VecF y = VecF::load(sums + v, n);
-    if (!a.nibbles) y = y * VecF::load(static_cast<const S*>(a.scales) + column + v, n);
-    if (a.bias != nullptr) y = y + VecF::load(static_cast<const T*>(a.bias) + column + v, n);
-    if (n == W) {
-      y.store(out + v);
-    } else {
-      y.store(out + v, n);
-    }
-  }
+  const S* scales = static_cast<const S*>(a.scales) + column;
+  finish_row(out, sums, bias, false, columns,
+             [&](VecF y, int c, int n) { return a.nibbles ? y : y * VecF::load(scales + c, n); });
 }
 
 template <class T, class S>
@@ -268,26 +262,6 @@ void run_of(const QuantisedLinearArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-template <class T>
-void lay_out(const QuantisedRowsArgs& a, int64_t begin, int64_t end) {
-  for (int64_t r = begin; r < end; ++r) {
-    const T* x = static_cast<const T*>(a.x) + r * a.stride;
-    float* out = a.out + r * a.depth;
-    const int64_t half = a.depth / 2;
-    for (int64_t i = 0; i < a.depth; i += W) {
-      const int n = a.depth - i < W ? static_cast<int>(a.depth - i) : W;
-      const VecF v = n == W ? VecF::load(x + i) : VecF::load(x + i, n);
-      if (!a.apart) {
-        v.store(out + i, n);
-        continue;
-      }
-      float lanes[W];
-      v.store(lanes);
-      for (int j = 0; j < n; ++j) out[(i + j) / 2 + (j % 2 != 0 ? half : 0)] = lanes[j];
-    }
-  }
-}
-
 }  // namespace
 
 void quantised_linear(const QuantisedLinearArgs& a, int64_t begin, int64_t end) {
@@ -298,17 +272,6 @@ void quantised_linear(const QuantisedLinearArgs& a, int64_t begin, int64_t end) 
       return run_of<f16>(a, begin, end);
     default:
       return run_of<float>(a, begin, end);
-  }
-}
-
-void quantised_linear_rows(const QuantisedRowsArgs& a, int64_t begin, int64_t end) {
-  switch (a.dtype) {
-    case DType::kBF16:
-      return lay_out<bf16>(a, begin, end);
-    case DType::kF16:
-      return lay_out<f16>(a, begin, end);
-    default:
-      return lay_out<float>(a, begin, end);
   }
 }
 

@@ -25,17 +25,6 @@ struct QuantisedLinearArgs {
   void* out;         // (rows, columns), contiguous
 };
 
-// Rows of x as floats, in the order that the product reads.
-struct QuantisedRowsArgs {
-  DType dtype;
-  bool apart;  // even numbers first, then odd ones
-  int64_t depth;
-  const void* x;
-  int64_t stride;
-  float* out;  // rows of `depth`
-};
-
-LMFAST_DECLARE_KERNEL(quantised_linear, QuantisedLinearArgs)     // range: units of columns
-LMFAST_DECLARE_KERNEL(quantised_linear_rows, QuantisedRowsArgs)  // range: rows
+LMFAST_DECLARE_KERNEL(quantised_linear, QuantisedLinearArgs)  // range: units of columns
 
 }  // namespace lmfast
