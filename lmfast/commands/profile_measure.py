@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +67,25 @@ def launches(events: Any) -> tuple[int, int]:
     return operators, kernels
 
 
+@contextmanager
+def around_layers(
+    module: nn.Module, depth: int, before: Callable[[str], None], after: Callable[[str], None]
+) -> Iterator[None]:
+    """Calls both with the name of every module down to a depth, around its forward."""
+    hooks = []
+    for name, layer in module.named_modules():
+        if name and name.count(".") < depth:
+            hooks += [
+                layer.register_forward_pre_hook(lambda *_, name=name: before(name)),
+                layer.register_forward_hook(lambda *_, name=name: after(name)),
+            ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class LayerTimes:
     """Forward times of a model's layers, by hooks on its modules.
 
@@ -77,32 +95,21 @@ class LayerTimes:
 
     def __init__(self, depth: int, device: torch.device) -> None:
         self._depth, self._device = depth, device
-        self._seconds: dict[str, list[float]] = defaultdict(list)
+        self._seconds: dict[str, list[float]] = {}
+        self._started: list[float] = []  # of the layers that are running, the inner one last
 
-    @contextmanager
-    def recording(self, module: nn.Module) -> Iterator[None]:
+    def recording(self, module: nn.Module) -> AbstractContextManager[None]:
         """Times every call inside the block."""
-        hooks = []
-        for name, layer in module.named_modules():
-            if not name or name.count(".") >= self._depth:
-                continue
-            started: list[float] = []
+        return around_layers(module, self._depth, self._begin, self._end)
 
-            def before(*_: Any, started: list[float] = started, name: str = name) -> None:
-                self._seconds.setdefault(name, [])  # a layer comes before what is inside it
-                synchronize(self._device)
-                started.append(time.perf_counter())
+    def _begin(self, name: str) -> None:
+        self._seconds.setdefault(name, [])  # a layer comes before what is inside it
+        synchronize(self._device)
+        self._started.append(time.perf_counter())
 
-            def after(*_: Any, started: list[float] = started, name: str = name) -> None:
-                synchronize(self._device)
-                self._seconds[name].append(time.perf_counter() - started.pop())
-
-            hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def _end(self, name: str) -> None:
+        synchronize(self._device)
+        self._seconds[name].append(time.perf_counter() - self._started.pop())
 
     def rows(self) -> list[tuple[str, int, float]]:
         """(layer, calls, median seconds of a call) in the order of the first calls."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from lmfast.commands.profile_measure import around_layers
 
 # Of their tables only the rows asked for are touched.
 _GATHERS = ("aten::embedding", "aten::index", "aten::index_select", "aten::gather")
@@ -92,26 +94,9 @@ class Work(TorchDispatchMode):
             self.layer_flops[layer] += flops
         return result
 
-    @contextmanager
-    def by_layer(self, module: nn.Module, depth: int) -> Iterator[None]:
+    def by_layer(self, module: nn.Module, depth: int) -> AbstractContextManager[None]:
         """Also counts by the modules down to `depth`, in their forward passes."""
-        hooks = []
-        for name, layer in module.named_modules():
-            if not name or name.count(".") >= depth:
-                continue
-
-            def before(*_: Any, name: str = name) -> None:
-                self._running.append(name)
-
-            def after(*_: Any) -> None:
-                self._running.pop()
-
-            hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        return around_layers(module, depth, self._running.append, self._running.remove)
 
 
 def _size(t: Tensor) -> int:

@@ -181,12 +181,11 @@ class RunningBatch:
         """Let the model see the newest ids, if it has not."""
         if self._unseen:
             ids = torch.tensor([[self._unseen[key]] for key in self._running])
-            lengths = getattr(self._state, "lengths", None)
             try:
                 logits, state = self._runner.step(ids.to(self._runner.device), self._state)
             except BaseException:
-                if lengths is not None:  # some layers may have taken the ids
-                    self._state.truncate(lengths)
+                if hasattr(self._state, "lengths"):  # some layers may have taken the ids
+                    self._state.truncate(self._state.lengths)
                 raise
             self._logits, self._state = logits, state
         self._unseen = {}
