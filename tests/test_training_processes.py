@@ -19,7 +19,7 @@ from lmfast.training import Processes, latest_checkpoint, load_model, process_gr
 
 # Neither IPv6 nor a name server is needed to find oneself.
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,10 @@ def two(tmp_path_factory):
     done = subprocess.run(
         command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == 0, done.stderr
+    # Where a process died comes last, behind what torchrun says of it.
+    assert done.returncode == 0, done.stderr + "".join(
+        done.stderr.partition("Fatal Python error")[1:]
+    )
     return directory
 
 
@@ -65,6 +68,27 @@ def test_a_checkpoint_of_two_processes_is_resumed_by_one(two, tmp_path, name):
 def test_dtensors(two, name):
     """Values and gradients on whole and divided DTensors are those on plain tensors."""
     assert json.loads((two / "dtensors.json").read_text())[name] == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are listed in /proc")
+def test_no_thread_of_gloo_outlives_the_group(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, torch\n"
+        "from lmfast.training import process_group\n"
+        "with process_group('cpu'):\n"
+        "    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))\n"
+        "    model(torch.ones(1, 2)).sum().backward()\n"
+        "del model\n"
+        "tasks = '/proc/self/task'\n"
+        "names = [open(f'{tasks}/{t}/comm').read() for t in os.listdir(tasks)]\n"
+        "assert not any('gloo' in name for name in names), names\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run(
+        [*TORCHRUN, str(program)], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_rows_are_divided_without_rest():

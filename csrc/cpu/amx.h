@@ -18,6 +18,8 @@
 #define LMFAST_AMX 1  // tiles, of AMX or of tiles_avx512.h
 #if !defined(__AMX_TILE__)
 #include "tiles_avx512.h"
+#elif defined(LMFAST_EMULATE_AMX)
+#include "amx_emulated.h"
 #endif
 
 namespace lmfast::LMFAST_ISA {
@@ -29,23 +31,19 @@ constexpr int kTileBytes = 1024;
 
 #if defined(__AMX_TILE__)
 
-// Turns the tiles on for the calling thread and releases them at the end of the scope: a thread
-// with live tiles pays for 8 KB of state at every context switch.
-class TileSession {
- public:
-  TileSession() {
-    struct alignas(64) Config {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    };
-    const Config config;
-    asm volatile("ldtilecfg %0" : : "m"(config) : "memory");
-  }
-  ~TileSession() { asm volatile("tilerelease" : : : "memory"); }
-  TileSession(const TileSession&) = delete;
-  TileSession& operator=(const TileSession&) = delete;
+// What ldtilecfg reads: the shapes of the eight tiles.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
+
+#if !defined(LMFAST_EMULATE_AMX)
+
+LMFAST_INLINE void load_tile_config(const TileConfig* config) {
+  asm volatile("ldtilecfg %0" : : "m"(*config) : "memory");
+}
+LMFAST_INLINE void release_tiles() { asm volatile("tilerelease" : : : "memory"); }
 
 template <int kTile>
 LMFAST_INLINE void tile_zero() {
@@ -65,6 +63,21 @@ template <int kC, int kA, int kB>
 LMFAST_INLINE void tile_dot() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
 }
+
+#endif
+
+// Turns the tiles on for the calling thread and releases them at the end of the scope: a thread
+// with live tiles pays for 8 KB of state at every context switch.
+class TileSession {
+ public:
+  TileSession() {
+    const TileConfig config;
+    load_tile_config(&config);
+  }
+  ~TileSession() { release_tiles(); }
+  TileSession(const TileSession&) = delete;
+  TileSession& operator=(const TileSession&) = delete;
+};
 
 #endif
 

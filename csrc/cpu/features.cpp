@@ -43,7 +43,9 @@ uint64_t xcr0() {
 
 // Linux gives a process the AMX tile state only on request; a kernel or sandbox may refuse.
 bool request_amx_permission() {
-#if defined(__linux__)
+#if defined(LMFAST_EMULATE_AMX)
+  return true;
+#elif defined(__linux__)
   constexpr int kArchReqXcompPerm = 0x1023;
   constexpr int kXfeatureTileData = 18;
   return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureTileData) == 0;
@@ -61,7 +63,11 @@ Probe probe() {
   const uint64_t os = osxsave ? xcr0() : 0;
   const bool os_ymm = (os & 0x6) == 0x6;
   const bool os_zmm = (os & 0xe6) == 0xe6;
+#if defined(LMFAST_EMULATE_AMX)
+  const bool os_tile = true;
+#else
   const bool os_tile = (os & 0x60000) == 0x60000;
+#endif
   uint32_t b7 = 0, c7 = 0, d7 = 0, a71 = 0;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
     b7 = b;
@@ -74,7 +80,11 @@ Probe probe() {
   const bool bmi = bit(b7, 3) && bit(b7, 8);
   const bool avx512 = bit(b7, 16) && bit(b7, 17) && bit(b7, 28) && bit(b7, 30) && bit(b7, 31);
   const bool vbmi = bit(c7, 1), vnni = bit(c7, 11), bf16 = bit(a71, 5);
+#if defined(LMFAST_EMULATE_AMX)
+  const bool amx = bf16;
+#else
   const bool amx = bit(d7, 24) && bit(d7, 22) && bit(d7, 25);
+#endif
   const Feature seen[] = {{"avx2", avx2},        {"fma", fma},          {"f16c", f16c},
                           {"bmi2", bmi},         {"avx512", avx512},    {"avx512_vbmi", vbmi},
                           {"avx512_vnni", vnni}, {"avx512_bf16", bf16}, {"amx", amx}};

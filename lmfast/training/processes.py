@@ -8,6 +8,7 @@ two CPU cores a stream gives 5.6 M tokens/s, of which the reference decoder lear
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -129,6 +130,9 @@ def process_group(device: str) -> Iterator[str]:
             raise ValueError(f"process {local} of this machine has no GPU: there are {count}")
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
+    # Its functions have the process group as a default. Imported later, by DDP or by DTensors, the
+    # module would hold the group, and gloo's threads would run on while the interpreter ends.
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("gloo" if device == "cpu" else "nccl")
     try:
         yield device

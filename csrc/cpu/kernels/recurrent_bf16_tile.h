@@ -34,16 +34,11 @@ class RaggedTiles {
   RaggedTiles& operator=(const RaggedTiles&) = delete;
 
  private:
-  struct alignas(64) Config {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {};
-  };
   static void configure(uint8_t first, uint8_t second) {
-    Config config;
+    TileConfig config;
     const uint8_t rows[8] = {first, first, second, second, first, second, kTileRows, kTileRows};
     for (int i = 0; i < 8; ++i) config.rows[i] = rows[i];
-    asm volatile("ldtilecfg %0" : : "m"(config) : "memory");
+    load_tile_config(&config);
   }
   bool ragged_;
 };
