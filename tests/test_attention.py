@@ -155,6 +155,29 @@ def test_large_scores(cpu_isa: str) -> None:
         assert relative_error(out, exact) < (2e-3 if dtype == torch.float32 else 8e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [512.0, 1024.0, 65536.0])
+def test_scores_far_from_zero(size: float, dtype: torch.dtype, cpu_isa: str) -> None:
+    """size^2 plus a little: what distinguishes the keys must not be rounded away, nor overflow."""
+    keys = torch.arange(64.0)
+    q, k, v, dout = (torch.randn(1, 2, 64, 16, dtype=torch.float64) for _ in range(4))
+    q[..., 2:] = k[..., 2:] = 0
+    q[..., 0], q[..., 1] = size, 1
+    # Exact in bf16, their products in fp32.
+    k[..., 0] = size if size < 65536 else size * (1 + keys / 128)
+    k[..., 1] = keys % 4 if size < 65536 else 0
+
+    def run(dtype: torch.dtype, backend: str) -> list[Tensor]:
+        leaves = [x.bfloat16().to(dtype).requires_grad_() for x in (q, k, v)]
+        out = ops.attention(*leaves, scale=1.0, backend=backend)
+        dq, dk, dv = torch.autograd.grad(out, leaves, dout.bfloat16().to(dtype))
+        # Those of dq along large equal keys cancel.
+        return [out.detach(), dq[..., 2:], dk[..., 1:], dv]
+
+    for found, expected in zip(run(dtype, "cpu"), run(torch.float64, "torch")):
+        torch.testing.assert_close(found.double(), expected, rtol=0.02, atol=0.02)
+
+
 def test_rising_scores_leave_nothing_of_the_earlier_ones(cpu_isa: str) -> None:
     for dtype in HALVES:
         q, k, v = qkv(1, 1, 1, 70, 200, 16, dtype)

@@ -1,7 +1,8 @@
 // The instructions of AMX in software, for tests: compiled with -DLMFAST_EMULATE_AMX the kernels of
 // the amx level, packing and all, run on any processor with AVX512-BF16, under sanitizers too,
 // which do not see what tile instructions read and write. What a processor answers with a fault
-// ends the process with a message. Not for speed: that is tiles_avx512.h.
+// ends the process with a message. Subnormal numbers are kept, which a processor takes for zeros.
+// Not made for speed, as tiles_avx512.h is.
 //
 // Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, LDTILECFG to
 // TDPBF16PS.
@@ -88,15 +89,21 @@ inline void tile_dot() {
   EmulatedTiles& t = emulated_tiles;
   amx_fault(t.rows[kC] != t.rows[kA] || t.bytes[kC] != t.bytes[kB] || t.bytes[kA] != 4 * t.rows[kB],
             "tdpbf16ps: tiles that do not fit");
+  // Even and odd k in sums of their own, which reach C at the end.
+  const __m512i odd_half = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   for (int m = 0; m < t.rows[kC]; ++m) {
-    __m512 sum = _mm512_load_ps(t.data[kC][m]);
+    __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
     for (int k = 0; k < t.rows[kB]; ++k) {
       int32_t pair;
       std::memcpy(&pair, t.data[kA][m] + 4 * k, 4);
-      sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)),
-                             reinterpret_cast<__m512bh>(_mm512_load_si512(t.data[kB][k])));
+      const __m512i a = _mm512_set1_epi32(pair), b = _mm512_load_si512(t.data[kB][k]);
+      even = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)),
+                             _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), even);
+      odd = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a, odd_half)),
+                            _mm512_castsi512_ps(_mm512_and_si512(b, odd_half)), odd);
     }
-    _mm512_store_ps(t.data[kC][m], sum);
+    const __m512 c = _mm512_load_ps(t.data[kC][m]);
+    _mm512_store_ps(t.data[kC][m], _mm512_add_ps(c, _mm512_add_ps(even, odd)));
   }
 }
 

@@ -25,13 +25,13 @@ struct GradTiles {
 };
 
 // The exponent of a probability; h as sums_to_exponents leaves it.
-template <bool kOptions>
+template <bool kExact>
 LMFAST_INLINE VecF gradient_exponent(VecF score, VecF unit, VecF minus_m, VecF rest) {
-  return fmadd(kOptions ? score + minus_m : score, unit, kOptions ? rest : minus_m);
+  return fmadd(kExact ? score + minus_m : score, unit, kExact ? rest : minus_m);
 }
 
 // P and dS of 32 * steps rows; h as sums_to_exponents leaves it.
-template <bool kOptions, bool kSlope>
+template <bool kExact, bool kSlope>
 LMFAST_INLINE void score_gradient_tiles(const HeadRows& h, int64_t t, int steps, VecF unit,
                                         const float* s, const float* dp, const float* slope,
                                         const GradTiles& out) {
@@ -46,9 +46,9 @@ LMFAST_INLINE void score_gradient_tiles(const HeadRows& h, int64_t t, int steps,
 #pragma GCC unroll 2
       for (int c = 0; c < 2; ++c) {
         const int at = j * kLanes + 32 * half + 16 * c;
-        const VecF x0 = exp2<3>(gradient_exponent<kOptions>(VecF::load(s + at), unit, m0, rest0));
+        const VecF x0 = exp2<3>(gradient_exponent<kExact>(VecF::load(s + at), unit, m0, rest0));
         const VecF x1 =
-            exp2<3>(gradient_exponent<kOptions>(VecF::load(s + at + kLanes), unit, m1, rest1));
+            exp2<3>(gradient_exponent<kExact>(VecF::load(s + at + kLanes), unit, m1, rest1));
         VecF y0 = x0 * (VecF::load(dp + at) - delta0);
         VecF y1 = x1 * (VecF::load(dp + at + kLanes) - delta1);
         if constexpr (kSlope) {
@@ -92,16 +92,20 @@ LMFAST_INLINE void rough_deltas(const AttentionBwdArgs& a, int64_t b, const Head
 }
 
 // Puts the division by the sum into the exponent, where it costs nothing: log2(1 / sum) takes the
-// place of 1 / sum, or without options is added to minus_m, then in base 2. Rounded to bf16 a
-// probability does not show the difference.
-LMFAST_INLINE void sums_to_exponents(const AttentionArgs& a, const HeadRows& h, int64_t length) {
-  const bool options = has_score_options(a);
+// place of 1 / sum, or is added to minus_m, then in base 2, where that is exact enough. Rounded to
+// bf16 a probability does not show the difference. Returns whether exponents are to be kExact.
+LMFAST_INLINE bool sums_to_exponents(const AttentionArgs& a, const HeadRows& h, int64_t length) {
   const VecF unit = VecF::set1(exponent_unit(a));
+  bool exact = has_score_options(a);
+  for (int64_t t = 0; t < length && !exact; t += 16) {
+    exact = needs_exact(VecF::load(h.minus_m + t), unit);
+  }
   for (int64_t t = 0; t < length; t += 16) {
     const VecF rest = log2(VecF::load(h.inverse + t));
     rest.store(h.inverse + t);
-    if (!options) fmadd(VecF::load(h.minus_m + t), unit, rest).store(h.minus_m + t);
+    if (!exact) fmadd(VecF::load(h.minus_m + t), unit, rest).store(h.minus_m + t);
   }
+  return exact;
 }
 
 // Rows of a head as tiles A with depth = row: (rows / 32, D / 16).
@@ -180,7 +184,7 @@ void bwd_unit(const AttentionBwdArgs& a, const Unit& u) {
     h.head = u.kv_head * group + g;
     describe_head(f, u.b, h, length);
     rough_deltas(a, u.b, h, length);
-    sums_to_exponents(f, h, length);
+    const bool exact = sums_to_exponents(f, h, length);
     const Span all{0, f.length};
     const TileRows q = tile_rows(f.q, u.b, h.head, all, columns, width, q_copy);
     const TileRows dout = tile_rows(a.dout, u.b, h.head, all, columns, width, dout_copy);
@@ -215,7 +219,7 @@ void bwd_unit(const AttentionBwdArgs& a, const Unit& u) {
           const GradTiles tiles{p + done, ds + done, ds_rows};
           if (f.softcap > 0.0f) {
             score_gradient_tiles<true, true>(h, at, groups, unit, s, dp, slope, tiles);
-          } else if (options) {
+          } else if (exact) {
             score_gradient_tiles<true, false>(h, at, groups, unit, s, dp, slope, tiles);
           } else {
             score_gradient_tiles<false, false>(h, at, groups, unit, s, dp, slope, tiles);

@@ -23,14 +23,14 @@ namespace {
 constexpr int kOutputKeys = 256;
 
 // P^T of 32 rows of S^T by 16 lanes as a tile B, and its sums.
-template <bool kOptions>
-LMFAST_INLINE VecF exponential_tile(const float* s, VecF unit, VecF m, char* p) {
+template <bool kExact>
+LMFAST_INLINE VecF exponential_tile(const float* s, VecF unit, VecF shift, char* p) {
   VecF l0 = VecF::zero(), l1 = l0;
 #pragma GCC unroll 4
   for (int j = 0; j < 16; ++j) {
-    const VecF p0 = exp2<3>(rough_exponent<kOptions>(VecF::load(s + 2 * j * kLanes), unit, m));
+    const VecF p0 = exp2<3>(rough_exponent<kExact>(VecF::load(s + 2 * j * kLanes), unit, shift));
     const VecF p1 =
-        exp2<3>(rough_exponent<kOptions>(VecF::load(s + (2 * j + 1) * kLanes), unit, m));
+        exp2<3>(rough_exponent<kExact>(VecF::load(s + (2 * j + 1) * kLanes), unit, shift));
     l0 = l0 + p0;
     l1 = l1 + p1;
     _mm512_storeu_si512(p + 64 * j, interleave_rounded(p0.v, p1.v));
@@ -98,14 +98,20 @@ LMFAST_INLINE void attend_block(const AttentionArgs& a, QueryBlock& q, const Uni
       for (int i = 0; i < q.vecs; ++i) {
         const int pair = i / 2, lane = i * VecF::kWidth;
         if (steps[pair] == 0) continue;
-        const auto exponentials = [&] {
-          const VecF m = rough_shift<kOptions>(VecF::load(q.m + lane), unit);
+        const auto exponentials_by = [&](auto exact) {
+          constexpr bool kExact = decltype(exact)::value != 0;
+          const VecF shift = rough_shift<kExact>(VecF::load(q.m + lane), unit);
           VecF l = VecF::zero();
           for (int t = 0; t < steps[pair]; ++t) {
-            l = l + exponential_tile<kOptions>(u.s + t * 32 * kLanes + lane, unit, m,
-                                               u.p + ((g + t) * kLaneTiles + i) * kTileBytes);
+            l = l + exponential_tile<kExact>(u.s + t * 32 * kLanes + lane, unit, shift,
+                                             u.p + ((g + t) * kLaneTiles + i) * kTileBytes);
           }
           return l;
+        };
+        const auto exponentials = [&] {
+          const bool exact = kOptions || needs_exact(VecF::load(q.m + lane), unit);
+          return __builtin_expect(exact, kOptions) ? exponentials_by(Constant<true>())
+                                                   : exponentials_by(Constant<false>());
         };
         // Whether the reference value still serves shows in the sum: looking for the largest score
         // first, as attention_fwd.cpp does, reads every score once more.

@@ -204,16 +204,24 @@ LMFAST_INLINE void output_square(const char* a, int d_tiles, const char* b, int 
 }
 
 // exponent_unit times (score - m) for probabilities that are rounded to bf16, where one
-// multiply-add is exact enough; `shift` is what rough_shift makes of m.
-template <bool kOptions>
+// multiply-add is exact enough while m is not large; `shift` is what rough_shift makes of m.
+template <bool kExact>
 LMFAST_INLINE VecF rough_shift(VecF m, VecF unit) {
   const VecF minus_m = VecF::zero() - m;
   // Finite, or -inf, a hidden score, would not stay it.
-  return kOptions ? minus_m : min(minus_m * unit, VecF::set1(-kLowest));
+  return kExact ? minus_m : min(minus_m * unit, VecF::set1(-kLowest));
 }
-template <bool kOptions>
+template <bool kExact>
 LMFAST_INLINE VecF rough_exponent(VecF score, VecF unit, VecF shift) {
-  return kOptions ? (score + shift) * unit : fmadd(score, unit, shift);
+  return kExact ? (score + shift) * unit : fmadd(score, unit, shift);
+}
+// Whether m * unit is too large for one multiply-add, as scores far from zero make it: up to 2^12
+// it is rounded by 2^-13 at most, a sixteenth of what bf16 leaves; from 2^31 on exponentials
+// overflow. Rows that see nothing do not count: their m is the lowest number, or infinite.
+LMFAST_INLINE bool needs_exact(VecF m, VecF unit) {
+  const VecF size = max(m, VecF::zero() - m), none = VecF::zero();
+  const VecF seen = select_less(size, VecF::set1(-0.5f * kLowest), size, none);
+  return any_less(VecF::set1(4096.0f), seen * unit);
 }
 
 }  // namespace
