@@ -93,6 +93,8 @@ def onnx_runner(layer: nn.Module, x: Tensor, folder: Path) -> dict[str, Callable
     lmfast.nn.export_onnx(layer, folder / "layer.onnx", initial_state=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads spin on after a run, on the cores of whoever is measured next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(
         str(folder / "layer.onnx"), options, providers=["CPUExecutionProvider"]
     )
