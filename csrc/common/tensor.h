@@ -6,10 +6,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 #include <initializer_list>
+#include <sstream>
+#include <stdexcept>
 
 #include "../cpu/dtype.h"
 #include "../cpu/rows.h"
@@ -18,8 +19,19 @@ namespace lmfast {
 
 using torch::stable::Tensor;
 
+// A RuntimeError for Python. STD_TORCH_CHECK would begin it with a file and a line of ours.
+template <class... Parts>
+[[noreturn, gnu::cold, gnu::noinline]] void raise_error(const Parts&... parts) {
+  std::ostringstream message;
+  (message << "lmfast: " << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
 // Guards memory safety. What a user can get wrong is checked in Python, with better words.
-#define LMFAST_CHECK(condition, ...) STD_TORCH_CHECK(condition, "lmfast: ", __VA_ARGS__)
+#define LMFAST_CHECK(condition, ...)                      \
+  do {                                                    \
+    if (!(condition)) ::lmfast::raise_error(__VA_ARGS__); \
+  } while (false)
 
 // The kernel type of a floating-point tensor; raises for any other.
 DType dtype_of(const Tensor& t, const char* name);
