@@ -35,6 +35,12 @@ struct Probe {
 
 #if defined(__x86_64__)
 
+#if defined(LMFAST_EMULATE_AMX)
+constexpr bool kEmulateAmx = true;  // amx_emulated.h
+#else
+constexpr bool kEmulateAmx = false;
+#endif
+
 uint64_t xcr0() {
   uint32_t lo, hi;
   __asm__ volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
@@ -43,9 +49,7 @@ uint64_t xcr0() {
 
 // Linux gives a process the AMX tile state only on request; a kernel or sandbox may refuse.
 bool request_amx_permission() {
-#if defined(LMFAST_EMULATE_AMX)
-  return true;
-#elif defined(__linux__)
+#if defined(__linux__)
   constexpr int kArchReqXcompPerm = 0x1023;
   constexpr int kXfeatureTileData = 18;
   return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureTileData) == 0;
@@ -63,11 +67,7 @@ Probe probe() {
   const uint64_t os = osxsave ? xcr0() : 0;
   const bool os_ymm = (os & 0x6) == 0x6;
   const bool os_zmm = (os & 0xe6) == 0xe6;
-#if defined(LMFAST_EMULATE_AMX)
-  const bool os_tile = true;
-#else
-  const bool os_tile = (os & 0x60000) == 0x60000;
-#endif
+  const bool os_tile = kEmulateAmx || (os & 0x60000) == 0x60000;
   uint32_t b7 = 0, c7 = 0, d7 = 0, a71 = 0;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
     b7 = b;
@@ -80,11 +80,7 @@ Probe probe() {
   const bool bmi = bit(b7, 3) && bit(b7, 8);
   const bool avx512 = bit(b7, 16) && bit(b7, 17) && bit(b7, 28) && bit(b7, 30) && bit(b7, 31);
   const bool vbmi = bit(c7, 1), vnni = bit(c7, 11), bf16 = bit(a71, 5);
-#if defined(LMFAST_EMULATE_AMX)
-  const bool amx = bf16;
-#else
-  const bool amx = bit(d7, 24) && bit(d7, 22) && bit(d7, 25);
-#endif
+  const bool amx = kEmulateAmx || (bit(d7, 24) && bit(d7, 22) && bit(d7, 25));
   const Feature seen[] = {{"avx2", avx2},        {"fma", fma},          {"f16c", f16c},
                           {"bmi2", bmi},         {"avx512", avx512},    {"avx512_vbmi", vbmi},
                           {"avx512_vnni", vnni}, {"avx512_bf16", bf16}, {"amx", amx}};
@@ -98,7 +94,7 @@ Probe probe() {
   result.bf16_products = bf16 && vbmi;
   result.byte_products = vnni;
   if (!(os_tile && amx && bf16 && vnni && vbmi)) return result;
-  if (!request_amx_permission()) {
+  if (!kEmulateAmx && !request_amx_permission()) {
     result.features += " (amx: permission refused by the operating system)";
     return result;
   }
