@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,9 +138,22 @@ def process_group(device: str) -> Iterator[str]:
     try:
         yield device
         # One that leaves early makes the others abort: half of the runs did without this.
-        dist.barrier()
+        _last_barrier()
     finally:
         dist.destroy_process_group()
+
+
+def _last_barrier() -> None:
+    """Wait for the other processes, and until gloo's threads have let go of all they worked on.
+
+    A backward pass leaves a Python object in the work it starts, and the thread that drops it needs
+    the interpreter's lock. Where DDP's reducer destroys the group, that thread is waited for with
+    the lock held; where the interpreter ends, it is ended in the middle. On busy cores a tenth of
+    the programs hung, and some aborted (torch 2.13; pytorch/pytorch#56297, #190489). Nothing tells
+    when the threads are done: it takes them microseconds, once they have a core and the lock.
+    """
+    dist.barrier()
+    time.sleep(0.1)
 
 
 def distribute(module: nn.Module, model: nn.Module, device: torch.device, *, shard: bool) -> Any:
