@@ -3,7 +3,8 @@
 Eager PyTorch adds the update in three more passes over the output and, going back, two more over
 the gradient of the input. Here the second factor's product is added where the output lies, and in
 the backward pass the first factor's where the gradient lies; beside x only x A, of R columns, is
-kept. The matrix itself is usually frozen and then costs one product forward and one backward.
+kept. The matrix itself is usually frozen and then costs one product forward and one backward. On
+the CPU a kernel does the rest, the update and the gradients of its factors (csrc/cpu/kernels).
 """
 
 from __future__ import annotations
@@ -14,15 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfast._dispatch import Op, implementation, register_op, select
+from lmfast._dispatch import Op, implementation, register, register_op, select
 from lmfast._transforms import transform_of
 from lmfast.ops._autograd import apply, differentiate, recording_backward
-from lmfast.ops._library import check_same_device, check_tensor, is_autocast, needs_grad
+from lmfast.ops._library import (
+    accumulation_dtype,
+    check_same_device,
+    check_tensor,
+    define,
+    is_autocast,
+    needs_grad,
+    unsupported_by_cpu_kernels,
+    with_unit_last_stride,
+)
 from lmfast.ops.linear import linear
 from lmfast.testing import Sample
 
 # On a GPU; above, the matrix is no longer what takes the time.
 _MOST_FUSED_ROWS = 64
+# Ranks of the CPU's kernel. Above, PyTorch's products of the factors are faster, which are slow for
+# few columns, in fp32 more than in bf16. Measured, forward and backward.
+_MOST_CPU_RANK, _MOST_BF16_RANK = 16, 8
 
 
 def lora_linear(
@@ -59,8 +72,9 @@ def lora_linear(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        torch, whose large products are those of ``lmfast.ops.linear``; triton (ranks to 128; taken
-        by itself up to 64 rows, where the matrix is what takes the time).
+        torch and cpu, whose large products are those of ``lmfast.ops.linear`` (cpu for ranks to
+        16, in bf16 to 8, above which PyTorch's products of the factors are faster); triton (ranks
+        to 128; taken by itself up to 64 rows, where the matrix is what takes the time).
 
     Source:
         Hu et al. 2021, LoRA, arXiv:2106.09685.
@@ -73,7 +87,7 @@ def lora_linear(
     """
     args = _check(x, weight, a, b, bias=bias, scale=scale, low=low)
     chosen = select(OP, args, backend)
-    if chosen.backend != "torch":
+    if chosen.backend not in ("torch", "cpu"):
         if needs_grad(x, weight, a, b, bias):
             return apply(_LoRALinear, *args, chosen.backend)[0]
         return chosen.forward(*args)
@@ -84,8 +98,8 @@ def lora_linear(
             return _reference(*args)  # autocast leaves fp64 alone
         args = _in_autocast_dtype(*args)
     if needs_grad(x, weight, a, b, bias, low):
-        return apply(_LoRALinear, *args, "torch")[0]
-    return _products(*args)[0]
+        return apply(_LoRALinear, *args, chosen.backend)[0]
+    return _products(*args, backend=chosen.backend)[0]
 
 
 def _check(
@@ -151,12 +165,35 @@ def _products(
     bias: Tensor | None,
     scale: float,
     low: Tensor | None,
+    *,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The output and (x a), as (rows, R)."""
-    inner = (x if low is None else low).reshape(-1, x.shape[-1]) @ a
+    source = (x if low is None else low).reshape(-1, x.shape[-1])
     y = linear(x, weight, bias)
-    y.view(-1, y.shape[-1]).addmm_(inner, b, alpha=scale)
+    rows = y.view(-1, y.shape[-1])
+    if backend == "cpu":
+        return y, _update(rows, with_unit_last_stride(source), a, b, scale)
+    inner = source @ a
+    rows.addmm_(inner, b, alpha=scale)
     return y, inner
+
+
+def _forward_cpu(*args: Any) -> Any:
+    return _products(*args, backend="cpu")[0]
+
+
+_update = define(
+    "lora_update_(Tensor(a!) y, Tensor x, Tensor a, Tensor b, float scale) -> Tensor",
+    lambda y, x, a, b, scale: x.new_empty(
+        (x.shape[0], b.shape[0]), dtype=accumulation_dtype(x.dtype)
+    ),
+)
+_update_backward = define(
+    "lora_update_backward_(Tensor(a!)? dx, Tensor dy, Tensor x, Tensor inner, Tensor a, Tensor b, "
+    "float scale) -> (Tensor, Tensor)",
+    lambda dx, dy, x, inner, a, b, scale: (a.new_empty(a.shape), b.new_empty(b.shape)),
+)
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -171,8 +208,8 @@ class _LoRALinear(torch.autograd.Function):
         low: Tensor | None,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        if backend == "torch":
-            return _products(x, weight, a, b, bias, scale, low)
+        if backend in ("torch", "cpu"):
+            return _products(x, weight, a, b, bias, scale, low, backend=backend)
         forward = implementation("lora_linear", backend).forward
         y = forward(x, weight, a, b, bias, scale, low)
         return y, x.reshape(-1, x.shape[-1]) @ a
@@ -200,6 +237,26 @@ class _LoRALinear(torch.autograd.Function):
         rows = dy.reshape(-1, dy.shape[-1])
         source = (x if low is None else low).reshape(-1, x.shape[-1])
         dx = dweight = da = db = dbias = dlow = None
+        if wanted[1]:
+            dweight = rows.t() @ x.reshape(-1, x.shape[-1])
+        if bias is not None and wanted[4]:
+            dbias = rows.sum(0)
+        if ctx.backend == "cpu":
+            if wanted[0]:
+                dx = linear(rows, weight.t())
+            if low is not None and wanted[6]:
+                dlow = torch.zeros_like(source)
+            da, db = _update_backward(
+                dx if low is None else dlow,
+                with_unit_last_stride(rows),
+                with_unit_last_stride(source),
+                inner,
+                a,
+                b,
+                ctx.scale,
+            )
+            dx, dlow = (None if t is None else t.view(x.shape) for t in (dx, dlow))
+            return dx, dweight, da, db, dbias, None, dlow, None
         if wanted[0] and ctx.backend != "torch":
             # dy weight + scale (dy b^T) a^T has the form of the forward.
             forward = implementation("lora_linear", ctx.backend).forward
@@ -210,17 +267,31 @@ class _LoRALinear(torch.autograd.Function):
             if low is None:
                 dx.addmm_(dinner, a.t())
             dx = dx.view(x.shape)
-        if wanted[1]:
-            dweight = rows.t() @ x.reshape(-1, x.shape[-1])
         if wanted[2]:
             da = source.t() @ dinner
         if wanted[3]:
             db = (inner.t() @ rows).mul_(ctx.scale)
-        if bias is not None and wanted[4]:
-            dbias = rows.sum(0)
         if low is not None and wanted[6]:
             dlow = (dinner @ a.t()).view(x.shape)
         return dx, dweight, da, db, dbias, None, dlow, None
+
+
+def _unsupported(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    low: Tensor | None,
+) -> str | None:
+    dtype = torch.get_autocast_dtype("cpu") if is_autocast(x) else x.dtype
+    most = _MOST_BF16_RANK if dtype == torch.bfloat16 else _MOST_CPU_RANK
+    if a.shape[1] > most:
+        return f"above rank {most} in {dtype} PyTorch's products of the factors are faster"
+    if any(hasattr(t, "placements") for t in (x, weight, a, b, bias, low)):
+        return "no kernel for DTensors"
+    return unsupported_by_cpu_kernels(x, weight, a, b, bias, low)
 
 
 def _prefer(x: Tensor, *rest: Any) -> tuple[str, str] | None:
@@ -246,6 +317,12 @@ def _samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
         {"bias": normal(6), "scale": 2.0, "low": normal(2, 3, 4)},
     )
     yield Sample(
+        "77x83x61 R 7",
+        (normal(77, 83), narrow(61, 83), narrow(83, 7), narrow(7, 61)),
+        {"scale": -0.5},
+    )
+    yield Sample("130x80x97 R 8", (normal(130, 80), narrow(97, 80), narrow(80, 8), narrow(8, 97)))
+    yield Sample(
         "280x96x80 R 16",
         (normal(280, 96), narrow(96, 80).t(), narrow(96, 16), narrow(16, 80)),
         {"bias": normal(80), "scale": 0.5},
@@ -264,3 +341,5 @@ OP = register_op(
         prefer=_prefer,
     )
 )
+
+register("lora_linear", "cpu", ("cpu",), _forward_cpu, _update_backward, _unsupported)
