@@ -218,18 +218,25 @@ def cache_cases() -> Iterator[Case]:
         tables = lmfast.ops.rope_tables(8192, 128, device="cuda")
         return q, k, k.clone(), keys, keys.clone(), slots, *tables
 
-    def step_operands(batch: int, keys: int) -> tuple[Any, ...]:
-        new = operand(batch, 32, 1, 128), operand(batch, 8, 1, 128), operand(batch, 8, 1, 128)
-        stored = operand(batch, 8, keys, 128), operand(batch, 8, keys, 128)
+    def step_operands(batch: int, heads: int, kv_heads: int, keys: int) -> tuple[Any, ...]:
+        new = operand(batch, heads, 1, 128), *(operand(batch, kv_heads, 1, 128) for _ in "kv")
+        stored = (operand(batch, kv_heads, keys, 128) for _ in "kv")
         lengths = torch.full((batch,), keys, device="cuda")
         return *new, *stored, lengths, *lmfast.ops.rope_tables(keys, 128, device="cuda")
 
-    for batch, keys in ((1, 512), (1, 8192), (32, 8192)):
+    # Seven heads of a group are two blocks' rows.
+    for batch, heads, kv_heads, keys in (
+        (1, 32, 8, 512),
+        (1, 32, 8, 8192),
+        (32, 32, 8, 8192),
+        (1, 28, 4, 512),
+        (1, 28, 4, 8192),
+    ):
         yield Case(
-            f"decode_attention {batch}x32/8x{keys}x128",
-            lambda b=batch, s=keys: step_operands(b, s),
+            f"decode_attention {batch}x{heads}/{kv_heads}x{keys}x128",
+            lambda sizes=(batch, heads, kv_heads, keys): step_operands(*sizes),
             our_variants("decode_attention", lmfast.ops.decode_attention),
-            moved=2 * batch * 8 * keys * 128 * 2,
+            moved=2 * batch * kv_heads * keys * 128 * 2,
             call_time=batch == 1,
         )
     for batch in (1, 256):

@@ -57,7 +57,8 @@ float* scales_of(const Optional& scales, const Tensor& keys, int64_t (&stride)[2
 Call describe(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& lengths,
               const Optional& table, const Optional& key_scales, const Optional& value_scales,
               std::optional<int64_t> window, std::optional<double> softcap, const Optional& sinks,
-              const Optional& alibi, std::optional<double> scale, const Tensor& out) {
+              const Optional& alibi, std::optional<double> scale, const Tensor& out,
+              int64_t most_rows) {
   Call call;
   CachedAttention& p = call.p;
   const DType dtype = dtype_of(q, "q");
@@ -74,7 +75,7 @@ Call describe(const Tensor& q, const Tensor& keys, const Tensor& values, const T
       "keys must have q's dtype or be int8 or float8_e4m3fn");
   LMFAST_CHECK(keys.size(3) == q.size(3) && keys.size(1) > 0 && q.size(1) % keys.size(1) == 0,
                "the heads of q must be a multiple of those of keys, of one size");
-  LMFAST_CHECK(q.size(2) * (q.size(1) / keys.size(1)) <= kCacheMaxRows &&
+  LMFAST_CHECK(q.size(2) * (q.size(1) / keys.size(1)) <= most_rows &&
                    q.size(3) <= kCacheMaxHeadDim && q.size(0) * keys.size(1) < (int64_t{1} << 31) &&
                    keys.size(2) < (1 << 30),
                "more query rows per key head, or larger heads, than the kernel takes");
@@ -138,7 +139,8 @@ template <typename T, typename S>
 void launch(Call& call, int64_t batch, cudaStream_t stream) {
   CachedAttention& p = call.p;
   const int rows = p.tokens * (p.heads / p.kv_heads);
-  const dim3 grid(static_cast<unsigned>(batch * p.kv_heads), p.splits);
+  const dim3 grid(static_cast<unsigned>(batch * p.kv_heads), p.splits,
+                  (rows + kCacheMaxRows - 1) / kCacheMaxRows);
   with_vectors<S>(call, p.head_dim, [&](auto n, auto per_thread) {
     p.lanes = cache_lanes(p.head_dim, n);
     const auto run = [&](auto m) {
@@ -194,7 +196,7 @@ Tensor cached_attention(const Tensor& q, const Tensor& keys, const Tensor& value
                         std::optional<double> scale) {
   Tensor out = empty_like(q);
   Call call = describe(q, keys, values, lengths, table, key_scales, value_scales, window, softcap,
-                       sinks, alibi, scale, out);
+                       sinks, alibi, scale, out, kCacheMaxRows);
   run(call, q, keys);
   return out;
 }
@@ -218,7 +220,7 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, Tenso
                         std::optional<double> scale) {
   Tensor out = empty_like(q);
   Call call = describe(q, keys, values, lengths, table, key_scales, value_scales, window, softcap,
-                       sinks, alibi, scale, out);
+                       sinks, alibi, scale, out, kAppendMaxRows);
   CacheAppend& a = call.p.append;
   a.k = check_new(k, q, keys, a.k_stride, "k");
   a.v = check_new(v, q, keys, a.v_stride, "v");

@@ -64,6 +64,7 @@ def samples(device: str, dtype: torch.dtype) -> Iterator[Sample]:
         "scale": 0.3,
     }
     yield sample("all options", (2, 4, 1, 1, 70, 64), [70, 12], **every)
+    yield sample("seven heads of a group", (2, 14, 2, 1, 90, 32), [85, 3], sinks=normal(14))
     yield sample("not rotated, odd", (1, 3, 1, 3, 40, 7), [37], rotary=0)
     yield sample("many queries", (1, 4, 2, 9, 80, 16), [73])
     # float64 has one storage dtype.

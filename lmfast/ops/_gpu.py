@@ -49,18 +49,29 @@ def _rope_unsupported(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any
     return unsupported(q, k, cos, sin)
 
 
-# Query rows per key head, tokens x heads of a group: with more, the matrix units win (Triton).
-_MAX_CACHE_ROWS = 4
+# Query rows per key head, tokens x heads of a group: with more, the matrix units win (Triton). Two
+# blocks share the keys where tokens are appended; the second reads from L2 what fits there.
+_MAX_CACHE_ROWS, _MAX_APPEND_ROWS = 4, 8
+_SHARED_KEYS = 32 << 20  # bytes of keys and values, beside the weights of a layer; estimated
+
+
+def _rows_per_key_head(q: Tensor, keys: Tensor) -> int:
+    return q.shape[2] * (q.shape[1] // keys.shape[1])
 
 
 def _cached_unsupported(
-    q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *options: Any
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    *options: Any,
+    most_rows: int = _MAX_CACHE_ROWS,
 ) -> str | None:
-    rows = q.shape[2] * (q.shape[1] // keys.shape[1])
-    if rows > _MAX_CACHE_ROWS:
+    rows = _rows_per_key_head(q, keys)
+    if rows > most_rows:
         return (
             f"{rows} query rows per key head (tokens x heads of a group); the kernel takes up to "
-            f"{_MAX_CACHE_ROWS}"
+            f"{most_rows}"
         )
     if q.shape[3] > 256:
         return f"the kernel takes head sizes to 256, got {q.shape[3]}"
@@ -75,7 +86,17 @@ def _cached_unsupported(
 
 def _decode_unsupported(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> str | None:
     keys, values, lengths, cos, sin, _, *options = rest
-    return _cached_unsupported(q, keys, values, lengths, *options) or unsupported(k, v, cos, sin)
+    reason = _cached_unsupported(
+        q, keys, values, lengths, *options, most_rows=_MAX_APPEND_ROWS
+    ) or unsupported(k, v, cos, sin)
+    size = 2 * keys.shape[2] * k.shape[0] * k.shape[1] * k.shape[3] * keys.element_size()
+    rows = _rows_per_key_head(q, keys)
+    if reason is None and rows > _MAX_CACHE_ROWS and size > _SHARED_KEYS:
+        return (
+            f"{rows} query rows per key head are two readings of the keys and values: above "
+            f"{_SHARED_KEYS >> 20} MB of them one reading is faster"
+        )
+    return reason
 
 
 for _name, _supports in (

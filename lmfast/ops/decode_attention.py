@@ -71,8 +71,9 @@ def decode_attention(
         BackendError: the backend asked for cannot run this call.
 
     Backends:
-        cuda (one launch, a second where the keys are split; up to 4 query rows per key head; q's
-        dtype, int8 or float8_e4m3fn storage), triton and cpu (both as two operators), torch.
+        cuda (one launch, a second where the keys are split; up to 4 query rows per key head, 8
+        where the storage has up to 32 MB; q's dtype, int8 or float8_e4m3fn storage), triton and
+        cpu (both as two operators), torch.
 
     Source:
         Dao et al. 2023, "Flash-Decoding for long-context inference"; Su et al., RoFormer, 2021,

@@ -148,8 +148,9 @@ void check(const Case& c) {
     p.parts = parts.data();
     p.sums = sums.data();
   }
-  launch(cached_attention_kernel<T, S, N, P, M>, {unsigned(batch * c.kv_heads), unsigned(c.splits)},
-         {kCacheThreads}, p);
+  const unsigned row_blocks = unsigned(c.tokens * group + M - 1) / M;
+  launch(cached_attention_kernel<T, S, N, P, M>,
+         {unsigned(batch * c.kv_heads), unsigned(c.splits), row_blocks}, {kCacheThreads}, p);
   if (c.splits > 1) launch(cached_attention_join_kernel<T>, {unsigned(rows)}, {32}, p);
 
   // What was stored, then attention over what is stored.
@@ -296,7 +297,9 @@ void check_all(bool quick) {
   check<bf16, bf16, 8, 1, 4>({4, 2, 2, 64, 150, {131, 1}, 2, 0, true, true, false, true});
   check<f16, int8_t, 8, 1, 4>({3, 1, 1, 40, 90, {80, 0}, 1, 50, false, true, true, false});
   check<bf16, e4m3, 8, 1, 4>({4, 2, 2, 64, 150, {131, 1}, 2, 0, true, true, false, true});
+  check<bf16, int8_t, 8, 1, 4>({7, 1, 1, 64, 90, {85, 1}, 2, 0, true, true, true, true});
   if (quick) return;
+  check<f16, f16, 8, 1, 4>({8, 2, 2, 32, 140, {131, 1}, 2, 30, false, true, false, true});
   check<f16, e4m3, 8, 1, 1>({2, 2, 1, 24, 130, {129, 4}, 1, 9, false, true, true, false});
   check<float, e4m3, 1, 8, 4>({2, 1, 2, 7, 80, {66, 2}, 2, 0, true, true, true, true});
   check<float, float, 4, 2, 1>({2, 2, 1, 256, 70, {69}, 1, 0, false, false, false, false});

@@ -164,8 +164,8 @@ void launch(void (*kernel)(Parameters...), Index grid, Index threads, Args... ar
       threadIdx = {t % threads.x, t / threads.x, 0};
       blockDim = threads;
       gridDim = grid;
-      for (unsigned b = 0; b < grid.x * grid.y; ++b) {
-        blockIdx = {b % grid.x, b / grid.x, 0};
+      for (unsigned b = 0; b < grid.x * grid.y * grid.z; ++b) {
+        blockIdx = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
         kernel(args...);
         shared.barrier.wait();  // the next block reuses the shared memory
       }

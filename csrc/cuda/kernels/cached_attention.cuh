@@ -9,6 +9,9 @@
 // element of a key that is one conversion and one multiply-add per query row, a quarter of the
 // units' rate at one row and two thirds at four (16 bit). With eight rows arithmetic would be the
 // bound, and the state spills: beyond four the Triton kernel, on the matrix units, takes over.
+// Where tokens are appended on the way, and the keys are few enough to stay in L2, up to eight rows
+// are divided between two blocks instead: the second reads from L2, and one launch does what takes
+// Triton three.
 //
 // Softmax runs online, in base 2, per group of lanes; groups, warps and parts are joined by the
 // same rule, so a part without a key weighs nothing. The parts are cut from the keys a row really
@@ -114,7 +117,8 @@ __device__ __forceinline__ float whole_weight(float top, float total, const floa
   return mine / (total * mine + exp2f(sink - shift));
 }
 
-// gridDim = (B * Hkv, splits). N elements of S a vector, P vectors of a key per thread.
+// gridDim = (B * Hkv, splits, rows / M, rounded up). N elements of S a vector, P vectors of a key
+// per thread.
 template <typename T, typename S, int N, int P, int M>
 __global__ void __launch_bounds__(kCacheThreads, 2)
     cached_attention_kernel(const __grid_constant__ CachedAttention p) {
@@ -127,7 +131,8 @@ __global__ void __launch_bounds__(kCacheThreads, 2)
   const int lane = threadIdx.x % p.lanes, group = threadIdx.x / p.lanes;
   const int groups = kCacheThreads / p.lanes;
   const int group_heads = p.heads / p.kv_heads;
-  const int rows = p.tokens * group_heads;
+  const int first_row = blockIdx.z * M, all_rows = p.tokens * group_heads;
+  const int rows = all_rows - first_row < M ? all_rows - first_row : M;
   const int64_t length = p.lengths[batch];
   // Never beyond the storage: the host cannot look at lengths without waiting for them.
   const int limit = static_cast<int>(length < p.capacity ? (length > 0 ? length : 0) : p.capacity);
@@ -141,8 +146,8 @@ __global__ void __launch_bounds__(kCacheThreads, 2)
     state.top[m] = -INFINITY;
     state.total[m] = 0.0f;
     const bool there = m < rows;
-    const int token = there ? m / group_heads : 0;
-    const int head = kv_head * group_heads + (there ? m % group_heads : 0);
+    const int row = there ? first_row + m : 0;
+    const int token = row / group_heads, head = kv_head * group_heads + row % group_heads;
     state.position[m] = there ? start + token : -1;
     state.slope[m] = p.alibi != nullptr ? p.alibi[head] : 0.0f;
     const T* q = static_cast<const T*>(p.q) + batch * p.q_stride[0] + head * p.q_stride[1] +
@@ -224,7 +229,7 @@ __global__ void __launch_bounds__(kCacheThreads, 2)
       Pack<S, N> k[1][P], v[1][P];
       const float key_scale[1] = {rounded<S, N, P>(x, p.lanes, k[0])};
       const float value_scale[1] = {rounded<S, N, P>(y, p.lanes, v[0])};
-      if (!hidden[0] && !lost[0]) {
+      if (!hidden[0] && !lost[0] && first_row == 0) {
         S* to = static_cast<S*>(p.keys) + row * p.key_stride[0] + kv_head * p.key_stride[1] +
                 key[0] * p.key_stride[2];
         S* value_to = static_cast<S*>(p.values) + row * p.value_stride[0] +
@@ -288,7 +293,8 @@ __global__ void __launch_bounds__(kCacheThreads, 2)
       total += shared_total[w][m] * weight;
       sum += shared_acc[w][m][d] * weight;
     }
-    const int token = m / group_heads, head = kv_head * group_heads + m % group_heads;
+    const int of_group = first_row + m, token = of_group / group_heads;
+    const int head = kv_head * group_heads + of_group % group_heads;
     if (p.parts == nullptr) {
       T* out = static_cast<T*>(p.out) + batch * p.out_stride[0] + head * p.out_stride[1] +
                token * p.out_stride[2];

@@ -6,7 +6,8 @@
 namespace lmfast::gpu {
 
 constexpr int kCacheThreads = 128;
-constexpr int kCacheMaxRows = 4;  // query rows (tokens x heads of a group) of one block
+constexpr int kCacheMaxRows = 4;   // query rows (tokens x heads of a group) of one block
+constexpr int kAppendMaxRows = 8;  // and of the blocks that share a key head, appending
 constexpr int kCacheMaxHeadDim = 256;
 constexpr int kCacheKeysAtOnce = 4;  // per group of lanes, loads under way together
 constexpr int kTableBlock = 64;      // keys that one entry of a table stands for
