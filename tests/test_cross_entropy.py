@@ -34,6 +34,24 @@ def reference(*args, **kwargs):
     return OP.reference(*OP.check(*args, **kwargs))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_logits_far_from_zero_keep_their_differences(isa, backend, smoothing):
+    """At 10^7 fp32 numbers are one apart, and so are whole logits exact."""
+    generator = torch.Generator().manual_seed(0)
+    offsets = torch.randint(-4, 5, (3, 37), generator=generator)
+    logits = (1e7 + offsets).float().requires_grad_()
+    targets = torch.tensor([3, 36, 0])
+    loss = cross_entropy(logits, targets, label_smoothing=smoothing, backend=backend)
+    (found,) = torch.autograd.grad(loss, logits)
+    exact_logits = offsets.double().requires_grad_()
+    exact = F.cross_entropy(exact_logits, targets, label_smoothing=smoothing)
+    (expected,) = torch.autograd.grad(exact, exact_logits)
+    # Sums of 37 fp32 numbers.
+    torch.testing.assert_close(loss.double(), exact, rtol=2e-6, atol=0)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_samples(isa, dtype):
     for sample in OP.sample_inputs("cpu", dtype):

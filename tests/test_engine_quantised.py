@@ -289,3 +289,15 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         QuantisedWeights.load(other)
     with pytest.raises(CannotPack, match=r"a Linear is not a model the engine knows"):
         quantise(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_matrix_without_rows(bits: int) -> None:
+    codes, scales = lmfast.ops.quantise_weight(torch.empty(0, 64), bits)
+    assert codes.shape == (0, 64 * bits // 8)
+    x, bias = torch.ones(3, 64, requires_grad=True), torch.empty(0, requires_grad=True)
+    y = lmfast.ops.quantised_linear(x, codes, scales, bias)
+    dx, dbias = torch.autograd.grad(y.sum(), (x, bias))
+    assert y.shape == (3, 0)
+    assert dbias.shape == (0,)
+    assert torch.equal(dx, torch.zeros(3, 64))

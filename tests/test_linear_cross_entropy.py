@@ -165,6 +165,25 @@ def test_bf16_products(isa, medium, dtype, transposed, settings):
     assert ours[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_logits_far_from_zero_keep_their_differences(isa, backend):
+    """A bias of 10^7, where fp32 numbers are one apart, and whole logits: exact sums."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.eye(3, requires_grad=True)
+    weight = torch.randint(-4, 5, (37, 3), generator=generator).float().requires_grad_()
+    targets = torch.tensor([3, 36, 0])
+    bias = torch.full((37,), 1e7, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, targets, bias=bias, backend=backend)
+    found = torch.autograd.grad(loss, (hidden, weight, bias))
+    leaves = [t.detach().double().requires_grad_() for t in (hidden, weight, bias)]
+    exact = F.cross_entropy(F.linear(*leaves), targets)
+    expected = torch.autograd.grad(exact, leaves)
+    # Sums of 37 fp32 numbers.
+    torch.testing.assert_close(loss.double(), exact, rtol=2e-6, atol=0)
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f.double(), e, rtol=1e-5, atol=1e-6)
+
+
 @needs_cpu
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 def test_huge_logits_are_redone_relative_to_the_largest(isa, precision):

@@ -76,6 +76,42 @@ def test_error_rule(dtype: torch.dtype, dropped: bool) -> None:
         assert_within_error_rule(f, p, e)
 
 
+@pytest.mark.parametrize("backend", ["torch", None])
+@pytest.mark.parametrize(
+    "sizes",
+    [((2, 3), 0, 5, 2), ((2, 3), 4, 0, 2), ((2, 3), 4, 5, 0), ((0, 3), 4, 0, 2), ((), 4, 5, 2)],
+    ids=["no features", "no outputs", "no ranks", "no rows and outputs", "vector"],
+)
+def test_empty_sizes_and_vectors(
+    sizes: tuple[tuple[int, ...], int, int, int], backend: str | None
+) -> None:
+    leading, k, n, rank = sizes
+    shapes = ((*leading, k), (n, k), (k, rank), (rank, n), (n,))
+    leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    x, w, a, b, bias = leaves
+    y = ops.lora_linear(x, w, a, b, bias=bias, scale=0.5, backend=backend)
+    exact = nn.functional.linear(x, w, bias) + 0.5 * (x @ a @ b)
+    # fp64 sums of fewer than ten terms of order 1.
+    torch.testing.assert_close(y, exact, rtol=1e-13, atol=1e-13)
+    found, expected = (torch.autograd.grad(t.square().sum(), leaves) for t in (y, exact))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradient_of_a_transposed_low_input() -> None:
+    x, w, a, b = (torch.randn(s, dtype=torch.float64) for s in ((6, 9), (5, 9), (9, 2), (2, 5)))
+    low = torch.randn(9, 6, dtype=torch.float64).t().requires_grad_()
+    dy = torch.randn(6, 5, dtype=torch.float64)
+    (dlow,) = torch.autograd.grad(ops.lora_linear(x, w, a, b, low=low), low, dy)
+    torch.testing.assert_close(dlow, dy @ b.t() @ a.t(), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["weight", "a", "b"])
+def test_a_missing_factor_is_named(name: str) -> None:
+    given = {"weight": torch.ones(3, 2), "a": torch.ones(2, 1), "b": torch.ones(1, 3), name: None}
+    with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got NoneType"):
+        ops.lora_linear(torch.ones(1, 2), **given)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("make", "targets"),
     [

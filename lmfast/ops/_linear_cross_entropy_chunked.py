@@ -20,18 +20,21 @@ LOGITS_PER_CHUNK = 4 * 1024 * 1024
 
 def row_losses(
     logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float
-) -> tuple[Tensor, Tensor]:
-    """The loss of every row and its logsumexp, from finished logits in the accumulation dtype.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The loss and the log-probabilities of every row, from finished logits in the accumulation
+    dtype, and the logsumexp, with ``z_loss`` alone.
 
-    ``targets`` must be valid indices.
+    ``targets`` must be valid indices. The logsumexp less a logit would lose what the two have in
+    common: at logits of a million two digits remain.
     """
-    lse = logits.logsumexp(-1)
-    losses = lse - logits.gather(-1, targets[:, None])[:, 0]
+    log_probs = logits.log_softmax(-1)
+    losses = -log_probs.gather(-1, targets[:, None])[:, 0]
     if label_smoothing:
-        losses = (1.0 - label_smoothing) * losses + label_smoothing * (lse - logits.mean(-1))
-    if z_loss:
-        losses = losses + z_loss * lse.square()
-    return losses, lse
+        losses = (1.0 - label_smoothing) * losses - label_smoothing * log_probs.mean(-1)
+    if not z_loss:
+        return losses, log_probs, None
+    lse = logits.logsumexp(-1)
+    return losses + z_loss * lse.square(), log_probs, lse
 
 
 def output_logits(
@@ -105,13 +108,13 @@ def chunked_linear_cross_entropy(
     for start in range(0, rows.shape[0], step):
         h, t = rows[start : start + step], safe[start : start + step]
         logits = output_logits(h, weight, bias, softcap, bf16)
-        losses, lse = row_losses(logits, t, label_smoothing, z_loss)
+        losses, log_probs, lse = row_losses(logits, t, label_smoothing, z_loss)
         parts.append(losses)
         if not any(wanted):
             continue
         slope = 1 - (logits / softcap).square() if softcap else None
-        grad = (logits - lse[:, None]).exp_()
-        if z_loss:
+        grad = log_probs.exp_()
+        if lse is not None:
             grad *= (1 + 2 * z_loss * lse)[:, None]
         if label_smoothing:
             grad -= label_smoothing / weight.shape[0]

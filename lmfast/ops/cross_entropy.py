@@ -149,7 +149,7 @@ def _reference(
     flat = targets.reshape(-1)
     keep = flat != ignore_index
     rows = logits.reshape(-1, logits.shape[-1]).to(accumulation_dtype(logits.dtype))
-    losses, _ = row_losses(rows, torch.where(keep, flat, 0), label_smoothing, z_loss)
+    losses, *_ = row_losses(rows, torch.where(keep, flat, 0), label_smoothing, z_loss)
     return reduce_losses(losses, keep, reduction, targets.shape)
 
 

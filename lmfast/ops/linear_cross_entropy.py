@@ -135,7 +135,7 @@ def _reference(
     keep = flat != ignore_index
     rows = hidden.reshape(-1, hidden.shape[-1])
     logits = output_logits(rows, weight, bias, softcap, bf16)
-    losses, _ = row_losses(logits, torch.where(keep, flat, 0), label_smoothing, z_loss)
+    losses, *_ = row_losses(logits, torch.where(keep, flat, 0), label_smoothing, z_loss)
     return reduce_losses(losses, keep, reduction, targets.shape)
 
 

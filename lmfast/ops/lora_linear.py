@@ -112,8 +112,8 @@ def _check(
     scale: float = 1.0,
     low: Tensor | None = None,
 ) -> tuple[Any, ...]:
-    others = {"weight": weight, "a": a, "b": b, "bias": bias, "low": low}
-    given = {"x": x, **{name: t for name, t in others.items() if t is not None}}
+    given = {"x": x, "weight": weight, "a": a, "b": b}
+    given |= {name: t for name, t in (("bias", bias), ("low", low)) if t is not None}
     for name, tensor in given.items():
         check_tensor(name, tensor)
         check_same_device(name, tensor, "x", x)
@@ -157,6 +157,11 @@ def _reference(
     return torch.nn.functional.linear(x, weight, bias) + scale * update
 
 
+def _matrix(t: Tensor) -> Tensor:
+    """(..., K) as (rows, K), whatever is zero."""
+    return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
+
+
 def _products(
     x: Tensor,
     weight: Tensor,
@@ -169,9 +174,9 @@ def _products(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """The output and (x a), as (rows, R)."""
-    source = (x if low is None else low).reshape(-1, x.shape[-1])
+    source = _matrix(x if low is None else low)
     y = linear(x, weight, bias)
-    rows = y.view(-1, y.shape[-1])
+    rows = y.view(source.shape[0], y.shape[-1])
     if backend == "cpu":
         return y, _update(rows, with_unit_last_stride(source), a, b, scale)
     inner = source @ a
@@ -212,7 +217,7 @@ class _LoRALinear(torch.autograd.Function):
             return _products(x, weight, a, b, bias, scale, low, backend=backend)
         forward = implementation("lora_linear", backend).forward
         y = forward(x, weight, a, b, bias, scale, low)
-        return y, x.reshape(-1, x.shape[-1]) @ a
+        return y, _matrix(x) @ a
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -234,18 +239,18 @@ class _LoRALinear(torch.autograd.Function):
             *grads, dlow = differentiate(plain, (x, weight, a, b, bias, low), (dy,))
             return *grads, None, dlow, None
         wanted = ctx.needs_input_grad
-        rows = dy.reshape(-1, dy.shape[-1])
-        source = (x if low is None else low).reshape(-1, x.shape[-1])
+        rows = _matrix(dy)
+        source = _matrix(x if low is None else low)
         dx = dweight = da = db = dbias = dlow = None
         if wanted[1]:
-            dweight = rows.t() @ x.reshape(-1, x.shape[-1])
+            dweight = rows.t() @ _matrix(x)
         if bias is not None and wanted[4]:
             dbias = rows.sum(0)
         if ctx.backend == "cpu":
             if wanted[0]:
                 dx = linear(rows, weight.t())
             if low is not None and wanted[6]:
-                dlow = torch.zeros_like(source)
+                dlow = source.new_zeros(source.shape)
             da, db = _update_backward(
                 dx if low is None else dlow,
                 with_unit_last_stride(rows),

@@ -179,7 +179,8 @@ def dequantised(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         return codes.to(dtype) * scales[:, None].to(dtype)
     high = torch.bitwise_right_shift(codes, 4)  # of a DTensor, torch 2.13's >> shifts nothing
     numbers = torch.stack((codes & 15, high), -1).flatten(1).to(dtype) - 8
-    groups = numbers.view(codes.shape[0], scales.shape[1], -1)
+    per_row = scales.shape[1]
+    groups = numbers.view(codes.shape[0], per_row, numbers.shape[1] // per_row)
     return (groups * scales[..., None].to(dtype)).flatten(1)
 
 
@@ -232,7 +233,7 @@ class _QuantisedLinear(torch.autograd.Function):
             # The layer is linear in x: gradients of gradients are those of the plain product.
             dx = (_backward if recording_backward() else backward)(dy, codes, scales)
         if ctx.needs_input_grad[3]:
-            dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+            dbias = dy.sum_to_size(dy.shape[-1])
         return dx, None, None, dbias, None
 
 

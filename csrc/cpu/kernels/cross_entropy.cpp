@@ -46,17 +46,17 @@ void row(const CrossEntropyArgs& a, int64_t r) {
   // A row of -inf has no maximum to subtract; its sum is 0 and its loss NaN, as PyTorch's.
   const A largest = hmax(most);
   const V center = V::set1(largest);
-  double sum_exp = 0.0, sum_logits = 0.0;
+  double sum_exp = 0.0, sum_below = 0.0;
   for (int64_t b = 0; b < classes; b += kBlock) {
-    V exps = V::zero(), logits = V::zero();
+    V exps = V::zero(), below = V::zero();
     each_vector<T>(b, b + kBlock < classes ? b + kBlock : classes, [&](int64_t i, int n) {
       const V v = n == V::kWidth ? V::load(x + i) : V::load(x + i, n);
-      const V e = exp(v - center);
+      const V d = v - center, e = exp(d);
       exps = exps + (n == V::kWidth ? e : lanes_or(e, n, 0.0));
-      logits = logits + v;
+      below = below + (n == V::kWidth ? d : lanes_or(d, n, 0.0));
     });
     sum_exp += sum(exps);
-    sum_logits += sum(logits);
+    sum_below += sum(below);
   }
   A chosen_lane[V::kWidth];
   V::load(x + target, 1).store(chosen_lane);
@@ -65,7 +65,7 @@ void row(const CrossEntropyArgs& a, int64_t r) {
   // Apart, as infinite logits (classes masked out) times 0, or one minus another, would be NaN.
   if (a.smoothing > 0.0) {
     loss = (1.0 - a.smoothing) * loss +
-           a.smoothing * ((largest - sum_logits / static_cast<double>(classes)) + log_sum);
+           a.smoothing * (log_sum - sum_below / static_cast<double>(classes));
   }
   a.loss[r] = loss + a.z_loss * lse * lse;
   if (dx == nullptr) return;

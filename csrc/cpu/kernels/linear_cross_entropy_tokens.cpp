@@ -7,6 +7,10 @@
 namespace lmfast::LMFAST_ISA {
 namespace {
 
+// Center of the lanes behind the last token: their logits are the biases, and exponentials of zero
+// keep sums over lanes finite whatever those are.
+constexpr float kNoToken = 1e38f;
+
 template <class T>
 LMFAST_INLINE float scalar_at(const T* p) {
   if constexpr (sizeof(T) == 4) {
@@ -26,7 +30,8 @@ void pack_groups(const LceBlockArgs& a, int64_t begin, int64_t end) {
   for (int64_t n = begin * kLceGroup; n < end * kLceGroup; ++n) {
     if (n >= a.tokens) {
       for (int64_t e = 0; e < p.width; ++e) a.hidden_t[e * a.lanes + n] = 0.0f;
-      a.target_logit[n] = a.center[n] = a.target_slope[n] = 0.0f;
+      a.target_logit[n] = a.target_slope[n] = 0.0f;
+      a.center[n] = kNoToken;
       continue;
     }
     const int64_t token = a.first_token + n, target = p.target[token];

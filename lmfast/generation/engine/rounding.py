@@ -28,7 +28,7 @@ def quantise_groups(weight: Tensor, group: int = INT4_GROUP, bits: Bits = 4) -> 
     """
     w = weight.detach().float()
     rows, depth = w.shape
-    w = torch.nn.functional.pad(w, (0, -depth % group)).view(rows, -1, group)
+    w = torch.nn.functional.pad(w, (0, -depth % group)).view(rows, -(-depth // group), group)
     scales = group_scales(w, bits)
     return Quantised(nearest(w, scales[..., None], bits).flatten(1), scales, bits, group)
 
