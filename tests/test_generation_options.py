@@ -128,3 +128,28 @@ def test_stop_strings_of_any_length(length, before):
     assert [stop.ends(ord(c)) for c in before + string] == [False] * len(before + string[1:]) + [
         True
     ]
+
+
+def test_the_number_of_new_tokens_by_place_or_by_name():
+    model, ids = decoder(), torch.tensor([[1, 2, 3]])
+    generator, expected = Generator(model), lmfast.generate(model, ids, max_new_tokens=4)
+    batch = generator.batch()
+    key = batch.add(ids[0], 4)
+    while batch.running:
+        batch.step()
+    assert batch.new_ids(key) == expected[0, 3:].tolist()
+    for found in (
+        lmfast.generate(model, ids, 4),
+        generator.generate(ids, 4),
+        generator.generate(ids, max_new_tokens=4),
+        generator.complete(ids, 4).ids,
+        torch.cat((ids, torch.stack([*generator.stream(ids, 4)], 1)), 1),
+    ):
+        assert torch.equal(found, expected)
+    for call in (generator.generate, generator.complete, generator.stream):
+        with pytest.raises(TypeError, match="max_new_tokens must be given"):
+            call(ids)
+    with pytest.raises(TypeError, match="max_new_tokens must be given"):
+        lmfast.generate(model, ids)
+    with pytest.raises(TypeError, match="temprature is no option.* did you mean temperature"):
+        generator.generate(ids, 4, temprature=2.0)

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from numbers import Integral
 from operator import index
 from typing import Any, Literal
@@ -268,6 +269,20 @@ class GenerationOptions:
             if isinstance(value, Tensor) and name != "logit_bias"
         }
         return replace(self, **per_row) if per_row else self
+
+
+def options_of_call(max_new_tokens: int | None, options: dict[str, Any]) -> GenerationOptions:
+    """The options of a call that takes `max_new_tokens` by place or by name."""
+    known = GenerationOptions.__dataclass_fields__
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        close = get_close_matches(unknown[0], known, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise TypeError(f"{unknown[0]} is no option of generation{hint}")
+    given = options if max_new_tokens is None else {**options, "max_new_tokens": max_new_tokens}
+    if given.get("max_new_tokens") is None:
+        raise TypeError("max_new_tokens must be given")
+    return GenerationOptions(**given)
 
 
 class Ends:

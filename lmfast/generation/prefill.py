@@ -115,3 +115,16 @@ def check_prefix(prompts: Prompts, prefix: Prefix) -> None:
             raise ValueError(
                 f"prompt {row} must begin with the {len(known)} tokens of prefix and does not"
             )
+
+
+def shared_tokens(prompts: Prompts, prefix: Prefix) -> int:
+    """How many tokens a prompt and a prefix have in common; one of the prompt's is left."""
+    if len(prompts.lengths) != 1 or len(prefix.prompts.lengths) != 1:
+        raise ValueError("prefix must have one row, and so must ids")
+    mine, known = prompts.rows()[0], prefix.prompts.rows()[0]
+    count = 0
+    for a, b in zip(mine[:-1], known, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
