@@ -151,5 +151,5 @@ def test_the_number_of_new_tokens_by_place_or_by_name():
             call(ids)
     with pytest.raises(TypeError, match="max_new_tokens must be given"):
         lmfast.generate(model, ids)
-    with pytest.raises(TypeError, match="temprature is no option.* did you mean temperature"):
+    with pytest.raises(TypeError, match=r"temprature is no option.* did you mean temperature"):
         generator.generate(ids, 4, temprature=2.0)

@@ -16,14 +16,8 @@ from lmfast.generation.choices import ChoiceRows, ChoiceTree
 from lmfast.generation.engine.quantised import QuantisedWeights
 from lmfast.generation.kept import kept
 from lmfast.generation.loop import Job, decode
-from lmfast.generation.options import (
-    Ends,
-    GenerationOptions,
-    check_ids,
-    end_ids,
-    options_of_call,
-    padding_id,
-)
+from lmfast.generation.module_runner import uncalled_hooks
+from lmfast.generation.options import Ends, GenerationOptions, check_ids, end_ids, padding_id
 from lmfast.generation.prefill import Prefix, feed, prefill, shared_tokens
 from lmfast.generation.prompts import check_prompts, fit, with_new
 from lmfast.generation.runner import Weights, make_runner
@@ -84,6 +78,7 @@ class Generator:
         self, model: Any, *, weights: Weights | QuantisedWeights = "fp32", group: int | None = None
     ) -> None:
         self.runner, self._reason = make_runner(model, weights, group)
+        self._uncalled = uncalled_hooks(model)
         self._ends = Ends(model)
         self.weights = weights if isinstance(weights, str) else weights.kind
 
@@ -93,6 +88,7 @@ class Generator:
             text = f"the compiled engine, with {self.weights} weights"
         else:
             text = f"the model's own modules: {self._reason}{static_step.explained(self.runner)}"
+        text += self._uncalled
         print(f"Generator runs {text}")
         return text
 
@@ -176,7 +172,7 @@ class Generator:
             ValueError: an empty prompt, an id outside the vocabulary, options that cannot be, or
                 more tokens than the model's context has.
         """
-        wanted = options_of_call(max_new_tokens, options)
+        wanted = GenerationOptions.of_call(max_new_tokens, options)
         if wanted.best_of is not None:
             return self.complete(ids, max_new_tokens, attention_mask=attention_mask, **options).ids
         job = self._job(ids, attention_mask, wanted)
@@ -195,7 +191,7 @@ class Generator:
         **options: Any,
     ) -> Completion:
         """Continue texts as `generate` does, and also return lengths and log-probabilities."""
-        wanted = options_of_call(max_new_tokens, options)
+        wanted = GenerationOptions.of_call(max_new_tokens, options)
         job = self._job(ids, attention_mask, wanted, want_log_probs=True)
         copies = wanted.num_return_sequences
         if wanted.num_beams > 1 and job.prompts.lengths and wanted.max_new_tokens:
@@ -229,7 +225,7 @@ class Generator:
         Raises:
             ValueError: also for beam search and `best_of`, whose results are known at the end.
         """
-        wanted = options_of_call(max_new_tokens, options)
+        wanted = GenerationOptions.of_call(max_new_tokens, options)
         if wanted.num_beams > 1 or wanted.best_of is not None:
             raise ValueError("stream gives out tokens at once: leave out num_beams and best_of")
         job = self._job(ids, attention_mask, wanted)
@@ -246,7 +242,7 @@ class Generator:
         return RunningBatch(self.runner, self._job_of_one, prefix)
 
     def _job_of_one(self, ids: Tensor, max_new_tokens: int | None, options: dict[str, Any]) -> Job:
-        wanted = options_of_call(max_new_tokens, options)
+        wanted = GenerationOptions.of_call(max_new_tokens, options)
         for name, set_ in (
             ("num_beams", wanted.num_beams > 1),
             ("num_return_sequences", wanted.num_return_sequences > 1),

@@ -161,6 +161,20 @@ class GenerationOptions:
         self._check_ends()
         self._check_combinations()
 
+    @classmethod
+    def of_call(cls, max_new_tokens: int | None, options: dict[str, Any]) -> GenerationOptions:
+        """Those of a call that takes `max_new_tokens` by place or by name."""
+        known = cls.__dataclass_fields__
+        for name in options:
+            if name not in known:
+                close = get_close_matches(name, known, 1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise TypeError(f"{name} is no option of generation{hint}")
+        given = options if max_new_tokens is None else {**options, "max_new_tokens": max_new_tokens}
+        if given.get("max_new_tokens") is None:
+            raise TypeError("max_new_tokens must be given")
+        return cls(**given)
+
     def _integer(self, name: str, lowest: int) -> None:
         value = getattr(self, name)
         if value is None:
@@ -269,20 +283,6 @@ class GenerationOptions:
             if isinstance(value, Tensor) and name != "logit_bias"
         }
         return replace(self, **per_row) if per_row else self
-
-
-def options_of_call(max_new_tokens: int | None, options: dict[str, Any]) -> GenerationOptions:
-    """The options of a call that takes `max_new_tokens` by place or by name."""
-    known = GenerationOptions.__dataclass_fields__
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        close = get_close_matches(unknown[0], known, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise TypeError(f"{unknown[0]} is no option of generation{hint}")
-    given = options if max_new_tokens is None else {**options, "max_new_tokens": max_new_tokens}
-    if given.get("max_new_tokens") is None:
-        raise TypeError("max_new_tokens must be given")
-    return GenerationOptions(**given)
 
 
 class Ends:
