@@ -15,10 +15,17 @@ from lmfast.generation.beam_job import search
 from lmfast.generation.choices import ChoiceRows, ChoiceTree
 from lmfast.generation.engine.quantised import QuantisedWeights
 from lmfast.generation.kept import kept
-from lmfast.generation.loop import Job, decode
+from lmfast.generation.loop import Job, columns, decode, new_lengths
 from lmfast.generation.module_runner import uncalled_hooks
-from lmfast.generation.options import Ends, GenerationOptions, check_ids, end_ids, padding_id
-from lmfast.generation.prefill import Prefix, feed, prefill, shared_tokens
+from lmfast.generation.options import (
+    Ends,
+    GenerationOptions,
+    check_ids,
+    checked_integer,
+    end_ids,
+    padding_id,
+)
+from lmfast.generation.prefill import Prefix, check_is_prefix, feed, prefill, shared_tokens
 from lmfast.generation.prompts import check_prompts, fit, with_new
 from lmfast.generation.runner import Weights, make_runner
 from lmfast.generation.running_batch import RunningBatch
@@ -119,6 +126,8 @@ class Generator:
             A `Prefix`, for `generate(prefix=...)` if it has one row, or for `step`.
         """
         prompts = check_prompts(ids, attention_mask, self.runner.vocab_size)
+        for name, value in (("capacity", capacity), ("prefill_chunk_size", prefill_chunk_size)):
+            checked_integer(name, value, 1)
         if prefix is not None:
             shared = shared_tokens(prompts, prefix)
             if shared > 0 and hasattr(prefix.state, "truncate"):
@@ -179,7 +188,7 @@ class Generator:
         if wanted.num_beams > 1 and job.prompts.lengths and wanted.max_new_tokens:
             new = search(job).ids
         else:
-            new = _columns(list(self._steps(job)), job)
+            new = columns(list(self._steps(job)), job)
         return with_new(ids, new, wanted.num_return_sequences)
 
     def complete(
@@ -197,8 +206,8 @@ class Generator:
         if wanted.num_beams > 1 and job.prompts.lengths and wanted.max_new_tokens:
             new, scores, lengths = (t.clone() for t in search(job))
             return Completion(with_new(ids, new, copies), lengths, None, scores)
-        new = _columns(list(self._steps(job)), job)
-        lengths = _lengths(new, job)
+        new = columns(list(self._steps(job)), job)
+        lengths = new_lengths(new, job)
         log_probs = new.new_zeros(new.shape, dtype=torch.float32)
         if job.log_probs:
             log_probs = torch.stack(job.log_probs[: new.shape[1]], dim=1)
@@ -237,8 +246,8 @@ class Generator:
         Args:
             prefix: of one row, from `prefill`; all sequences must begin with it.
         """
-        if prefix is not None and len(prefix.prompts.lengths) != 1:
-            raise ValueError(f"prefix must have one row, got {len(prefix.prompts.lengths)}")
+        if prefix is not None:
+            check_is_prefix(prefix)
         return RunningBatch(self.runner, self._job_of_one, prefix)
 
     def _job_of_one(self, ids: Tensor, max_new_tokens: int | None, options: dict[str, Any]) -> Job:
@@ -367,29 +376,3 @@ def generate(
     key = (weights if isinstance(weights, str) else weakref.ref(weights), group)
     generator = kept(model, key, lambda: Generator(model, weights=weights, group=group))
     return generator.generate(ids, max_new_tokens, **options)
-
-
-def _columns(steps: list[Tensor], job: Job) -> Tensor:
-    """New ids (B, n) of all steps, cut where the last row ended."""
-    if not steps:
-        return job.prompts.ids[:, :0]
-    new = torch.stack(steps, dim=1)
-    lengths = _lengths(new, job)
-    return new[:, : int(lengths.max())] if new.device.type != "cpu" else new
-
-
-def _lengths(new: Tensor, job: Job) -> Tensor:
-    """(B,) new ids of each row up to the one it ended with."""
-    if job.lengths is not None:
-        lengths = [min(length, new.shape[1]) for length in job.lengths]
-        return torch.tensor(lengths, dtype=torch.int64, device=new.device)
-    stops = job.row_stops()
-    lengths = []
-    for ids, stop in zip(new.tolist(), stops, strict=True):
-        length = len(ids)
-        for step, new_id in enumerate(ids):
-            if stop.ends(new_id, step + 1 >= job.options.min_new_tokens):
-                length = step + 1
-                break
-        lengths.append(length)
-    return torch.tensor(lengths, dtype=torch.int64, device=new.device)

@@ -176,14 +176,7 @@ class GenerationOptions:
         return cls(**given)
 
     def _integer(self, name: str, lowest: int) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
-        if value < lowest:
-            wanted = "not be negative" if lowest == 0 else f"be at least {lowest}"
-            raise ValueError(f"{name} must {wanted}, got {value}")
+        object.__setattr__(self, name, checked_integer(name, getattr(self, name), lowest))
 
     def _check_ends(self) -> None:
         sequences = tuple(as_ids("each of stop_sequences", s) for s in self.stop_sequences)
@@ -283,6 +276,18 @@ class GenerationOptions:
             if isinstance(value, Tensor) and name != "logit_bias"
         }
         return replace(self, **per_row) if per_row else self
+
+
+def checked_integer(name: str, value: Any, lowest: int) -> int | None:
+    """A whole number of any kind as an int, or None; TypeError or ValueError for what is not."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < lowest:
+        wanted = "not be negative" if lowest == 0 else f"be at least {lowest}"
+        raise ValueError(f"{name} must {wanted}, got {value}")
+    return int(value)
 
 
 class Ends:

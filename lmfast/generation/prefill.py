@@ -103,12 +103,17 @@ def _continued(
     return logits, state
 
 
-def check_prefix(prompts: Prompts, prefix: Prefix) -> None:
-    """TypeError or ValueError unless all prompts begin with the prefix."""
+def check_is_prefix(prefix: Any) -> None:
+    """TypeError or ValueError unless it is a prefix of one row."""
     if not isinstance(prefix, Prefix):
         raise TypeError(f"prefix must be what Generator.prefill returned, got {prefix!r}")
     if len(prefix.prompts.lengths) != 1:
         raise ValueError(f"prefix must have one row, got {len(prefix.prompts.lengths)}")
+
+
+def check_prefix(prompts: Prompts, prefix: Prefix) -> None:
+    """TypeError or ValueError unless all prompts begin with the prefix."""
+    check_is_prefix(prefix)
     known = prefix.prompts.rows()[0]
     for row, prompt in enumerate(prompts.rows()):
         if prompt[: len(known)] != known:
@@ -119,8 +124,9 @@ def check_prefix(prompts: Prompts, prefix: Prefix) -> None:
 
 def shared_tokens(prompts: Prompts, prefix: Prefix) -> int:
     """How many tokens a prompt and a prefix have in common; one of the prompt's is left."""
-    if len(prompts.lengths) != 1 or len(prefix.prompts.lengths) != 1:
-        raise ValueError("prefix must have one row, and so must ids")
+    check_is_prefix(prefix)
+    if len(prompts.lengths) != 1:
+        raise ValueError(f"ids must have one row with a prefix, got {len(prompts.lengths)}")
     mine, known = prompts.rows()[0], prefix.prompts.rows()[0]
     count = 0
     for a, b in zip(mine[:-1], known, strict=False):

@@ -103,7 +103,10 @@ class RunningBatch:
         """
         self._decide()
         self._feed()
-        prompt = torch.as_tensor(ids, device=self._runner.device)
+        try:
+            prompt = torch.as_tensor(ids, device=self._runner.device)
+        except (TypeError, ValueError):
+            raise TypeError(f"ids must be int64 ids (T,), got {ids!r}") from None
         if prompt.ndim != 1 or not len(prompt):
             raise ValueError(f"ids must be (T,) with T >= 1, got {tuple(prompt.shape)}")
         job = self._make_job(prompt[None], max_new_tokens, options)
