@@ -20,7 +20,7 @@ from lmfast.generation.engine.plan_forward import PlanForward
 from lmfast.generation.engine.rounding import quantise_groups, quantise_rows
 from lmfast.generation.prefill import prefill
 from lmfast.generation.prompts import check_prompts
-from lmfast.models import DecoderLanguageModel
+from lmfast.models import DecoderLanguageModel, RecurrentLanguageModel
 
 pytestmark = pytest.mark.usefixtures("needs_cpu_kernels")
 
@@ -301,3 +301,24 @@ def test_a_matrix_without_rows(bits: int) -> None:
     assert y.shape == (3, 0)
     assert dbias.shape == (0,)
     assert torch.equal(dx, torch.zeros(3, 64))
+
+
+@pytest.mark.parametrize(("kind", "group"), [("int8", None), ("int8", 32), ("int4", None)])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_not_rounded(kind, group, number):
+    model = RecurrentLanguageModel(40, 32, 1, 0)
+    model.rnn.rnn_units[0].Uh.data[3, 4] = number
+    with pytest.raises(ValueError, match="weights must be finite to be rounded to integers"):
+        quantise(model, kind, group=group)
+    with pytest.raises(ValueError, match="weights must be finite to be rounded to integers"):
+        Generator(model, weights=kind, group=group)
+
+
+def test_files_that_cannot_be_are_named(tmp_path):
+    weights = quantise(RecurrentLanguageModel(40, 32, 1, 0))
+    with pytest.raises(OSError, match=r"cannot write .*nowhere"):
+        weights.save(tmp_path / "nowhere" / "weights.safetensors")
+    with pytest.raises(IsADirectoryError, match="is a directory, and must be a file"):
+        QuantisedWeights.load(tmp_path)
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got int"):
+        quantise(3)

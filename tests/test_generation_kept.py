@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from test_engine import OPTIONS, ids_of, model_of
+from test_engine import OPTIONS, V, ids_of, model_of
 
 import lmfast
 from lmfast.generation import generator as module
@@ -144,3 +144,26 @@ def test_hooks_are_called(place: str) -> None:
     assert "forward hooks" in lmfast.Generator(model).explain()
     hook.remove()
     assert torch.equal(lmfast.generate(model, prompt, 8), before)
+
+
+def test_hooks_of_an_output_layer_are_called() -> None:
+    model, prompt = RecurrentLanguageModel(V, 16, 2, 0, cell="gru"), ids_of(2, 6)
+    before = lmfast.generate(model, prompt, 8)
+    hook = model.fc.register_forward_hook(lambda m, args, out: out.flip(-1))
+    last = model(prompt)[:, -1].argmax(-1)
+    found = lmfast.generate(model, prompt, 8)
+    assert torch.equal(found[:, 6], last)
+    assert not torch.equal(found, before)
+    assert "are not called" not in lmfast.Generator(model).explain()
+    hook.remove()
+    assert torch.equal(lmfast.generate(model, prompt, 8), before)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_hooks_that_are_not_called_are_named(tied: bool) -> None:
+    model = RecurrentLanguageModel(V, 16, 2, 0, tie_weights=tied)
+    assert "are not called" not in lmfast.Generator(model).explain()
+    (model.fc if tied else model).register_forward_hook(lambda *_: 1 / 0)
+    lmfast.generate(model, ids_of(2, 6), 3)
+    place = "'fc'" if tied else "the model itself"
+    assert f"the hooks of {place}" in lmfast.Generator(model).explain()

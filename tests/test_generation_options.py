@@ -55,6 +55,7 @@ def test_explain_says_what_runs_and_why(capsys):
         ({"attention_mask": [[1] * 3] * 2}, TypeError, "attention_mask must be a tensor, got list"),
         ({"prefix": 3}, TypeError, "prefix must be what Generator.prefill returned, got 3"),
         ({"generator": 3}, TypeError, "generator must be a torch.Generator, got 3"),
+        ({"top_k": 2.5, "do_sample": True}, ValueError, "or a whole number above, got 2.5"),
         ({"top_k": "5"}, TypeError, "top_k must be a number or a tensor of them, got '5'"),
         ({"logit_bias": {9: torch.nan}}, ValueError, "logit_bias must be finite, or -inf"),
         ({"logit_bias": {99: 1.0}}, ValueError, r"logit_bias must be in 0\.\.36"),
@@ -128,3 +129,48 @@ def test_stop_strings_of_any_length(length, before):
     assert [stop.ends(ord(c)) for c in before + string] == [False] * len(before + string[1:]) + [
         True
     ]
+
+
+def test_the_number_of_new_tokens_by_place_or_by_name():
+    model, ids = decoder(), torch.tensor([[1, 2, 3]])
+    generator, expected = Generator(model), lmfast.generate(model, ids, max_new_tokens=4)
+    batch = generator.batch()
+    key = batch.add(ids[0], 4)
+    while batch.running:
+        batch.step()
+    assert batch.new_ids(key) == expected[0, 3:].tolist()
+    for found in (
+        lmfast.generate(model, ids, 4),
+        generator.generate(ids, 4),
+        generator.generate(ids, max_new_tokens=4),
+        generator.complete(ids, 4).ids,
+        torch.cat((ids, torch.stack([*generator.stream(ids, 4)], 1)), 1),
+    ):
+        assert torch.equal(found, expected)
+    for call in (generator.generate, generator.complete, generator.stream):
+        with pytest.raises(TypeError, match="max_new_tokens must be given"):
+            call(ids)
+    with pytest.raises(TypeError, match="max_new_tokens must be given"):
+        lmfast.generate(model, ids)
+    with pytest.raises(TypeError, match=r"temprature is no option.* did you mean temperature"):
+        generator.generate(ids, 4, temprature=2.0)
+
+
+def test_whole_numbers_of_other_kinds_are_whole_numbers():
+    model, ids = decoder().float(), torch.tensor([[1, 2, 3]])
+    expected = lmfast.generate(model, ids, 5)
+    found = lmfast.generate(model, ids, np.int64(5), min_new_tokens=np.int32(2))
+    assert torch.equal(found, expected)
+
+
+def test_what_is_no_prefix_and_no_prompt_is_named():
+    generator, ids = Generator(decoder()), torch.tensor([[1, 2]])
+    for call in (lambda: generator.batch(3), lambda: generator.prefill(ids, prefix=3)):
+        with pytest.raises(
+            TypeError, match=r"prefix must be what Generator.prefill returned, got 3"
+        ):
+            call()
+    with pytest.raises(ValueError, match="prefill_chunk_size must be at least 1, got 0"):
+        generator.prefill(ids, prefill_chunk_size=0)
+    with pytest.raises(TypeError, match=r"ids must be int64 ids \(T,\), got 'abc'"):
+        generator.batch().add("abc", 3)

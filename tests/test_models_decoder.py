@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden import golden_decoder_state
+from torch.func import functional_call, grad, jvp, vmap
 
-from lmfast.models import DecoderLanguageModel, build_model
+from lmfast.models import DecoderLanguageModel, RecurrentLanguageModel, build_model
 from lmfast.models.textbook import TextbookDecoder
 
 # Printed with 9 or 10 digits. The rotation tables are fp32, which shows from the 11th digit on.
@@ -294,3 +295,29 @@ def test_a_logit_softcap_is_positive(softcap):
 def test_ids_have_two_dimensions():
     with pytest.raises(ValueError, match=r"ids must be \(B, T\), got \(3,\)"):
         DecoderLanguageModel(20, 8, 2, 1, 0)(torch.tensor([1, 2, 3]))
+
+
+@pytest.mark.parametrize("kind", [DecoderLanguageModel, RecurrentLanguageModel])
+def test_tied_weights_within_torch_func(kind):
+    """Gradients, per row of a batch and along a direction, of a matrix whose row 3 is padding."""
+    torch.manual_seed(0)
+    sizes = (13, 8, 2, 1, 3) if kind is DecoderLanguageModel else (13, 8, 1, 3)
+    model = kind(*sizes, tie_weights=True).double()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    ids = torch.randint(4, 13, (3, 6))
+
+    def loss(weights, ids):
+        return functional_call(model, weights, (ids,)).square().mean()
+
+    model(ids).square().mean().backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    assert not expected["embedding.weight"][3].any()
+    close = {"rtol": 1e-10, "atol": 1e-13}  # fp64, sums in another order
+    torch.testing.assert_close(grad(loss)(weights, ids), expected, **close)
+    rows = vmap(grad(loss), (None, 0))(weights, ids[:, None])
+    mean = {name: g.mean(0) for name, g in rows.items()}
+    torch.testing.assert_close(mean, expected, **close)
+    direction = {name: torch.randn_like(p) for name, p in weights.items()}
+    slope = jvp(lambda w: loss(w, ids), (weights,), (direction,))[1]
+    along = sum((g * direction[name]).sum() for name, g in expected.items())
+    torch.testing.assert_close(slope, along, **close)

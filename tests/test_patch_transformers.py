@@ -273,3 +273,33 @@ def test_classification() -> None:
     got = model(IDS, attention_mask=LEFT, labels=labels)
     assert_close(got.logits, expected.logits)
     assert_close(got.loss, expected.loss)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gptj", "bloom"])
+def test_on_the_meta_device(kind: str) -> None:
+    """Shapes without numbers, as tools that estimate memory ask for them."""
+    model = make(kind, attn_implementation="eager")
+    lmfast.patch(model)
+    meta = copy.deepcopy(model).to("meta")
+    ids = IDS.to("meta")
+    out = meta(ids, attention_mask=torch.ones_like(ids), labels=ids)
+    assert out.logits.shape == model(IDS).logits.shape
+    out.loss.backward()
+    assert all(p.grad is not None for p in meta.parameters())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_padding_masks_within_vmap(kind: str) -> None:
+    """Each element has a mask of its own, which nobody can look at; the models' own takes that."""
+    model = make(kind, attn_implementation="eager")
+    lmfast.patch(model)
+    ids = torch.stack((IDS, IDS.flip(0)))
+    masks = torch.ones_like(ids)
+    masks[0, 0, -2:] = 0
+
+    def run(ids: Tensor, mask: Tensor) -> Tensor:
+        return model(ids, attention_mask=mask, use_cache=False).logits
+
+    with torch.no_grad():
+        for a, b in zip(torch.func.vmap(run)(ids, masks), map(run, ids, masks), strict=True):
+            assert_close(b, a)

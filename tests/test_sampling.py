@@ -165,7 +165,7 @@ def test_half_precision_logits_are_taken_as_they_are(dtype):
     [
         ({"temperature": 0.0}, "temperature must be above 0 .*got 0.0"),
         ({"temperature": torch.tensor([1.0, -1.0])}, r"temperature must be.*\[1.0, -1.0\]"),
-        ({"top_k": -1}, "top_k must be 0 .off. or more, got -1"),
+        ({"top_k": -1}, "top_k must be 0 .off. or a whole number above, got -1"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
         ({"min_p": -0.1}, r"min_p must be in \[0, 1\], got -0.1"),

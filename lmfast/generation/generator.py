@@ -15,10 +15,18 @@ from lmfast.generation.beam_job import search
 from lmfast.generation.choices import ChoiceRows, ChoiceTree
 from lmfast.generation.engine.quantised import QuantisedWeights
 from lmfast.generation.kept import kept
-from lmfast.generation.loop import Job, decode
-from lmfast.generation.options import Ends, GenerationOptions, check_ids, end_ids, padding_id
-from lmfast.generation.prefill import Prefix, feed, prefill
-from lmfast.generation.prompts import Prompts, check_prompts, fit
+from lmfast.generation.loop import Job, columns, decode, new_lengths
+from lmfast.generation.module_runner import uncalled_hooks
+from lmfast.generation.options import (
+    Ends,
+    GenerationOptions,
+    check_ids,
+    checked_integer,
+    end_ids,
+    padding_id,
+)
+from lmfast.generation.prefill import Prefix, check_is_prefix, feed, prefill, shared_tokens
+from lmfast.generation.prompts import check_prompts, fit, with_new
 from lmfast.generation.runner import Weights, make_runner
 from lmfast.generation.running_batch import RunningBatch
 from lmfast.generation.speculative import decode_speculatively
@@ -77,6 +85,7 @@ class Generator:
         self, model: Any, *, weights: Weights | QuantisedWeights = "fp32", group: int | None = None
     ) -> None:
         self.runner, self._reason = make_runner(model, weights, group)
+        self._uncalled = uncalled_hooks(model)
         self._ends = Ends(model)
         self.weights = weights if isinstance(weights, str) else weights.kind
 
@@ -86,6 +95,7 @@ class Generator:
             text = f"the compiled engine, with {self.weights} weights"
         else:
             text = f"the model's own modules: {self._reason}{static_step.explained(self.runner)}"
+        text += self._uncalled
         print(f"Generator runs {text}")
         return text
 
@@ -116,8 +126,10 @@ class Generator:
             A `Prefix`, for `generate(prefix=...)` if it has one row, or for `step`.
         """
         prompts = check_prompts(ids, attention_mask, self.runner.vocab_size)
+        for name, value in (("capacity", capacity), ("prefill_chunk_size", prefill_chunk_size)):
+            checked_integer(name, value, 1)
         if prefix is not None:
-            shared = _shared(prompts, prefix)
+            shared = shared_tokens(prompts, prefix)
             if shared > 0 and hasattr(prefix.state, "truncate"):
                 state = prefix.state.fork(1)
                 state.truncate(shared)
@@ -143,16 +155,22 @@ class Generator:
         return self.runner.step(ids[:, None] if ids.ndim == 1 else ids, state, lengths)
 
     def generate(
-        self, ids: Tensor, *, attention_mask: Tensor | None = None, **options: Any
+        self,
+        ids: Tensor,
+        max_new_tokens: int | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        **options: Any,
     ) -> Tensor:
         """Continue texts.
 
         Args:
             ids: (B, T) int64 prompts.
+            max_new_tokens: upper limit of tokens added to each row; must be given.
             attention_mask: (B, T), nonzero at real tokens; padding may be left or right. Rows of
                 different length each continue right after their own last token.
-            **options: `max_new_tokens`, and what `GenerationOptions` lists, by the names and with
-                the defaults of transformers.
+            **options: what `GenerationOptions` lists, by the names and with the defaults of
+                transformers.
 
         Returns:
             (B * R, T + n) int64: the prompts as given and n <= max_new_tokens new ids, R =
@@ -163,28 +181,33 @@ class Generator:
             ValueError: an empty prompt, an id outside the vocabulary, options that cannot be, or
                 more tokens than the model's context has.
         """
-        wanted = GenerationOptions(**options)
+        wanted = GenerationOptions.of_call(max_new_tokens, options)
         if wanted.best_of is not None:
-            return self.complete(ids, attention_mask=attention_mask, **options).ids
+            return self.complete(ids, max_new_tokens, attention_mask=attention_mask, **options).ids
         job = self._job(ids, attention_mask, wanted)
         if wanted.num_beams > 1 and job.prompts.lengths and wanted.max_new_tokens:
             new = search(job).ids
         else:
-            new = _columns(list(self._steps(job)), job)
-        return _with_prompts(ids, new, wanted.num_return_sequences)
+            new = columns(list(self._steps(job)), job)
+        return with_new(ids, new, wanted.num_return_sequences)
 
     def complete(
-        self, ids: Tensor, *, attention_mask: Tensor | None = None, **options: Any
+        self,
+        ids: Tensor,
+        max_new_tokens: int | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        **options: Any,
     ) -> Completion:
         """Continue texts as `generate` does, and also return lengths and log-probabilities."""
-        wanted = GenerationOptions(**options)
+        wanted = GenerationOptions.of_call(max_new_tokens, options)
         job = self._job(ids, attention_mask, wanted, want_log_probs=True)
         copies = wanted.num_return_sequences
         if wanted.num_beams > 1 and job.prompts.lengths and wanted.max_new_tokens:
             new, scores, lengths = (t.clone() for t in search(job))
-            return Completion(_with_prompts(ids, new, copies), lengths, None, scores)
-        new = _columns(list(self._steps(job)), job)
-        lengths = _lengths(new, job)
+            return Completion(with_new(ids, new, copies), lengths, None, scores)
+        new = columns(list(self._steps(job)), job)
+        lengths = new_lengths(new, job)
         log_probs = new.new_zeros(new.shape, dtype=torch.float32)
         if job.log_probs:
             log_probs = torch.stack(job.log_probs[: new.shape[1]], dim=1)
@@ -196,17 +219,22 @@ class Generator:
             lengths, scores = lengths[rows], scores[rows]
             longest = int(lengths.max())
             new, log_probs = new[rows, :longest], log_probs[rows, :longest]
-        return Completion(_with_prompts(ids, new, copies), lengths, log_probs, scores)
+        return Completion(with_new(ids, new, copies), lengths, log_probs, scores)
 
     def stream(
-        self, ids: Tensor, *, attention_mask: Tensor | None = None, **options: Any
+        self,
+        ids: Tensor,
+        max_new_tokens: int | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        **options: Any,
     ) -> Iterator[Tensor]:
         """Continue texts and give out the new ids (B,) step by step; arguments as of `generate`.
 
         Raises:
             ValueError: also for beam search and `best_of`, whose results are known at the end.
         """
-        wanted = GenerationOptions(**options)
+        wanted = GenerationOptions.of_call(max_new_tokens, options)
         if wanted.num_beams > 1 or wanted.best_of is not None:
             raise ValueError("stream gives out tokens at once: leave out num_beams and best_of")
         job = self._job(ids, attention_mask, wanted)
@@ -218,12 +246,12 @@ class Generator:
         Args:
             prefix: of one row, from `prefill`; all sequences must begin with it.
         """
-        if prefix is not None and len(prefix.prompts.lengths) != 1:
-            raise ValueError(f"prefix must have one row, got {len(prefix.prompts.lengths)}")
+        if prefix is not None:
+            check_is_prefix(prefix)
         return RunningBatch(self.runner, self._job_of_one, prefix)
 
-    def _job_of_one(self, ids: Tensor, options: dict[str, Any]) -> Job:
-        wanted = GenerationOptions(**options)
+    def _job_of_one(self, ids: Tensor, max_new_tokens: int | None, options: dict[str, Any]) -> Job:
+        wanted = GenerationOptions.of_call(max_new_tokens, options)
         for name, set_ in (
             ("num_beams", wanted.num_beams > 1),
             ("num_return_sequences", wanted.num_return_sequences > 1),
@@ -344,55 +372,7 @@ def generate(
         ids, options = options_from_transformers(
             ids, config, max_new_tokens=max_new_tokens, **options
         )
-    elif max_new_tokens is not None:
-        options["max_new_tokens"] = max_new_tokens
-    else:
-        raise TypeError("max_new_tokens must be given")
+        max_new_tokens = options.pop("max_new_tokens")
     key = (weights if isinstance(weights, str) else weakref.ref(weights), group)
     generator = kept(model, key, lambda: Generator(model, weights=weights, group=group))
-    return generator.generate(ids, **options)
-
-
-def _shared(prompts: Prompts, prefix: Prefix) -> int:
-    """How many tokens a prompt and a prefix have in common; one of the prompt's is left."""
-    if len(prompts.lengths) != 1 or len(prefix.prompts.lengths) != 1:
-        raise ValueError("prefix must have one row, and so must ids")
-    mine, known = prompts.rows()[0], prefix.prompts.rows()[0]
-    count = 0
-    for a, b in zip(mine[:-1], known, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
-
-
-def _columns(steps: list[Tensor], job: Job) -> Tensor:
-    """New ids (B, n) of all steps, cut where the last row ended."""
-    if not steps:
-        return job.prompts.ids[:, :0]
-    new = torch.stack(steps, dim=1)
-    lengths = _lengths(new, job)
-    return new[:, : int(lengths.max())] if new.device.type != "cpu" else new
-
-
-def _lengths(new: Tensor, job: Job) -> Tensor:
-    """(B,) new ids of each row up to the one it ended with."""
-    if job.lengths is not None:
-        lengths = [min(length, new.shape[1]) for length in job.lengths]
-        return torch.tensor(lengths, dtype=torch.int64, device=new.device)
-    stops = job.row_stops()
-    lengths = []
-    for ids, stop in zip(new.tolist(), stops, strict=True):
-        length = len(ids)
-        for step, new_id in enumerate(ids):
-            if stop.ends(new_id, step + 1 >= job.options.min_new_tokens):
-                length = step + 1
-                break
-        lengths.append(length)
-    return torch.tensor(lengths, dtype=torch.int64, device=new.device)
-
-
-def _with_prompts(ids: Tensor, new: Tensor, copies: int) -> Tensor:
-    """Outside inference mode cat makes an ordinary tensor, one that may go into training again."""
-    ids = ids.repeat_interleave(copies, 0) if copies > 1 else ids
-    return torch.cat((ids, new), dim=1)
+    return generator.generate(ids, max_new_tokens, **options)

@@ -241,3 +241,29 @@ class Context:
         order = torch.tensor([*others, *full], device=new.device).argsort()
         state.reorder(order)
         return logits[order], state
+
+
+def columns(steps: list[Tensor], job: Job) -> Tensor:
+    """New ids (B, n) of all steps, cut where the last row ended."""
+    if not steps:
+        return job.prompts.ids[:, :0]
+    new = torch.stack(steps, dim=1)
+    lengths = new_lengths(new, job)
+    return new[:, : int(lengths.max())] if new.device.type != "cpu" else new
+
+
+def new_lengths(new: Tensor, job: Job) -> Tensor:
+    """(B,) new ids of each row up to the one it ended with."""
+    if job.lengths is not None:
+        lengths = [min(length, new.shape[1]) for length in job.lengths]
+        return torch.tensor(lengths, dtype=torch.int64, device=new.device)
+    stops = job.row_stops()
+    lengths = []
+    for ids, stop in zip(new.tolist(), stops, strict=True):
+        length = len(ids)
+        for step, new_id in enumerate(ids):
+            if stop.ends(new_id, step + 1 >= job.options.min_new_tokens):
+                length = step + 1
+                break
+        lengths.append(length)
+    return torch.tensor(lengths, dtype=torch.int64, device=new.device)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lmfast.generation import static_models
 from lmfast.generation.states import RecurrentState
+from lmfast.nn.hooks import has_forward_hooks
 
 
 class ModuleRunner:
@@ -88,6 +89,21 @@ class ModuleRunner:
     def static_model(self, state: Any, steps: int) -> static_models.StaticModel:
         """The model on static buffers, with room for so many steps; the state is used up."""
         return static_models.static_model(self._model, state, steps)
+
+
+def uncalled_hooks(model: Any) -> str:
+    """What `Generator.explain` adds for forward hooks that no runner calls."""
+    if not isinstance(model, nn.Module) or not hasattr(model, "step"):
+        return ""
+    places = ["the model itself"] if has_forward_hooks(model) else []
+    layer = getattr(model, "fc", None) if getattr(model, "tie_weights", False) else None
+    if isinstance(layer, nn.Module) and has_forward_hooks(layer):
+        places.append("'fc', whose matrix is the embedding's")
+    if not places:
+        return ""
+    return (
+        f"; the hooks of {' and of '.join(places)} are not called: step runs, no forward of these"
+    )
 
 
 def step_rows_with_tokens(

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from numbers import Integral
 from operator import index
 from typing import Any, Literal
@@ -160,15 +161,22 @@ class GenerationOptions:
         self._check_ends()
         self._check_combinations()
 
+    @classmethod
+    def of_call(cls, max_new_tokens: int | None, options: dict[str, Any]) -> GenerationOptions:
+        """Those of a call that takes `max_new_tokens` by place or by name."""
+        known = cls.__dataclass_fields__
+        for name in options:
+            if name not in known:
+                close = get_close_matches(name, known, 1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise TypeError(f"{name} is no option of generation{hint}")
+        given = options if max_new_tokens is None else {**options, "max_new_tokens": max_new_tokens}
+        if given.get("max_new_tokens") is None:
+            raise TypeError("max_new_tokens must be given")
+        return cls(**given)
+
     def _integer(self, name: str, lowest: int) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
-        if value < lowest:
-            wanted = "not be negative" if lowest == 0 else f"be at least {lowest}"
-            raise ValueError(f"{name} must {wanted}, got {value}")
+        object.__setattr__(self, name, checked_integer(name, getattr(self, name), lowest))
 
     def _check_ends(self) -> None:
         sequences = tuple(as_ids("each of stop_sequences", s) for s in self.stop_sequences)
@@ -268,6 +276,18 @@ class GenerationOptions:
             if isinstance(value, Tensor) and name != "logit_bias"
         }
         return replace(self, **per_row) if per_row else self
+
+
+def checked_integer(name: str, value: Any, lowest: int) -> int | None:
+    """A whole number of any kind as an int, or None; TypeError or ValueError for what is not."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < lowest:
+        wanted = "not be negative" if lowest == 0 else f"be at least {lowest}"
+        raise ValueError(f"{name} must {wanted}, got {value}")
+    return int(value)
 
 
 class Ends:

@@ -103,15 +103,34 @@ def _continued(
     return logits, state
 
 
-def check_prefix(prompts: Prompts, prefix: Prefix) -> None:
-    """TypeError or ValueError unless all prompts begin with the prefix."""
+def check_is_prefix(prefix: Any) -> None:
+    """TypeError or ValueError unless it is a prefix of one row."""
     if not isinstance(prefix, Prefix):
         raise TypeError(f"prefix must be what Generator.prefill returned, got {prefix!r}")
     if len(prefix.prompts.lengths) != 1:
         raise ValueError(f"prefix must have one row, got {len(prefix.prompts.lengths)}")
+
+
+def check_prefix(prompts: Prompts, prefix: Prefix) -> None:
+    """TypeError or ValueError unless all prompts begin with the prefix."""
+    check_is_prefix(prefix)
     known = prefix.prompts.rows()[0]
     for row, prompt in enumerate(prompts.rows()):
         if prompt[: len(known)] != known:
             raise ValueError(
                 f"prompt {row} must begin with the {len(known)} tokens of prefix and does not"
             )
+
+
+def shared_tokens(prompts: Prompts, prefix: Prefix) -> int:
+    """How many tokens a prompt and a prefix have in common; one of the prompt's is left."""
+    check_is_prefix(prefix)
+    if len(prompts.lengths) != 1:
+        raise ValueError(f"ids must have one row with a prefix, got {len(prompts.lengths)}")
+    mine, known = prompts.rows()[0], prefix.prompts.rows()[0]
+    count = 0
+    for a, b in zip(mine[:-1], known, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count

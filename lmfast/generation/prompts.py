@@ -127,3 +127,9 @@ def fit(prompts: Prompts, options: GenerationOptions, window: int | None) -> Pro
             + ('"slide"' if room < 1 else '"slide" or "truncate"')
         )
     return prompts.last(room)
+
+
+def with_new(ids: Tensor, new: Tensor, copies: int) -> Tensor:
+    """Outside inference mode cat makes an ordinary tensor, one that may go into training again."""
+    ids = ids.repeat_interleave(copies, 0) if copies > 1 else ids
+    return torch.cat((ids, new), dim=1)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmfast.generation.engine.calibration import calibrated, calibrated_cells
 from lmfast.generation.engine.cells import CellPlan
@@ -44,15 +44,18 @@ def quantise(
         tokenizer: for texts that are strings; a `BPETokenizer` or one of transformers.
 
     Raises:
-        ValueError: a model that the engine cannot pack, impossible `weights` or `group`, texts
-            without a token, longer than the model's context, or ids outside the vocabulary.
-        TypeError: texts that are neither.
+        ValueError: a model that the engine cannot pack or whose numbers are not finite, impossible
+            `weights` or `group`, texts without a token, longer than the model's context, or ids
+            outside the vocabulary.
+        TypeError: texts that are neither; the model is no module.
 
     Source: Frantar et al. 2022, "GPTQ", arXiv:2210.17323.
     """
     if weights not in ("int8", "int4"):
         raise ValueError(f'weights must be "int8" or "int4", got {weights!r}')
     group = check_group(weights, group)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     plan = plan_of(model)
     bits: Literal[8, 4] = 8 if weights == "int8" else 4
     found: dict[str, Quantised] = {}

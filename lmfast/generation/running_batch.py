@@ -32,7 +32,7 @@ class RunningBatch:
 
     Args:
         runner: of the model.
-        make_job: checks ids (1, T) and options.
+        make_job: checks ids (1, T), `max_new_tokens` and options.
         prefix: what all sequences begin with, seen already.
 
     Example:
@@ -53,7 +53,7 @@ class RunningBatch:
     def __init__(
         self,
         runner: Runner,
-        make_job: Callable[[Tensor, dict[str, Any]], Job],
+        make_job: Callable[[Tensor, int | None, dict[str, Any]], Job],
         prefix: Prefix | None = None,
     ) -> None:
         self._runner = runner
@@ -85,11 +85,14 @@ class RunningBatch:
         return list(self._sequences[key].new)
 
     @torch.inference_mode()
-    def add(self, ids: Sequence[int] | Tensor, **options: Any) -> int:
+    def add(
+        self, ids: Sequence[int] | Tensor, max_new_tokens: int | None = None, **options: Any
+    ) -> int:
         """Take in a sequence and let the model see its prompt.
 
         Args:
             ids: (T,) its prompt.
+            max_new_tokens: upper limit of its new tokens; must be given.
             **options: of `GenerationOptions` for one row; no searches, no sliding context.
 
         Returns:
@@ -100,10 +103,13 @@ class RunningBatch:
         """
         self._decide()
         self._feed()
-        prompt = torch.as_tensor(ids, device=self._runner.device)
+        try:
+            prompt = torch.as_tensor(ids, device=self._runner.device)
+        except (TypeError, ValueError):
+            raise TypeError(f"ids must be int64 ids (T,), got {ids!r}") from None
         if prompt.ndim != 1 or not len(prompt):
             raise ValueError(f"ids must be (T,) with T >= 1, got {tuple(prompt.shape)}")
-        job = self._make_job(prompt[None], options)
+        job = self._make_job(prompt[None], max_new_tokens, options)
         chunk = job.options.prefill_chunk_size
         if self._prefix is None:
             logits, state = feed(self._runner, job.prompts, self._state.sibling(1), chunk)

@@ -13,6 +13,8 @@ from transformers.masking_utils import sdpa_mask
 
 from lmfast import ops
 from lmfast._dispatch import BACKENDS
+from lmfast._transforms import in_transform
+from lmfast.ops._library import is_autocast
 
 
 def attention_forward(
@@ -92,10 +94,21 @@ def attention_forward(
 
 def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype that products have under autocast; as they are without it."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not is_autocast(tensors[0]):
         return tensors
-    return tuple(t.to(torch.get_autocast_dtype(device)) for t in tensors)
+    return tuple(t.to(torch.get_autocast_dtype(tensors[0].device.type)) for t in tensors)
+
+
+def mask_of(*args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' mask for SDPA; always made where a padding mask has no numbers to look at.
+
+    It is left out where nothing is padding, which "meta" tensors and those of a transform cannot
+    say; transformers' own mask for written-out attention does not ask either.
+    """
+    padding = kwargs.get("attention_mask")
+    if padding is not None and (padding.is_meta or in_transform()):
+        kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    return sdpa_mask(*args, **kwargs)
 
 
 def _with_weights(
@@ -145,4 +158,4 @@ def register() -> None:
         AttentionInterface.register(
             name_for(backend), attention_forward if backend is None else function
         )
-        AttentionMaskInterface.register(name_for(backend), sdpa_mask)
+        AttentionMaskInterface.register(name_for(backend), mask_of)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lmfast import ops
-from lmfast.ops._library import needs_grad
+from lmfast.ops._library import is_autocast, needs_grad
 from lmfast.patching.probe import Call
 from lmfast.patching.rules import Plan
 from lmfast.patching.swap import recipe
@@ -52,7 +52,7 @@ def replacement(own: Rotate, tables: str, interleaved: bool, backend: str | None
             and cos.dim() == 3
             and not needs_grad(cos, sin)
             # The dtype of the result is the model's own affair elsewhere.
-            and (q.dtype == k.dtype == cos.dtype or torch.is_autocast_enabled(q.device.type))
+            and (q.dtype == k.dtype == cos.dtype or is_autocast(q))
         )
         if not fits:
             return own(q, k, cos, sin, *args, unsqueeze_dim=unsqueeze_dim)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lmfast import ops
+from lmfast._transforms import in_transform, transform_of
 from lmfast.nn.embedding import Embedding
 
 _REGISTRY: dict[str, type[LanguageModel]] = {}
@@ -161,6 +162,9 @@ def keep_row_fixed(weight: Tensor, row: int | None) -> Tensor:
     """The matrix an output layer shares with an embedding: nothing flows back to row `row`."""
     if row is None or not torch.is_grad_enabled():
         return weight
+    if in_transform() or transform_of(weight):  # for which the function has no rule
+        fixed = (torch.arange(len(weight), device=weight.device) == row)[:, None]
+        return torch.where(fixed, weight.detach(), weight)
     return _KeepRowFixed.apply(weight, row)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lmfast.models.base import LanguageModel, check_sizes, keep_row_fixed
 from lmfast.nn.elman import ElmanRNN
 from lmfast.nn.embedding import Embedding
+from lmfast.nn.hooks import has_hooks
 from lmfast.nn.stack import make_stack
 
 
@@ -112,6 +113,12 @@ class RecurrentLanguageModel(LanguageModel):
     ) -> tuple[Tensor, Tensor]:
         """Return the next tokens' states (B, T, E) and the ones to continue from (L, B, E)."""
         return self.rnn.forward_with_state(self.embedding(ids), state, lengths)
+
+    def _logits(self, features: Tensor) -> Tensor:
+        # With a shared matrix there is no call of `fc` that hooks could see.
+        if has_hooks(self.fc) and not self.tie_weights:
+            return self.fc(features)
+        return super()._logits(features)
 
     @torch.no_grad()
     def reset_parameters_legacy(self) -> None:

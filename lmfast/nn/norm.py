@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lmfast import ops
+from lmfast.nn.hooks import has_hooks
 
 
 class RMSNorm(nn.Module):
@@ -58,9 +59,7 @@ class RMSNorm(nn.Module):
 
         In two where hooks or a subclass's `forward` must see the norm's own call.
         """
-        forward_hooks = self._forward_hooks or self._forward_pre_hooks
-        hooks = forward_hooks or self._backward_hooks or self._backward_pre_hooks
-        if hooks or type(self).forward is not RMSNorm.forward:
+        if has_hooks(self) or type(self).forward is not RMSNorm.forward:
             total = x + residual
             return self(total), total
         if x.dtype != residual.dtype:

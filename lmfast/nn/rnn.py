@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lmfast._dispatch import Op, select
 from lmfast._transforms import transform_of
+from lmfast.nn.hooks import has_forward_hooks
 from lmfast.ops._recurrent import cpu_layer
 from lmfast.ops._recurrent_batch import sequence_under_autocast
 from lmfast.ops._recurrent_both import cpu_both_ways
@@ -104,7 +105,7 @@ class _FusedLayers(nn.RNNBase):
         script a deep copy to keep them.
         """
         own = type(self).forward is not _FusedLayers.forward
-        if own or self._forward_hooks or self._forward_pre_hooks or is_parametrized(self):
+        if own or has_forward_hooks(self) or is_parametrized(self):
             raise NotImplementedError(
                 f"torch.jit.script takes {type(self).__name__} as torch.nn's layer, without its "
                 "hooks, parametrizations and a subclass's forward: remove them first"

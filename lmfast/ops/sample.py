@@ -177,7 +177,7 @@ _RANGES: dict[str, _Range] = {
         lambda t: (t > 0) & (t < float("inf")),
         "above 0 and finite (top_k=1 is the limit at 0)",
     ),
-    "top_k": (lambda k: k >= 0, "0 (off) or more"),
+    "top_k": (lambda k: (k >= 0) & (k % 1 == 0), "0 (off) or a whole number above"),
     "top_p": _PROBABILITY,
     "min_p": (lambda p: (p >= 0) & (p <= 1), "in [0, 1]"),
     "typical_p": _PROBABILITY,

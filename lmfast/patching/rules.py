@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lmfast.nn.hooks import has_hooks
 from lmfast.patching import swap
 from lmfast.patching.probe import Call
 
@@ -67,11 +68,4 @@ def is_leaf(module: nn.Module) -> bool:
 
 def untouched(parts: Iterable[nn.Module]) -> bool:
     """Whether no hook and no forward of its own is on modules whose work another one does."""
-    return not any(
-        p._forward_hooks
-        or p._forward_pre_hooks
-        or p._backward_hooks
-        or p._backward_pre_hooks
-        or "forward" in vars(p)
-        for p in parts
-    )
+    return not any(has_hooks(p) or "forward" in vars(p) for p in parts)

@@ -24,7 +24,7 @@ import lmfast.ops.swiglu  # noqa: F401  (these define the operators twinned belo
 from lmfast._dispatch import register
 from lmfast.ops._attention_reference import Options
 from lmfast.ops._glu import launchers
-from lmfast.ops._library import needs_grad, with_unit_last_stride
+from lmfast.ops._library import is_autocast, needs_grad, with_unit_last_stride
 from lmfast.ops._storage import FLOAT8
 from lmfast.ops.additive_attention import launchers as additive_launchers
 from lmfast.ops.additive_attention import unsupported_by_kernels as additive_unsupported_by
@@ -99,7 +99,7 @@ def _linear_forward(
 
 
 def _linear_unsupported(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> str | None:
-    if torch.is_autocast_enabled(x.device.type):
+    if is_autocast(x):
         return "PyTorch's product is taken under autocast"
     return unsupported(x, weight, bias)
 

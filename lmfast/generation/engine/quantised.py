@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -51,7 +52,12 @@ class QuantisedWeights:
     matrices: dict[str, Quantised]
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write a safetensors file; two codes of 4 bits share a byte."""
+        """Write a safetensors file; two codes of 4 bits share a byte.
+
+        Raises:
+            OSError: it cannot be written, for instance because there is no such directory.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors: dict[str, Tensor] = {}
@@ -64,7 +70,10 @@ class QuantisedWeights:
             tensors[f"{name}.scales"] = q.scales.contiguous()
         groups = {name: [q.bits, q.group] for name, q in self.matrices.items()}
         about = {"format": _FORMAT, "kind": self.kind, "group": json.dumps(self.group)}
-        save_file(tensors, path, {**about, "matrices": json.dumps(groups)})
+        try:
+            save_file(tensors, path, {**about, "matrices": json.dumps(groups)})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {error}") from error
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> QuantisedWeights:
@@ -72,9 +81,12 @@ class QuantisedWeights:
 
         Raises:
             ValueError: another kind of file.
+            OSError: there is none.
         """
         from safetensors import SafetensorError, safe_open
 
+        if Path(path).is_dir():
+            raise IsADirectoryError(f"{path} is a directory, and must be a file of `save`")
         try:
             with safe_open(path, "pt") as file:
                 about = file.metadata() or {}

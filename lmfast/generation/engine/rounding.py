@@ -15,7 +15,7 @@ _CLIPS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79)
 def quantise_rows(weight: Tensor) -> Quantised:
     """int8 with one scale per row: round to nearest, the largest magnitude at 127."""
     w = weight.detach().float()
-    scales = w.abs().amax(1) / 127
+    scales = _finite(w.abs().amax(1) / 127)
     inverse = torch.where(scales > 0, 1 / scales, 0.0)
     codes = (w * inverse[:, None]).round_().clamp_(-127, 127).to(torch.int8)
     return Quantised(codes, scales, 8)
@@ -45,8 +45,9 @@ def group_scales(w: Tensor, bits: Bits, importance: Tensor | None = None) -> Ten
         importance: (group,) or like `w`, what the square of an error counts; None: all the same.
     """
     if bits == 8:
-        return (w.abs().amax(-1) / 127).half()
+        return _finite((w.abs().amax(-1) / 127).half())
     extreme = w.gather(-1, w.abs().argmax(-1, keepdim=True))[..., 0]
+    _finite((extreme / 8).half())
     best = torch.full_like(extreme, torch.inf)
     scales = torch.zeros_like(extreme, dtype=torch.float16)
     for clip in _CLIPS:
@@ -59,6 +60,15 @@ def group_scales(w: Tensor, bits: Bits, importance: Tensor | None = None) -> Ten
         better = total < best
         best = torch.where(better, total, best)
         scales = torch.where(better, scale, scales)
+    return scales
+
+
+def _finite(scales: Tensor) -> Tensor:
+    if not bool(torch.isfinite(scales).all()):
+        raise ValueError(
+            "weights must be finite to be rounded to integers, and those of groups small enough "
+            "for a float16 scale: a matrix of the model has others"
+        )
     return scales
 
 
