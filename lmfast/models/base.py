@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lmfast import ops
+from lmfast._transforms import transform_of
 from lmfast.nn.embedding import Embedding
+from lmfast.ops._autograd import apply
 
 _REGISTRY: dict[str, type[LanguageModel]] = {}
 
@@ -148,20 +150,26 @@ class _KeepRowFixed(torch.autograd.Function):
     """Identity whose gradient is zero in one row: the padding row of a shared matrix."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, row: int) -> Tensor:
-        ctx.row = row
+    def forward(weight: Tensor, row: int) -> Tensor:
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        ctx.row = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0].index_fill(0, torch.tensor(ctx.row, device=grads[0].device), 0), None
 
 
 def keep_row_fixed(weight: Tensor, row: int | None) -> Tensor:
-    """The matrix an output layer shares with an embedding: nothing flows back to row `row`."""
+    """The matrix an output layer shares with an embedding: nothing flows back to row `row`, which
+    is zero."""
     if row is None or not torch.is_grad_enabled():
         return weight
-    return _KeepRowFixed.apply(weight, row)
+    if transform_of(weight):
+        return weight.index_fill(0, torch.tensor(row, device=weight.device), 0)
+    return apply(_KeepRowFixed, weight, row)
 
 
 def check_sizes(vocab_size: int, emb_dim: int, pad_idx: int | None) -> None:
