@@ -261,6 +261,12 @@ def test_sizes_and_shapes_that_do_not_fit_are_named():
         DecoderLanguageModel(11, 8, 2, 0, 0)
     with pytest.raises(ValueError, match="targets must have the shape of ids"):
         DecoderLanguageModel(11, 8, 2, 1, 0).loss(IDS, TARGETS[:, :-1])
+    with pytest.raises(ValueError, match=r"mlp must be one of relu, .*, geglu, got 'tanh'"):
+        DecoderLanguageModel(11, 8, 2, 1, 0, mlp="tanh")
+    model = DecoderLanguageModel(11, 8, 2, 1, 0)
+    lengths = torch.zeros(len(IDS), dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"lengths must be in 1\.\..*, got values from 0 to 0"):
+        model.step(IDS, model.new_state(len(IDS)), lengths)
     with pytest.raises(ValueError, match="unknown model 'mamba'; known: decoder, recurrent"):
         build_model({"model": "mamba"})
     with pytest.raises(ValueError, match="configuration of the decoder model is not valid"):

@@ -12,6 +12,7 @@ from lmfast import ops
 from lmfast._transforms import transform_of
 from lmfast.nn.embedding import Embedding
 from lmfast.ops._autograd import apply
+from lmfast.ops._library import is_readable
 
 _REGISTRY: dict[str, type[LanguageModel]] = {}
 
@@ -118,13 +119,16 @@ class LanguageModel(nn.Module):
             the state to pass next.
 
         Raises:
-            ValueError: ids are not (B, T) with a token.
+            ValueError: ids are not (B, T) with a token, or lengths not (B,) or, on the CPU, not
+                in 1..T.
         """
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise ValueError(
                 f"ids must be (B, T) with at least one token, got {tuple(ids.shape)}; one token of "
                 "each row is ids[:, None]"
             )
+        if lengths is not None:
+            check_lengths(lengths, ids)
         features, state = self.advance(ids, state, lengths)
         if all_positions:
             return self._logits(features), state
@@ -180,6 +184,23 @@ def check_sizes(vocab_size: int, emb_dim: int, pad_idx: int | None) -> None:
         )
     if pad_idx is not None and not 0 <= pad_idx < vocab_size:
         raise ValueError(f"pad_idx must be in 0..{vocab_size - 1} or None, got {pad_idx}")
+
+
+def check_ids(ids: Tensor) -> None:
+    """Raise ValueError unless ids are (B, T)."""
+    if ids.dim() != 2:
+        raise ValueError(f"ids must be (B, T), got {tuple(ids.shape)}")
+
+
+def check_lengths(lengths: Tensor, ids: Tensor) -> None:
+    """Raise ValueError unless lengths are (B,) and, where they can be read, in 1..T for (B, T)."""
+    if lengths.shape != ids.shape[:1]:
+        raise ValueError(f"lengths must be ({ids.shape[0]},), got {tuple(lengths.shape)}")
+    if lengths.numel() == 0 or not is_readable(lengths):
+        return
+    least, most = int(lengths.min()), int(lengths.max())
+    if least < 1 or most > ids.shape[1]:
+        raise ValueError(f"lengths must be in 1..{ids.shape[1]}, got values from {least} to {most}")
 
 
 def build_model(config: Mapping[str, Any]) -> LanguageModel:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmfast.models.base import LanguageModel, check_sizes, keep_row_fixed
+from lmfast.models.base import LanguageModel, check_ids, check_sizes, keep_row_fixed
 from lmfast.nn.elman import ElmanRNN
 from lmfast.nn.embedding import Embedding
 from lmfast.nn.stack import make_stack
@@ -100,6 +100,7 @@ class RecurrentLanguageModel(LanguageModel):
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Return the top layer's states (B, T, E)."""
+        check_ids(ids)
         return self.rnn(self.embedding(ids))
 
     def new_state(self, batch: int, capacity: int | None = None) -> Tensor:

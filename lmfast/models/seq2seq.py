@@ -147,6 +147,11 @@ class Seq2Seq(nn.Module):
             raise ValueError(
                 f"target must be (B, T) with at least one token, got {tuple(target.shape)}"
             )
+        if source.dim() != 2 or len(source) != len(target):
+            raise ValueError(
+                f"source must be (B, S) with the B of target {tuple(target.shape)}, "
+                f"got {tuple(source.shape)}"
+            )
         memory, state = self.encode(source, source_lengths)
         begin = torch.full_like(target[:, :1], self.bos_idx)
         inputs = torch.cat((begin, target[:, :-1]), 1)
