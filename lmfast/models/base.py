@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lmfast import ops
 from lmfast._transforms import transform_of
 from lmfast.nn.embedding import Embedding
+from lmfast.nn.low_rank import LowRankLinear
 from lmfast.ops._autograd import apply
 from lmfast.ops._library import is_readable
 
@@ -174,6 +175,27 @@ def keep_row_fixed(weight: Tensor, row: int | None) -> Tensor:
     if transform_of(weight):
         return weight.index_fill(0, torch.tensor(row, device=weight.device), 0)
     return apply(_KeepRowFixed, weight, row)
+
+
+def output_layer(fc: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight (V, E), low-rank updates included, and bias of the layer whose logits are not stored.
+
+    Raises:
+        TypeError: it is no linear layer any more, but a wrapper, say, that adds something.
+        ValueError: the updates are to see only a share of the features.
+    """
+    if not isinstance(fc, nn.Linear):
+        raise TypeError(
+            f"the output layer must be a torch.nn.Linear, whose matrix is read, got {type(fc)}; "
+            "lmfast.training.lora updates it in place"
+        )
+    if not isinstance(fc, LowRankLinear) or fc.low_rank.merged:
+        return fc.weight, fc.bias
+    if fc.training and fc.low_rank.dropout:
+        raise ValueError(
+            f"updates of the output layer must have no dropout, got {fc.low_rank.dropout}"
+        )
+    return fc.weight + fc.low_rank.delta().t(), fc.bias
 
 
 def check_sizes(vocab_size: int, emb_dim: int, pad_idx: int | None) -> None:

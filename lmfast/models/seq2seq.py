@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lmfast import ops
 from lmfast.generation.beam import beam_search
+from lmfast.models.base import output_layer
 from lmfast.models.encoder_decoder import ATTENTIONS, Decoder, DecoderState, Encoder, Memory
 
 
@@ -214,8 +215,9 @@ class Seq2Seq(nn.Module):
             teacher_forcing=teacher_forcing,
             generator=generator,
         )
+        weight, bias = output_layer(self.fc)
         return ops.linear_cross_entropy(
-            features, self.fc.weight, target, bias=self.fc.bias, ignore_index=self.pad_idx
+            features, weight, target, bias=bias, ignore_index=self.pad_idx
         )
 
     @torch.no_grad()
