@@ -15,7 +15,7 @@ import lmfast
 from lmfast import ops
 from lmfast.models import DecoderLanguageModel, RecurrentLanguageModel, Seq2Seq, Tagger
 from lmfast.models.textbook import TextbookDecoder
-from lmfast.nn import MultiHeadAttention
+from lmfast.nn import BahdanauAttention, MultiHeadAttention
 from lmfast.training import CheckpointError, LoRA, PackedBatches, Trainer, load_model, lora
 from lmfast.training.checkpoint import save_model
 
@@ -110,6 +110,23 @@ def test_output_layers_whose_logits_are_not_stored(name: str) -> None:
     torch.testing.assert_close(model(*inputs), logits, rtol=1e-4, atol=1e-5)
     adapter.remove()
     torch.testing.assert_close(model(*inputs), plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_query_of_additive_attention(dropout: float) -> None:
+    """Its matrix goes into the operator; with an update the layer is called."""
+    layer = BahdanauAttention(5, 4, 6)
+    query, source = torch.randn(2, 3, 5), torch.randn(2, 7, 4)
+    plain, _ = layer(query, source)
+    adapter = randomise(lora(layer, 2, 4, ["query"], dropout=dropout))
+    found, _ = layer.eval()(query, source)
+    updated = copy.deepcopy(layer)
+    LoRA.of(updated).remove(merge=True)
+    expected, _ = updated(query, source)
+    assert (found - plain).abs().max() > 1e-4
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    layer.train()(query, source)[0].square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapter.parameters())
 
 
 def test_output_layers_that_cannot_be_read() -> None:
