@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden import fill
-from torch import Tensor, nn
+from torch import nn
 
 import lmfast
 from lmfast import ops
-from lmfast.models import DecoderLanguageModel, RecurrentLanguageModel
+from lmfast.models import DecoderLanguageModel, RecurrentLanguageModel, Seq2Seq, Tagger
 from lmfast.models.textbook import TextbookDecoder
-from lmfast.nn import MultiHeadAttention
-from lmfast.testing import assert_within_error_rule
+from lmfast.nn import BahdanauAttention, MultiHeadAttention
 from lmfast.training import CheckpointError, LoRA, PackedBatches, Trainer, load_model, lora
 from lmfast.training.checkpoint import save_model
 
@@ -41,75 +39,6 @@ def randomise(adapter: LoRA) -> LoRA:
 
 
 IDS = torch.arange(18).reshape(2, 9) % 49 + 1
-
-
-def test_golden() -> None:
-    x = torch.tensor([[1.0, -1.0, 0.5, 2.0]], dtype=torch.float64)
-    w, a, b = fill(50, (4, 3)), fill(51, (4, 2)), fill(52, (2, 3))
-    y = ops.lora_linear(x, w.t(), a, b, scale=4 / 2)
-    exact = torch.tensor([[-0.923596935, -0.032919922, 0.873239845]], dtype=torch.float64)
-    torch.testing.assert_close(y, exact, rtol=0, atol=1e-9)  # the golden values' last digit
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dropped", [False, True])
-def test_error_rule(dtype: torch.dtype, dropped: bool) -> None:
-    torch.manual_seed(3)
-    shapes = ((300, 96), (80, 96), (96, 8), (8, 80), (80,), (300, 96))
-    tensors = [(torch.randn(s) / s[-1] ** 0.25).to(dtype).requires_grad_() for s in shapes]
-    dy = torch.randn(300, 80).to(dtype)
-
-    def results(dtype: torch.dtype, plain: bool) -> list[Tensor]:
-        cast = [t.detach().to(dtype).requires_grad_() for t in tensors]
-        x, w, a, b, bias, low = cast
-        used = cast if dropped else cast[:-1]
-        low_input = low if dropped else x
-        if plain:
-            y = nn.functional.linear(x, w, bias) + 1.5 * ((low_input @ a) @ b)
-        else:
-            low_input = low if dropped else None
-            y = ops.lora_linear(x, w, a, b, bias=bias, scale=1.5, low=low_input)
-        return [y, *torch.autograd.grad(y, used, dy.to(dtype))]
-
-    exact = results(torch.float64, True)
-    for f, p, e in zip(results(dtype, False), results(dtype, True), exact, strict=True):
-        assert_within_error_rule(f, p, e)
-
-
-@pytest.mark.parametrize("backend", ["torch", None])
-@pytest.mark.parametrize(
-    "sizes",
-    [((2, 3), 0, 5, 2), ((2, 3), 4, 0, 2), ((2, 3), 4, 5, 0), ((0, 3), 4, 0, 2), ((), 4, 5, 2)],
-    ids=["no features", "no outputs", "no ranks", "no rows and outputs", "vector"],
-)
-def test_empty_sizes_and_vectors(
-    sizes: tuple[tuple[int, ...], int, int, int], backend: str | None
-) -> None:
-    leading, k, n, rank = sizes
-    shapes = ((*leading, k), (n, k), (k, rank), (rank, n), (n,))
-    leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
-    x, w, a, b, bias = leaves
-    y = ops.lora_linear(x, w, a, b, bias=bias, scale=0.5, backend=backend)
-    exact = nn.functional.linear(x, w, bias) + 0.5 * (x @ a @ b)
-    # fp64 sums of fewer than ten terms of order 1.
-    torch.testing.assert_close(y, exact, rtol=1e-13, atol=1e-13)
-    found, expected = (torch.autograd.grad(t.square().sum(), leaves) for t in (y, exact))
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-
-
-def test_gradient_of_a_transposed_low_input() -> None:
-    x, w, a, b = (torch.randn(s, dtype=torch.float64) for s in ((6, 9), (5, 9), (9, 2), (2, 5)))
-    low = torch.randn(9, 6, dtype=torch.float64).t().requires_grad_()
-    dy = torch.randn(6, 5, dtype=torch.float64)
-    (dlow,) = torch.autograd.grad(ops.lora_linear(x, w, a, b, low=low), low, dy)
-    torch.testing.assert_close(dlow, dy @ b.t() @ a.t(), rtol=1e-13, atol=1e-13)
-
-
-@pytest.mark.parametrize("name", ["weight", "a", "b"])
-def test_a_missing_factor_is_named(name: str) -> None:
-    given = {"weight": torch.ones(3, 2), "a": torch.ones(2, 1), "b": torch.ones(1, 3), name: None}
-    with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got NoneType"):
-        ops.lora_linear(torch.ones(1, 2), **given)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -153,6 +82,68 @@ def test_every_kind_of_matrix(make, targets, tmp_path: Path) -> None:
     torch.testing.assert_close(model(IDS), changed, rtol=0, atol=0)
     loaded.remove(merge=True)
     torch.testing.assert_close(model(IDS), changed, rtol=1e-4, atol=1e-5)
+
+
+OUTPUT_LAYERS = {
+    "recurrent": (lambda: RecurrentLanguageModel(50, 16, 2, 0), (IDS,), IDS),
+    "tagger": (lambda: Tagger(50, 50, emb_dim=8, hidden_dim=8), (IDS,), IDS),
+    "seq2seq": (lambda: Seq2Seq(50, 50, emb_dim=8, hidden_dim=8), (IDS, IDS), None),
+}
+
+
+@pytest.mark.parametrize("name", list(OUTPUT_LAYERS))
+def test_output_layers_whose_logits_are_not_stored(name: str) -> None:
+    """Their losses read the matrix, and never call the layer."""
+    make, inputs, targets = OUTPUT_LAYERS[name]
+    model = make()
+    plain = model(*inputs)
+    adapter = randomise(lora(model, 4, 8, ["fc"]))
+    logits = model(*inputs)
+    assert (logits - plain).abs().max() > 1e-3
+    loss = model.loss(*inputs) if targets is None else model.loss(*inputs, targets)
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), IDS.flatten())
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    found = torch.autograd.grad(loss, list(adapter.parameters()))
+    exact = torch.autograd.grad(expected, list(adapter.parameters()))
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-6)
+    adapter.merge()
+    torch.testing.assert_close(model(*inputs), logits, rtol=1e-4, atol=1e-5)
+    adapter.remove()
+    torch.testing.assert_close(model(*inputs), plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_query_of_additive_attention(dropout: float) -> None:
+    """Its matrix goes into the operator; with an update the layer is called."""
+    layer = BahdanauAttention(5, 4, 6)
+    query, source = torch.randn(2, 3, 5), torch.randn(2, 7, 4)
+    plain, _ = layer(query, source)
+    adapter = randomise(lora(layer, 2, 4, ["query"], dropout=dropout))
+    found, _ = layer.eval()(query, source)
+    updated = copy.deepcopy(layer)
+    LoRA.of(updated).remove(merge=True)
+    expected, _ = updated(query, source)
+    assert (found - plain).abs().max() > 1e-4
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    layer.train()(query, source)[0].square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in adapter.parameters())
+
+
+def test_output_layers_that_cannot_be_read() -> None:
+    model = RecurrentLanguageModel(50, 16, 2, 0)
+    lora(model, 4, 8, ["fc"], dropout=0.5)
+    with pytest.raises(ValueError, match=r"updates of the output layer must have no dropout"):
+        model(IDS)
+    model.eval()(IDS)
+    wrapped = RecurrentLanguageModel(50, 16, 2, 0)
+    wrapped.fc = nn.Sequential(wrapped.fc)
+    with pytest.raises(TypeError, match=r"the output layer must be a torch\.nn\.Linear"):
+        wrapped(IDS)
+
+
+def test_a_layer_whose_matrix_is_the_embedding_has_no_updates() -> None:
+    model = RecurrentLanguageModel(50, 16, 2, 0, tie_weights=True)
+    assert not any("fc" in name for name, _ in lora(model, 4, 8, ["Wh"]).named_parameters())
 
 
 def test_packed_projection_equals_updated_matrices() -> None:
@@ -328,33 +319,6 @@ def test_messages(tmp_path: Path) -> None:
         LoRA.load(tmp_path / "absent", model)
     with pytest.raises(ValueError, match=r"b must be \(R, N\) = \(2, 3\), got \(2, 4\)"):
         ops.lora_linear(torch.ones(1, 5), torch.ones(3, 5), torch.ones(5, 2), torch.ones(2, 4))
-
-
-def test_autocast_takes_the_fused_products() -> None:
-    shapes = ((300, 96), (80, 96), (96, 8), (8, 80))
-    torch.manual_seed(3)
-    x, w, a, b = ((torch.randn(s) / s[-1] ** 0.25).requires_grad_() for s in shapes)
-    w.requires_grad_(False)
-    dy = torch.randn(300, 80)
-    used = (x, a, b)
-
-    def results(fused: bool, dtype: torch.dtype) -> list[Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            if fused:
-                y = ops.lora_linear(x, w, a, b, scale=1.5)
-            else:
-                y = nn.functional.linear(x, w) + 1.5 * ((x @ a) @ b)
-        assert y.dtype == dtype
-        saved = y.grad_fn.name()
-        assert ("LoRALinear" in saved) == fused, saved
-        return [y.float(), *torch.autograd.grad(y, used, dy.to(dtype))]
-
-    exact = results(False, torch.float32)
-    for f, p, e in zip(
-        results(True, torch.bfloat16), results(False, torch.bfloat16), exact, strict=True
-    ):
-        assert f.dtype == torch.float32
-        assert_within_error_rule(f.bfloat16(), p.bfloat16(), e.double())
 
 
 @pytest.mark.parametrize(

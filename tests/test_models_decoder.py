@@ -156,6 +156,32 @@ def test_tied_weights_gradient_is_the_sum_of_both_uses():
     torch.testing.assert_close(model.embedding.weight.grad, expected, rtol=1e-12, atol=1e-14)
 
 
+def test_tied_weights_inside_torch_func():
+    torch.manual_seed(0)
+    model = DecoderLanguageModel(11, 8, 2, 1, 0, tie_weights=True)
+    ids, targets = torch.randint(1, 11, (2, 3, 5))
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters, ids, targets):
+        logits = torch.func.functional_call(model, parameters, ids)
+        return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+    found = torch.func.grad(loss)(parameters, ids, targets)
+    expected = torch.autograd.grad(
+        F.cross_entropy(model(ids).flatten(0, 1), targets.flatten()), list(model.parameters())
+    )
+    for f, e in zip(found.values(), expected, strict=True):
+        torch.testing.assert_close(f, e)
+    assert not found["embedding.weight"][0].any()
+    rows = (None, 0, 0)
+    each = torch.func.vmap(torch.func.grad(loss), rows)(parameters, ids[:, None], targets[:, None])
+    for e, f in zip(each.values(), found.values(), strict=True):
+        torch.testing.assert_close(e.mean(0), f)
+    ones = {name: torch.ones_like(p) for name, p in parameters.items()}
+    _, slope = torch.func.jvp(lambda p: loss(p, ids, targets), (parameters,), (ones,))
+    torch.testing.assert_close(slope, sum(f.sum() for f in found.values()), rtol=1e-4, atol=1e-5)
+
+
 def test_options_are_what_they_say():
     torch.manual_seed(0)
     options = {"final_norm": True, "output_bias": True, "num_kv_heads": 1, "mlp_dim": 20}
@@ -236,6 +262,12 @@ def test_sizes_and_shapes_that_do_not_fit_are_named():
         DecoderLanguageModel(11, 8, 2, 0, 0)
     with pytest.raises(ValueError, match="targets must have the shape of ids"):
         DecoderLanguageModel(11, 8, 2, 1, 0).loss(IDS, TARGETS[:, :-1])
+    with pytest.raises(ValueError, match=r"mlp must be one of relu, .*, geglu, got 'tanh'"):
+        DecoderLanguageModel(11, 8, 2, 1, 0, mlp="tanh")
+    model = DecoderLanguageModel(11, 8, 2, 1, 0)
+    lengths = torch.zeros(len(IDS), dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"lengths must be in 1\.\..*, got values from 0 to 0"):
+        model.step(IDS, model.new_state(len(IDS)), lengths)
     with pytest.raises(ValueError, match="unknown model 'mamba'; known: decoder, recurrent"):
         build_model({"model": "mamba"})
     with pytest.raises(ValueError, match="configuration of the decoder model is not valid"):

@@ -42,6 +42,19 @@ def test_steps_chunks_and_ragged_rows_are_the_whole(cell: str, tie_weights: bool
 
 
 @EVERY_CELL
+def test_names_what_does_not_fit(cell: str) -> None:
+    m = model(cell)
+    ids, state = torch.ones(2, 3, dtype=torch.int64), m.new_state(2)
+    with pytest.raises(ValueError, match=r"ids must be \(B, T\), got \(3,\)"):
+        m(ids[0])
+    for lengths in ([0, 3], [3, 4]):
+        with pytest.raises(ValueError, match=r"lengths must be in 1\.\.3, got values from"):
+            m.step(ids, state, torch.tensor(lengths))
+    with pytest.raises(ValueError, match=r"lengths must be \(2,\), got \(1,\)"):
+        m.step(ids, state, torch.tensor([3]))
+
+
+@EVERY_CELL
 def test_truncated_bptt_of_the_whole_length_is_bptt(cell: str) -> None:
     """Chunks with the state carried on equal one pass; detached, they miss what lies before."""
     m = model(cell).double()

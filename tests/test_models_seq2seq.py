@@ -204,3 +204,9 @@ def test_errors() -> None:
         m.loss(SOURCE, TARGET[:, :0])
     with pytest.raises(ValueError, match="teacher_forcing must be in"):
         m.loss(SOURCE, TARGET, teacher_forcing=1.5)
+
+
+def test_sources_and_targets_have_as_many_rows() -> None:
+    model, ids = Seq2Seq(9, 9, emb_dim=4, hidden_dim=4), torch.ones(3, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"source must be \(B, S\) with the B of target \(2, 2\)"):
+        model(ids, ids[:2])

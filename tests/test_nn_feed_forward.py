@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden import fill
+from torch.nn.utils.parametrize import register_parametrization
 
-from lmfast.nn import MLP, DecoderBlock, GeGLU, SwiGLU
+from lmfast.nn import MLP, DecoderBlock, GeGLU, MultiHeadAttention, SwiGLU
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
@@ -96,3 +97,26 @@ def test_names_what_does_not_fit():
         DecoderBlock(8, 2, window=0)
     with pytest.raises(ValueError, match="rope_dim must be at most head_dim 4, got 6"):
         DecoderBlock(8, 2, rope_dim=6)
+
+
+@pytest.mark.parametrize("make", [MLP, SwiGLU, lambda width: MultiHeadAttention(width, 2)])
+def test_parametrised_matrices_are_used(make):
+    class Doubled(torch.nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    layer = make(8)
+    x, name = torch.randn(2, 3, 8), next(iter(layer._parameters))
+    doubled = copy.deepcopy(layer)
+    with torch.no_grad():
+        getattr(doubled, name).mul_(2)
+    register_parametrization(layer, name, Doubled())
+    found, expected = layer(x), doubled(x)
+    assert torch.equal(found, expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    original = layer.parametrizations[name].original.grad
+    torch.testing.assert_close(original, 2 * getattr(doubled, name).grad)
+    copied = copy.deepcopy(layer)
+    copied.load_state_dict(layer.state_dict())
+    assert torch.equal(copied(x), found)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
 
 import lmfast.nn
 from lmfast.models import RecurrentLanguageModel
@@ -81,6 +84,49 @@ def test_exports(name: str, needs_cpu_kernels: None) -> None:
     program = torch.export.export(module, inputs)
     for f, e in zip(flat(program.module()(*inputs)), flat(module(*inputs)), strict=True):
         torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-6)
+
+
+# Hidden sizes of 32 have a loop in bf16 for batches of 16 and more.
+@pytest.mark.filterwarnings("ignore:The tensor attributes self._flat_weights")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: lmfast.nn.RNN(5, 32, 2, batch_first=True),
+        lambda: lmfast.nn.LSTM(5, 7, bidirectional=True, batch_first=True),
+        lambda: lmfast.nn.LSTM(5, 7, batch_first=True, proj_size=3),
+        lambda: lmfast.nn.TextbookGRU(5, 7, batch_first=True),
+        lambda: lmfast.nn.ElmanRNN(5, 2),
+    ],
+    ids=["RNN", "LSTM both ways", "LSTM projected", "TextbookGRU", "ElmanRNN"],
+)
+@torch.no_grad()
+def test_exports_for_any_batch_and_length(make: Any, needs_cpu_kernels: None) -> None:
+    module = make().eval()
+    free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("time")}
+    program = torch.export.export(module, (torch.randn(X),), dynamic_shapes=(free,))
+    for batch, time in ((2, 3), (17, 40)):
+        x = torch.randn(batch, time, 5)
+        for f, e in zip(flat(program.module()(x)), flat(module(x)), strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-6)
+
+
+@EVERY_MODULE
+def test_checkpointed(name: str) -> None:
+    make, shapes = MODULES[name]
+    module, inputs = make(), [torch.randn(s) for s in shapes]
+    again = partial(checkpoint, module, use_reentrant=False)
+    for f, e in zip(*(gradients(f, module, inputs) for f in (again, module)), strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_layers_are_not_compiled_again_for_every_batch(needs_cpu_kernels: None) -> None:
+    torch._dynamo.reset()
+    layer = lmfast.nn.LSTM(5, 7, bidirectional=True, batch_first=True)
+    counter = CompileCounter()
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for batch in (50, 60, 70, 80, 90):
+        compiled(torch.randn(batch, 6, 5))
+    assert counter.frame_count <= 3  # one for the first batch, one or two for all others
 
 
 @pytest.mark.parametrize("cell", ["elman", "lstm", "min_gru"])

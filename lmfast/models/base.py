@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from lmfast import ops
 from lmfast._transforms import in_transform, transform_of
 from lmfast.nn.embedding import Embedding
+from lmfast.nn.low_rank import LowRankLinear
+from lmfast.ops._autograd import apply
+from lmfast.ops._library import is_readable
 
 _REGISTRY: dict[str, type[LanguageModel]] = {}
 
@@ -117,13 +120,16 @@ class LanguageModel(nn.Module):
             the state to pass next.
 
         Raises:
-            ValueError: ids are not (B, T) with a token.
+            ValueError: ids are not (B, T) with a token, or lengths not (B,) or, on the CPU, not
+                in 1..T.
         """
         if ids.dim() != 2 or ids.shape[1] == 0:
             raise ValueError(
                 f"ids must be (B, T) with at least one token, got {tuple(ids.shape)}; one token of "
                 "each row is ids[:, None]"
             )
+        if lengths is not None:
+            check_lengths(lengths, ids)
         features, state = self.advance(ids, state, lengths)
         if all_positions:
             return self._logits(features), state
@@ -149,12 +155,15 @@ class _KeepRowFixed(torch.autograd.Function):
     """Identity whose gradient is zero in one row: the padding row of a shared matrix."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, row: int) -> Tensor:
-        ctx.row = row
+    def forward(weight: Tensor, row: int) -> Tensor:
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        ctx.row = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0].index_fill(0, torch.tensor(ctx.row, device=grads[0].device), 0), None
 
 
@@ -165,7 +174,28 @@ def keep_row_fixed(weight: Tensor, row: int | None) -> Tensor:
     if in_transform() or transform_of(weight):  # for which the function has no rule
         fixed = (torch.arange(len(weight), device=weight.device) == row)[:, None]
         return torch.where(fixed, weight.detach(), weight)
-    return _KeepRowFixed.apply(weight, row)
+    return apply(_KeepRowFixed, weight, row)
+
+
+def output_layer(fc: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight (V, E), low-rank updates included, and bias of the layer whose logits are not stored.
+
+    Raises:
+        TypeError: it is no linear layer any more, but a wrapper, say, that adds something.
+        ValueError: the updates are to see only a share of the features.
+    """
+    if not isinstance(fc, nn.Linear):
+        raise TypeError(
+            f"the output layer must be a torch.nn.Linear, whose matrix is read, got {type(fc)}; "
+            "lmfast.training.lora updates it in place"
+        )
+    if not isinstance(fc, LowRankLinear) or fc.low_rank.merged:
+        return fc.weight, fc.bias
+    if fc.training and fc.low_rank.dropout:
+        raise ValueError(
+            f"updates of the output layer must have no dropout, got {fc.low_rank.dropout}"
+        )
+    return fc.weight + fc.low_rank.delta().t(), fc.bias
 
 
 def check_sizes(vocab_size: int, emb_dim: int, pad_idx: int | None) -> None:
@@ -176,6 +206,23 @@ def check_sizes(vocab_size: int, emb_dim: int, pad_idx: int | None) -> None:
         )
     if pad_idx is not None and not 0 <= pad_idx < vocab_size:
         raise ValueError(f"pad_idx must be in 0..{vocab_size - 1} or None, got {pad_idx}")
+
+
+def check_ids(ids: Tensor) -> None:
+    """Raise ValueError unless ids are (B, T)."""
+    if ids.dim() != 2:
+        raise ValueError(f"ids must be (B, T), got {tuple(ids.shape)}")
+
+
+def check_lengths(lengths: Tensor, ids: Tensor) -> None:
+    """Raise ValueError unless lengths are (B,) and, where they can be read, in 1..T for (B, T)."""
+    if lengths.shape != ids.shape[:1]:
+        raise ValueError(f"lengths must be ({ids.shape[0]},), got {tuple(lengths.shape)}")
+    if lengths.numel() == 0 or not is_readable(lengths):
+        return
+    least, most = int(lengths.min()), int(lengths.max())
+    if least < 1 or most > ids.shape[1]:
+        raise ValueError(f"lengths must be in 1..{ids.shape[1]}, got values from {least} to {most}")
 
 
 def build_model(config: Mapping[str, Any]) -> LanguageModel:

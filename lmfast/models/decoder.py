@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lmfast.generation.cache import KVCache, LayerCache
-from lmfast.models.base import LanguageModel, check_sizes, keep_row_fixed
+from lmfast.models.base import LanguageModel, check_ids, check_sizes, keep_row_fixed
 from lmfast.nn.block import BlockOptions, DecoderBlock
 from lmfast.nn.embedding import Embedding
 from lmfast.nn.norm import RMSNorm
@@ -203,8 +203,7 @@ class DecoderLanguageModel(LanguageModel):
         positions: Tensor | None = None,
     ) -> Tensor:
         """Return the features (B, T, E) before the output matrix."""
-        if ids.ndim != 2:
-            raise ValueError(f"ids must be (B, T), got {tuple(ids.shape)}")
+        check_ids(ids)
         x = self.embedding(ids)
         if self.embedding_scale is not None:
             # Rounded to the dtype first, as models trained in bf16 have it.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from lmfast.models.base import check_lengths
 from lmfast.nn.rnn import GRU, LSTM, RNN
 from lmfast.nn.source_attention import BahdanauAttention, LuongAttention, length_mask
 from lmfast.nn.textbook_gru import TextbookGRU
@@ -215,14 +216,3 @@ def make_rnn(
     return CELLS[cell](
         width, hidden, layers, batch_first=True, dropout=between, bidirectional=bidirectional
     )
-
-
-def check_lengths(lengths: Tensor, ids: Tensor) -> None:
-    """Raise ValueError unless lengths are (B,) and in 1..S for ids (B, S)."""
-    if lengths.shape != ids.shape[:1]:
-        raise ValueError(f"lengths must be ({ids.shape[0]},), got {tuple(lengths.shape)}")
-    if lengths.numel() and not 1 <= int(lengths.min()) <= int(lengths.max()) <= ids.shape[1]:
-        raise ValueError(
-            f"lengths must be in 1..{ids.shape[1]}, got values from {int(lengths.min())} "
-            f"to {int(lengths.max())}"
-        )

@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmfast.models.base import LanguageModel, check_sizes, keep_row_fixed
+from lmfast.models.base import (
+    LanguageModel,
+    check_ids,
+    check_sizes,
+    keep_row_fixed,
+    output_layer,
+)
 from lmfast.nn.elman import ElmanRNN
 from lmfast.nn.embedding import Embedding
 from lmfast.nn.hooks import has_hooks
@@ -95,12 +101,13 @@ class RecurrentLanguageModel(LanguageModel):
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Return the output layer's weight (V, E) and bias (V)."""
         if not self.tie_weights:
-            return self.fc.weight, self.fc.bias
+            return output_layer(self.fc)
         self.embedding.clear_padding()
         return keep_row_fixed(self.embedding.weight, self.pad_idx), self.fc.bias
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Return the top layer's states (B, T, E)."""
+        check_ids(ids)
         return self.rnn(self.embedding(ids))
 
     def new_state(self, batch: int, capacity: int | None = None) -> Tensor:

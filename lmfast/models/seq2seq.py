@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lmfast import ops
 from lmfast.generation.beam import beam_search
+from lmfast.models.base import output_layer
 from lmfast.models.encoder_decoder import ATTENTIONS, Decoder, DecoderState, Encoder, Memory
 
 
@@ -147,6 +148,11 @@ class Seq2Seq(nn.Module):
             raise ValueError(
                 f"target must be (B, T) with at least one token, got {tuple(target.shape)}"
             )
+        if source.dim() != 2 or len(source) != len(target):
+            raise ValueError(
+                f"source must be (B, S) with the B of target {tuple(target.shape)}, "
+                f"got {tuple(source.shape)}"
+            )
         memory, state = self.encode(source, source_lengths)
         begin = torch.full_like(target[:, :1], self.bos_idx)
         inputs = torch.cat((begin, target[:, :-1]), 1)
@@ -209,8 +215,9 @@ class Seq2Seq(nn.Module):
             teacher_forcing=teacher_forcing,
             generator=generator,
         )
+        weight, bias = output_layer(self.fc)
         return ops.linear_cross_entropy(
-            features, self.fc.weight, target, bias=self.fc.bias, ignore_index=self.pad_idx
+            features, weight, target, bias=bias, ignore_index=self.pad_idx
         )
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from lmfast.nn.attention import AttentionOptions, MultiHeadAttention
-from lmfast.nn.mlp import MLP, GeGLU, SwiGLU
+from lmfast.nn.mlp import ACTIVATIONS, MLP, GeGLU, SwiGLU
 from lmfast.nn.norm import RMSNorm
 
 if TYPE_CHECKING:
@@ -80,8 +80,11 @@ class DecoderBlock(nn.Module):
         self.mlp: nn.Module
         if mlp in _GATED:
             self.mlp = _GATED[mlp](emb_dim, mlp_dim, bias=bool(mlp_bias))
-        else:
+        elif mlp in ACTIVATIONS:
             self.mlp = MLP(emb_dim, mlp_dim, activation=mlp, bias=mlp_bias is not False)
+        else:
+            kinds = ", ".join((*ACTIVATIONS, *_GATED))
+            raise ValueError(f"mlp must be one of {kinds}, got {mlp!r}")
         self.post_norm2 = RMSNorm(emb_dim, norm_eps) if post_norms else None
 
     def forward(

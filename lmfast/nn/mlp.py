@@ -10,7 +10,7 @@ from lmfast import ops
 from lmfast.nn.packed import PackedParameters
 from lmfast.nn.projection import Projections
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "relu": lambda x: x,  # part of the product
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -65,9 +65,9 @@ class MLP(Projections):
         super().__init__()
         hidden_dim = 4 * emb_dim if hidden_dim is None else hidden_dim
         _check_widths(emb_dim, hidden_dim)
-        if activation not in _ACTIVATIONS:
+        if activation not in ACTIVATIONS:
             raise ValueError(
-                f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}"
+                f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
             )
         self.activation = activation
         self.W_1 = nn.Parameter(torch.empty(emb_dim, hidden_dim))
@@ -87,7 +87,7 @@ class MLP(Projections):
     def forward(self, x: Tensor) -> Tensor:
         relu = self.activation == "relu"
         hidden = self.project(x, "W_1", "B_1", relu=relu)  # (B, T, hidden)
-        return self.project(_ACTIVATIONS[self.activation](hidden), "W_2", "B_2")
+        return self.project(ACTIVATIONS[self.activation](hidden), "W_2", "B_2")
 
     def extra_repr(self) -> str:
         return (

@@ -16,13 +16,18 @@ class Projections(nn.Module):
 
     def project(self, x: Tensor, weight: str, bias: str, *, relu: bool = False) -> Tensor:
         """Multiply x (..., in) by the parameter `weight` (in, out) and add the parameter `bias`."""
-        matrix, offset = self._parameters[weight], self._parameters[bias]
+        matrix, offset = self._own(weight), self._own(bias)
         assert matrix is not None
         low_rank = self._modules.get(low_rank_name(weight))
         if low_rank is None:
             return ops.linear(x, matrix.t(), offset, relu=relu)
         y = low_rank(x, matrix.t(), offset)
         return y.relu() if relu else y
+
+    def _own(self, name: str) -> Tensor | None:
+        """The parameter of a name: quickly, or where it is computed, by a parametrization, so."""
+        found = self._parameters.get(name)
+        return getattr(self, name) if found is None else found
 
 
 def low_rank_name(weight: str) -> str:

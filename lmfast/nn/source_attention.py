@@ -81,13 +81,13 @@ class BahdanauAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         keys = self.project(source) if keys is None else keys
         dtype = keys.dtype  # autocast narrows the keys; the rest follows them
+        if type(self.query) is nn.Linear:
+            w_query = self.query.weight.to(dtype)
+        else:  # one that adds something to its product, such as a low-rank update
+            query = self.query(query)
+            w_query = torch.eye(query.shape[-1], dtype=dtype, device=query.device)
         return ops.additive_attention(
-            query.to(dtype),
-            keys,
-            source.to(dtype),
-            self.query.weight.to(dtype),
-            self.v.to(dtype),
-            mask=mask,
+            query.to(dtype), keys, source.to(dtype), w_query, self.v.to(dtype), mask=mask
         )
 
 

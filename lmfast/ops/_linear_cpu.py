@@ -29,7 +29,7 @@ _product = define(
 )
 
 _plain_product = define(
-    "product_f32(Tensor a, Tensor b, Tensor? bias, int chunk) -> Tensor",
+    "product_f32(Tensor a, Tensor b, Tensor? bias, SymInt chunk) -> Tensor",
     lambda a, b, bias, chunk: a.new_empty((a.shape[0], b.shape[0])),
 )
 

@@ -62,14 +62,14 @@ def forward_fake(
 
 _forward_op = define(
     "recurrent_forward(Tensor projected, Tensor w_hh, Tensor? hidden_bias, Tensor? h0, Tensor? c0, "
-    "Tensor? batch_sizes, int batch, int cell, bool reverse, bool keep) "
+    "Tensor? batch_sizes, SymInt batch, int cell, bool reverse, bool keep) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     forward_fake,
 )
 backward_op = define(
     "recurrent_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor y, Tensor gates, "
-    "Tensor cells, Tensor w_hh, Tensor? h0, Tensor? c0, Tensor? batch_sizes, int batch, int cell, "
-    "bool reverse) -> (Tensor, Tensor)",
+    "Tensor cells, Tensor w_hh, Tensor? h0, Tensor? c0, Tensor? batch_sizes, SymInt batch, "
+    "int cell, bool reverse) -> (Tensor, Tensor)",
     backward_fake,
 )
 

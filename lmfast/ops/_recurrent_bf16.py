@@ -69,14 +69,14 @@ def _backward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 _forward_op = define(
     "recurrent_bf16_forward(Tensor projected, Tensor w_hh, Tensor? bias, Tensor? hidden_bias, "
-    "Tensor? h0, Tensor? c0, Tensor? batch_sizes, int batch, int cell, bool reverse, bool keep, "
+    "Tensor? h0, Tensor? c0, Tensor? batch_sizes, SymInt batch, int cell, bool reverse, bool keep, "
     "bool wide) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_fake,
 )
 _backward_op = define(
     "recurrent_bf16_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor y, Tensor gates, "
-    "Tensor cells, Tensor w_hh, Tensor? h0, Tensor? c0, Tensor? batch_sizes, int batch, int cell, "
-    "bool reverse) -> (Tensor, Tensor)",
+    "Tensor cells, Tensor w_hh, Tensor? h0, Tensor? c0, Tensor? batch_sizes, SymInt batch, "
+    "int cell, bool reverse) -> (Tensor, Tensor)",
     _backward_fake,
 )
 
@@ -96,12 +96,17 @@ _is_medium._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def runs_in_bf16(x: Tensor, w_hh: Tensor, batch: int, cell: str) -> bool:
     """Whether a layer goes to the bf16 loop: asked before autocast is turned off."""
-    if cell == "gru_textbook" or w_hh.shape[1] % 32 or batch < _MIN_ROWS or x.shape[0] == 0:
+    if cell == "gru_textbook" or w_hh.shape[1] % 32 or x.shape[0] == 0:
         return False
     if x.dtype not in (torch.bfloat16, torch.float32) or not _has_tiles():
         return False
     cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return x.dtype == torch.bfloat16 or cast or _is_medium()
+    if not (x.dtype == torch.bfloat16 or cast or _is_medium()):
+        return False
+    # Last: a compiled graph is one for the answer, and an exported one is to serve all batches.
+    if isinstance(batch, torch.SymInt) and torch.compiler.is_exporting():
+        return False
+    return batch >= _MIN_ROWS
 
 
 def _narrow(t: Tensor | None) -> Tensor | None:

@@ -43,13 +43,13 @@ def _backward_both_fake(*args: Any) -> list[Tensor]:
 # Lists hold the forward direction and the reverse one, or nothing for None.
 _forward_op = define(
     "recurrent_forward_both(Tensor[] projected, Tensor[] w_hh, Tensor[] hidden_bias, Tensor[] h0, "
-    "Tensor[] c0, Tensor? batch_sizes, int batch, int cell, bool keep) -> Tensor[]",
+    "Tensor[] c0, Tensor? batch_sizes, SymInt batch, int cell, bool keep) -> Tensor[]",
     _forward_both_fake,
 )
 _backward_op = define(
     "recurrent_backward_both(Tensor[] dy, Tensor[] dh_n, Tensor[] dc_n, Tensor[] y, "
     "Tensor[] gates, Tensor[] cells, Tensor[] w_hh, Tensor[] h0, Tensor[] c0, "
-    "Tensor? batch_sizes, int batch, int cell) -> Tensor[]",
+    "Tensor? batch_sizes, SymInt batch, int cell) -> Tensor[]",
     _backward_both_fake,
 )
 
@@ -97,8 +97,9 @@ class _BothWays(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *given: Any) -> tuple[Any, ...]:
-        *inputs, sizes = ctx.saved_tensors[:-10]
-        outputs = ctx.saved_tensors[-10:-5], ctx.saved_tensors[-5:]
+        saved = ctx.saved_tensors  # once: a checkpoint computes them again for each access
+        *inputs, sizes = saved[:-10]
+        outputs = saved[-10:-5], saved[-5:]
         loop = Loop(sizes, *ctx.loop)
         dy, dh, dc = (tuple(given[5 * i + k] for i in range(2)) for k in range(3))
         if loop.cell != "lstm":

@@ -31,7 +31,11 @@ def runs_projected(x: Tensor, hidden: int, batch: int) -> bool:
     weights = 4 * hidden * hidden
     if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
-    return weights <= _MOST_WEIGHTS and weights * batch <= _MOST_WORK
+    if weights > _MOST_WEIGHTS:
+        return False
+    if isinstance(batch, torch.SymInt) and torch.compiler.is_exporting():
+        return True  # PyTorch's loop would be unrolled for one length
+    return weights * batch <= _MOST_WORK
 
 
 class _Projection(torch.autograd.Function):

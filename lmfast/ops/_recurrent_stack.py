@@ -40,14 +40,14 @@ def _backward_fake(*args: Any) -> list[Tensor]:
 # Lists hold the layers, the lowest first, or nothing for None.
 _forward_op = define(
     "recurrent_forward_stack(Tensor x, Tensor[] w_ih, Tensor[] w_hh, Tensor[] bias, "
-    "Tensor[] hidden_bias, Tensor[] h0, Tensor[] c0, Tensor? batch_sizes, int batch, int cell, "
+    "Tensor[] hidden_bias, Tensor[] h0, Tensor[] c0, Tensor? batch_sizes, SymInt batch, int cell, "
     "bool keep, int[] chunks) -> Tensor[]",
     _forward_fake,
 )
 _backward_op = define(
     "recurrent_backward_stack(Tensor? dy, Tensor[] dh_n, Tensor[] dc_n, Tensor[] y, "
     "Tensor[] gates, Tensor[] cells, Tensor[] w_ih, Tensor[] w_hh, Tensor[] h0, Tensor[] c0, "
-    "Tensor? batch_sizes, int batch, int cell, int chunk) -> Tensor[]",
+    "Tensor? batch_sizes, SymInt batch, int cell, SymInt chunk) -> Tensor[]",
     _backward_fake,
 )
 
@@ -150,6 +150,8 @@ def runs_as_wavefront(x: Tensor, layers: Sequence[Layer], loop: Loop) -> bool:
     """Whether `cpu_stack` takes a stack, and is at least as fast as one layer after the other."""
     weights, batch = layers[0].w_hh.shape[1] ** 2 * GATES[loop.cell], max(1, loop.batch)
     steps = x.shape[0] // batch if loop.batch_sizes is None else len(loop.batch_sizes)
+    if isinstance(steps, torch.SymInt) and torch.compiler.is_exporting():
+        return False  # an exported graph would be one for long or for short sequences only
     if len(layers) < 2 or loop.reverse or steps < _LEAST_STEPS or weights * batch > _MOST_WORK:
         return False
     if weights > _MOST_WEIGHTS or torch.is_autocast_enabled("cpu") or x.shape[1] == 0:

@@ -162,6 +162,8 @@ def _sites(model: nn.Module) -> Iterator[Site]:
         if isinstance(module, Projections):
             yield from _projections(name, module)
         elif _own_class(module) in layers:
+            if module.weight is None:  # that of an embedding takes its place
+                continue
             columns, rows = module.weight.shape  # type: ignore[union-attr, misc]
             if not isinstance(module, nn.Linear):
                 columns, rows = rows, columns

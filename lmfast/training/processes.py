@@ -9,8 +9,10 @@ two CPU cores a stream gives 5.6 M tokens/s, of which the reference decoder lear
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,13 +172,16 @@ def distribute(module: nn.Module, model: nn.Module, device: torch.device, *, sha
     """
     if not shard:
         ids = [device.index] if device.type == "cuda" else None
-        # A buffer is a table computed alike everywhere; nothing to send.
-        return DistributedDataParallel(
-            module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        # A buffer is a table computed alike everywhere; nothing to send. torch 2.13 has a new name.
+        known = inspect.signature(DistributedDataParallel).parameters
+        send = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in known)
+        options: dict[str, Any] = {"device_ids": ids, send: False, "gradient_as_bucket_view": True}
+        return DistributedDataParallel(module, **options)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    # A product's output, which a block may return, is a view. Nothing here writes into it.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layers = getattr(model, "layers", None)
     for layer in layers if isinstance(layers, nn.ModuleList) else ():
