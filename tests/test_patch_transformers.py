@@ -165,16 +165,29 @@ def test_lazy_logits_behave_as_logits() -> None:
     assert out.to_tuple()[0] is out.logits
 
 
-def test_output_attentions_and_hidden_states() -> None:
-    model = make("llama", attn_implementation="eager")
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "stablelm"])
+def test_output_attentions_and_hidden_states(kind: str) -> None:
+    """GPT-2 and StableLM do not tell their layers that weights are wanted."""
+    model = make(kind, attn_implementation="eager")
     with torch.no_grad():
         before = model(IDS, output_attentions=True, output_hidden_states=True)
         lmfast.patch(model)
         after = model(IDS, output_attentions=True, output_hidden_states=True)
+    assert len(after.attentions) == model.config.num_hidden_layers
     for a, b in zip(
-        before.attentions + before.hidden_states, after.attentions + after.hidden_states
+        before.attentions + before.hidden_states,
+        after.attentions + after.hidden_states,
+        strict=True,
     ):
         assert_close(b, a)
+
+
+def test_a_configuration_that_asks_for_attention_weights_can_be_saved(tmp_path: Any) -> None:
+    model = make("gpt2", attn_implementation="eager")
+    model.config.output_attentions = True
+    assert "left as it is (eager): config.output_attentions" in str(lmfast.patch(model))
+    assert len(model(IDS).attentions) == model.config.num_hidden_layers
+    model.save_pretrained(tmp_path)
 
 
 def test_gradient_checkpointing() -> None:

@@ -251,7 +251,11 @@ def _attention(root: PreTrainedModel, worker: Any) -> None:
             f"attention: {what}, the model does not use transformers' AttentionInterface"
         )
         return
-    reason = _differs(root, lambda clone: clone.set_attn_implementation(name))
+    if getattr(root.config, "output_attentions", False):
+        # transformers saves such a configuration with "eager" alone.
+        reason: str | None = "config.output_attentions asks for the weights in every call"
+    else:
+        reason = _differs(root, lambda clone: clone.set_attn_implementation(name))
     if reason is not None:
         report.notes.append(f"attention: left as it is ({before}): {reason}")
         return
