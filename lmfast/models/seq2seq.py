@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lmfast import ops
 from lmfast.generation.beam import beam_search
 from lmfast.models.encoder_decoder import ATTENTIONS, Decoder, DecoderState, Encoder, Memory
+from lmfast.models.output import loss_of
 
 
 class Translation(NamedTuple):
@@ -209,9 +209,7 @@ class Seq2Seq(nn.Module):
             teacher_forcing=teacher_forcing,
             generator=generator,
         )
-        return ops.linear_cross_entropy(
-            features, self.fc.weight, target, bias=self.fc.bias, ignore_index=self.pad_idx
-        )
+        return loss_of(self.fc, features, target, self.pad_idx)
 
     @torch.no_grad()
     def generate(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lmfast import ops
 from lmfast.models.encoder_decoder import Encoder
+from lmfast.models.output import loss_of
 
 
 class Tagger(nn.Module):
@@ -84,10 +84,7 @@ class Tagger(nn.Module):
         if lengths is not None:
             behind = torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None]
             tags = tags.masked_fill(behind, ignore_index)
-        return ops.linear_cross_entropy(
-            self.hidden(ids, lengths), self.fc.weight, tags, bias=self.fc.bias,
-            ignore_index=ignore_index,
-        )  # fmt: skip
+        return loss_of(self.fc, self.hidden(ids, lengths), tags, ignore_index)
 
     @torch.no_grad()
     def predict(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:

@@ -1,0 +1,27 @@
+"""Output layers: their loss without logits, where they do nothing but multiply and add."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lmfast import ops
+from lmfast.nn.hooks import has_hooks
+
+
+def only_multiplies(layer: nn.Linear) -> bool:
+    """Whether all that a layer does is to multiply by its weight and add its bias.
+
+    Hooks, low-rank updates beside the weight and adapters of peft do more: it must be called.
+    """
+    kind = type(layer)
+    own = kind.forward is nn.Linear.forward or hasattr(kind, "_lmfast_swap")
+    return own and "forward" not in vars(layer) and not has_hooks(layer)
+
+
+def loss_of(layer: nn.Linear, features: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """Mean cross-entropy of the layer's logits, which are made only where it must be called."""
+    if not only_multiplies(layer):
+        return ops.cross_entropy(layer(features), targets, ignore_index=ignore_index)
+    return ops.linear_cross_entropy(
+        features, layer.weight, targets, bias=layer.bias, ignore_index=ignore_index
+    )
