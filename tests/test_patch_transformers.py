@@ -316,3 +316,24 @@ def test_padding_masks_within_vmap(kind: str) -> None:
     with torch.no_grad():
         for a, b in zip(torch.func.vmap(run)(ids, masks), map(run, ids, masks), strict=True):
             assert_close(b, a)
+
+
+def test_continuous_batching_has_the_attention_of_before() -> None:
+    """transformers takes a few implementations by name only."""
+    from transformers import ContinuousBatchingConfig
+
+    model = make("llama", attn_implementation="sdpa")
+    options: dict[str, Any] = {
+        "generation_config": transformers.GenerationConfig(max_new_tokens=3, do_sample=False),
+        # Its own choice is most of the memory there is.
+        "continuous_batching_config": ContinuousBatchingConfig(
+            num_blocks=4, max_batch_tokens=32, use_async_batching=False
+        ),
+        "progress_bar": False,
+    }
+    before = model.generate_batch([IDS[0].tolist()], **options)
+    lmfast.patch(model)
+    after = model.generate_batch([IDS[0].tolist()], **options)
+    texts = [[out.generated_tokens for out in found.values()] for found in (before, after)]
+    assert texts[0] == texts[1]
+    assert model.config._attn_implementation == "lmfast"
