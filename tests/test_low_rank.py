@@ -240,6 +240,43 @@ def test_files_of_peft_both_ways(style: str, tmp_path: Path) -> None:
     )
 
 
+def test_files_of_peft_that_hold_or_change_the_models_own_matrices(tmp_path: Path) -> None:
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    from lmfast.integrations.peft_format import load_peft
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    base = transformers.LlamaForCausalLM(config).eval()
+
+    def saved(name: str, **options: object) -> Tensor:
+        settings = peft.LoraConfig(r=2, **options)
+        theirs = peft.get_peft_model(copy.deepcopy(base), settings).eval()
+        for parameter_name, parameter in theirs.named_parameters():
+            if "lora_B" in parameter_name:
+                nn.init.normal_(parameter, std=0.1)
+        theirs.save_pretrained(tmp_path / name)
+        return theirs(IDS).logits
+
+    # Of a head, peft keeps the matrix itself too.
+    for name, options in {
+        "head": {"target_modules": ["lm_head"]},
+        "excluded": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]},
+    }.items():
+        expected, ours = saved(name, **options), copy.deepcopy(base)
+        load_peft(tmp_path / name, ours)
+        torch.testing.assert_close(ours(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+    other = copy.deepcopy(base)
+    nn.init.normal_(other.lm_head.weight)
+    with pytest.raises(CheckpointError, match="holds the matrix lm_head of the model it was tr"):
+        load_peft(tmp_path / "head", other)
+    saved("pissa", target_modules=["q_proj"], init_lora_weights="pissa")
+    with pytest.raises(CheckpointError, match="init_lora_weights = 'pissa' changed the model's"):
+        load_peft(tmp_path / "pissa", copy.deepcopy(base))
+
+
 def adapter_layers(model: nn.Module, targets: list[str]) -> list[str]:
     return [n for n, _ in model.named_modules() if any(n.endswith(t) for t in targets)]
 
