@@ -1,5 +1,6 @@
 """The command line: every command by what it prints and writes, and every bad input in one line."""
 
+import io
 import json
 import subprocess
 import sys
@@ -221,12 +222,15 @@ def test_train_input_that_cannot_be_used(place, tmp_path, capsys):
     fails(capsys, ["train", "--out", str(tmp_path), "--resume"], "run.json is damaged")
 
 
-def test_generate_input_that_cannot_be_used(place, tmp_path, capsys):
+def test_generate_input_that_cannot_be_used(place, tmp_path, capsys, monkeypatch):
     prompt = ["--prompt", "the", "--max-new-tokens", "2"]
     fails(capsys, ["generate", "--model", str(tmp_path), *prompt], "no config.json")
     model = ["generate", "--model", str(place / "decoder")]
     fails(capsys, [*model, "--prompt", ""], "the prompt is empty")
     fails(capsys, [*model, "--prompt", "\udcff"], "the prompt is not UTF-8 text")
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the \xff"), "utf-8"))
+        fails(capsys, [*model, "--prompt", "-"], "the prompt is not UTF-8 text")
     fails(capsys, [*model, *prompt, "--stream", "--samples", "2"], "--stream shows one")
     save_model(tmp_path / "alone", RecurrentLanguageModel(20, 4, 1, 0))
     alone = ["generate", "--model", str(tmp_path / "alone"), *prompt]
@@ -253,6 +257,10 @@ def test_generate_input_that_cannot_be_used(place, tmp_path, capsys):
             ["generate", "--model", "x", "--prompt", "x", "--top-k", "a"],
             "'a' is not a whole number",
         ),
+        (
+            ["generate", "--model", "x", "--prompt", "x", "--seed", "9" * 20],
+            "of at least 0 and at most 1e+18",
+        ),
         (["train", "--out", "x", "--steps", "0"], "0 is not a whole number of at least 1"),
         (["demo", "--precision", "low"], "invalid choice: 'low'"),
         (
@@ -270,7 +278,8 @@ def test_wrong_command_lines_end_with_status_2(arguments, message, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "train", "generate", "tokenizer", "info", "bench", "profile"]
+    "command",
+    ["demo", "train", "finetune", "generate", "chat", "tokenizer", "info", "bench", "profile"],
 )
 def test_help_explains_every_option(command, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -279,6 +288,7 @@ def test_help_explains_every_option(command, capsys):
     out = capsys.readouterr().out
     assert "usage: lmfast " + command in out
     assert "None" not in out
+    assert ") (default" not in " ".join(out.split())  # said once
 
 
 def test_help_shows_defaults_only_where_there_are_any():

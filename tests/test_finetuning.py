@@ -189,6 +189,9 @@ def test_command_names_bad_lines(trained: Path, capsys: pytest.CaptureFixture[st
     command = ["finetune", "--model", str(trained / "base"), "--data", str(data), "--out", str(out)]
     assert main(command) == 1
     assert "data.jsonl:2: the line must have texts prompt and completion" in capsys.readouterr().err
+    data.write_text("\n", encoding="utf-8")
+    assert main(command) == 1
+    assert "data.jsonl has no example" in capsys.readouterr().err
     assert not out.exists()
     assert main([*command, "--dropout", "0.1"]) == 1
     assert "are of --lora" in capsys.readouterr().err

@@ -153,6 +153,18 @@ def test_a_context_slides_row_by_row(kind):
     assert torch.equal(out[:, 50:], by_hand(model, ids[:, -10:], 60, 20)[:, 10:])
 
 
+@every
+def test_a_prompt_too_long_for_a_sliding_context_cuts_no_other(kind):
+    model, window = make(kind), 20
+    ids = torch.randint(1, V, (3, 30))
+    mask = (torch.arange(30) >= torch.tensor([0, 10, 13])[:, None]).long()  # 30, 20 and 17 tokens
+    options = {"context_window": window, "context_policy": "slide"}
+    out = lmfast.generate(model, ids, 12, attention_mask=mask, **options)
+    for row, begin in enumerate((0, 10, 13)):
+        alone = lmfast.generate(model, ids[row : row + 1, begin:], 12, **options)
+        assert torch.equal(out[row, 30:], alone[0, 30 - begin :])
+
+
 def test_a_context_is_an_error_or_cuts_the_prompt():
     model = make("decoder")
     ids = torch.randint(1, V, (2, 30))

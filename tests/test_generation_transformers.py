@@ -147,3 +147,36 @@ def test_encoder_decoders_are_refused():
     )
     with pytest.raises(TypeError, match="T5ForConditionalGeneration is an encoder-decoder"):
         Generator(transformers.T5ForConditionalGeneration(config))
+
+
+def test_a_model_whose_positions_begin_elsewhere_gets_those_of_transformers():
+    """RoBERTa's begin behind its padding id, unless they are given, as generate gives them."""
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(
+        vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, is_decoder=True, initializer_range=0.4,
+    )  # fmt: skip
+    model = transformers.RobertaForCausalLM(config).eval()
+    (ids, mask), _ = batch()
+    expected = theirs(model, ids, mask, max_new_tokens=10, eos_token_id=None)
+    generator = Generator(model)
+    options = {"max_new_tokens": 10, "eos_token_id": None}
+    assert torch.equal(generator.generate(ids, attention_mask=mask, **options), expected)
+    assert torch.equal(generator.generate(ids[1:2, 15:], **options)[0], expected[1, 15:])
+
+
+def test_models_that_keep_something_else_than_keys_and_values_are_named():
+    sizes = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.Lfm2Config(
+        **sizes, num_key_value_heads=2, layer_types=["conv", "full_attention"]
+    )
+    with pytest.raises(TypeError, match="has layers of types conv: use its own generate"):
+        Generator(transformers.Lfm2ForCausalLM(config))
+    config = transformers.OpenAIGPTConfig(
+        vocab_size=V, n_embd=32, n_layer=2, n_head=4, initializer_range=0.4
+    )
+    model, ids = transformers.OpenAIGPTLMHeadModel(config).eval(), torch.tensor([[3, 4, 5]])
+    with pytest.raises(ValueError, match=r"does not keep keys and values .* set use_cache=False"):
+        Generator(model).generate(ids, 4)
+    expected = theirs(model, ids, None, max_new_tokens=4)
+    assert torch.equal(Generator(model).generate(ids, 4, use_cache=False), expected)

@@ -267,6 +267,43 @@ def test_files_of_peft_both_ways(style: str, tmp_path: Path) -> None:
     )
 
 
+def test_files_of_peft_that_hold_or_change_the_models_own_matrices(tmp_path: Path) -> None:
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    from lmfast.integrations.peft_format import load_peft
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    base = transformers.LlamaForCausalLM(config).eval()
+
+    def saved(name: str, **options: object) -> Tensor:
+        settings = peft.LoraConfig(r=2, **options)
+        theirs = peft.get_peft_model(copy.deepcopy(base), settings).eval()
+        for parameter_name, parameter in theirs.named_parameters():
+            if "lora_B" in parameter_name:
+                nn.init.normal_(parameter, std=0.1)
+        theirs.save_pretrained(tmp_path / name)
+        return theirs(IDS).logits
+
+    # Of a head, peft keeps the matrix itself too.
+    for name, options in {
+        "head": {"target_modules": ["lm_head"]},
+        "excluded": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]},
+    }.items():
+        expected, ours = saved(name, **options), copy.deepcopy(base)
+        load_peft(tmp_path / name, ours)
+        torch.testing.assert_close(ours(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+    other = copy.deepcopy(base)
+    nn.init.normal_(other.lm_head.weight)
+    with pytest.raises(CheckpointError, match="holds the matrix lm_head of the model it was tr"):
+        load_peft(tmp_path / "head", other)
+    saved("pissa", target_modules=["q_proj"], init_lora_weights="pissa")
+    with pytest.raises(CheckpointError, match="init_lora_weights = 'pissa' changed the model's"):
+        load_peft(tmp_path / "pissa", copy.deepcopy(base))
+
+
 def adapter_layers(model: nn.Module, targets: list[str]) -> list[str]:
     return [n for n, _ in model.named_modules() if any(n.endswith(t) for t in targets)]
 
@@ -345,3 +382,29 @@ def test_updates_on_a_patched_model(make, targets) -> None:
     adapter.remove()
     assert [type(m) for m in model.modules()] == classes
     torch.testing.assert_close(model(x), plain(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "tagger", "seq2seq"])
+def test_updates_of_an_output_layer_are_in_logits_and_loss(kind: str) -> None:
+    """The loss reads the layer's weight where nothing is beside it."""
+    targets = IDS % 7
+    if kind == "recurrent":
+        model: nn.Module = RecurrentLanguageModel(50, 8, 1, 0, cell="gru").double()
+        targets = IDS
+    elif kind == "tagger":
+        model = Tagger(50, 8, emb_dim=4, hidden_dim=6).double()
+    else:
+        model = Seq2Seq(50, 8, emb_dim=4, hidden_dim=6, cell="gru").double()
+        targets = targets.clamp_min(model.bos_idx + 1)
+    arguments = (IDS, targets) if kind == "seq2seq" else (IDS,)
+    plain = model(*arguments)
+    updates = randomise(lora(model, 2, targets=["fc"]))
+    assert not torch.allclose(model(*arguments), plain)
+    logits = model(*arguments)
+    loss = model.loss(IDS, targets)
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)  # fp64, another order of sums
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in updates.parameters())
+    updates.merge()
+    torch.testing.assert_close(model(*arguments), logits, rtol=1e-10, atol=1e-12)

@@ -165,16 +165,29 @@ def test_lazy_logits_behave_as_logits() -> None:
     assert out.to_tuple()[0] is out.logits
 
 
-def test_output_attentions_and_hidden_states() -> None:
-    model = make("llama", attn_implementation="eager")
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "stablelm"])
+def test_output_attentions_and_hidden_states(kind: str) -> None:
+    """GPT-2 and StableLM do not tell their layers that weights are wanted."""
+    model = make(kind, attn_implementation="eager")
     with torch.no_grad():
         before = model(IDS, output_attentions=True, output_hidden_states=True)
         lmfast.patch(model)
         after = model(IDS, output_attentions=True, output_hidden_states=True)
+    assert len(after.attentions) == model.config.num_hidden_layers
     for a, b in zip(
-        before.attentions + before.hidden_states, after.attentions + after.hidden_states
+        before.attentions + before.hidden_states,
+        after.attentions + after.hidden_states,
+        strict=True,
     ):
         assert_close(b, a)
+
+
+def test_a_configuration_that_asks_for_attention_weights_can_be_saved(tmp_path: Any) -> None:
+    model = make("gpt2", attn_implementation="eager")
+    model.config.output_attentions = True
+    assert "left as it is (eager): config.output_attentions" in str(lmfast.patch(model))
+    assert len(model(IDS).attentions) == model.config.num_hidden_layers
+    model.save_pretrained(tmp_path)
 
 
 def test_gradient_checkpointing() -> None:
@@ -303,3 +316,24 @@ def test_padding_masks_within_vmap(kind: str) -> None:
     with torch.no_grad():
         for a, b in zip(torch.func.vmap(run)(ids, masks), map(run, ids, masks), strict=True):
             assert_close(b, a)
+
+
+def test_continuous_batching_has_the_attention_of_before() -> None:
+    """transformers takes a few implementations by name only."""
+    from transformers import ContinuousBatchingConfig
+
+    model = make("llama", attn_implementation="sdpa")
+    options: dict[str, Any] = {
+        "generation_config": transformers.GenerationConfig(max_new_tokens=3, do_sample=False),
+        # Its own choice is most of the memory there is.
+        "continuous_batching_config": ContinuousBatchingConfig(
+            num_blocks=4, max_batch_tokens=32, use_async_batching=False
+        ),
+        "progress_bar": False,
+    }
+    before = model.generate_batch([IDS[0].tolist()], **options)
+    lmfast.patch(model)
+    after = model.generate_batch([IDS[0].tolist()], **options)
+    texts = [[out.generated_tokens for out in found.values()] for found in (before, after)]
+    assert texts[0] == texts[1]
+    assert model.config._attn_implementation == "lmfast"

@@ -15,7 +15,7 @@ from lmfast.commands.generation import (
     generation_arguments,
     load_generator,
 )
-from lmfast.commands.options import add_machine_options, apply_machine_options, typed_text
+from lmfast.commands.options import add_machine_options, apply_machine_options, read_text
 from lmfast.generation import Prefix
 from lmfast.generation.text import encode
 
@@ -45,14 +45,14 @@ def run(options: argparse.Namespace) -> int:
     prefix: Prefix | None = None
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        line = read_text(sys.stdin.readline, "the line")
         if not line or line.strip() == "/quit":
             print(file=sys.stderr)
             return 0
         if line.strip() == "/reset":
             talk, prefix = Conversation(tokenizer, options.system), None
             continue
-        line = typed_text(line.rstrip("\n"), "the line")
+        line = line.rstrip("\n")
         if not line.strip():
             continue
         ids = talk.ask(line)

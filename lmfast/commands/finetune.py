@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=list(CHAT_FORMATS),
         default="chatml",
-        help="how messages are written (default: chatml)",
+        help="how messages are written",
     )
     parser.add_argument(
         "--separator", default="", metavar="TEXT", help="put behind every prompt of a pair"
@@ -98,6 +98,8 @@ def run(options: argparse.Namespace) -> int:
     model = load_model(options.model, device=device)
     tokenizer = load_tokenizer(options.model)
     examples = list(_examples(options, tokenizer))
+    if not examples:
+        raise DataError(f"{options.data} has no example")
     pad_id = model.pad_idx or 0
     batches = CompletionBatches(examples, options.batch_size, pad_id=pad_id, seed=options.seed)
     steps = max(1, math.ceil(options.epochs * len(batches)))

@@ -14,7 +14,7 @@ from lmfast.commands.generation import (
     generation_arguments,
     load_generator,
 )
-from lmfast.commands.options import COUNT, add_machine_options, apply_machine_options, typed_text
+from lmfast.commands.options import COUNT, add_machine_options, apply_machine_options, read_text
 from lmfast.generation.text import encode, until
 
 
@@ -39,8 +39,8 @@ def run(options: argparse.Namespace) -> int:
     device = apply_machine_options(options)
     if options.stream and max(options.samples, options.beams) > 1:
         raise ValueError("--stream shows one continuation: leave out --samples and --beams")
-    text = sys.stdin.read() if options.prompt == "-" else options.prompt
-    text = typed_text(text, "the prompt")
+    read = sys.stdin.read if options.prompt == "-" else lambda: options.prompt
+    text = read_text(read, "the prompt")
     generator, tokenizer = load_generator(options, device)
     ids = encode(tokenizer, text)
     if not ids:

@@ -59,7 +59,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         "--context",
         choices=["error", "slide", "truncate"],
         default="error",
-        help="what to do when the model's context is full (default: error)",
+        help="what to do when the model's context is full",
     )
     drawing = parser.add_argument_group("drawing")
     drawing.add_argument("--sample", action="store_true", help="draw instead of the likeliest")

@@ -26,7 +26,8 @@ def number(
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
         if not (lowest < value if above else lowest <= value) or not value <= highest:
-            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+            limit = "" if value < 1e18 or highest < 1e18 else f" and at most {highest:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}{limit}")
         return value
 
     return parse
@@ -87,6 +88,18 @@ def load_tokenizer(directory: str | Path) -> BPETokenizer:
         if (place / "tokenizer.json").is_file():
             return BPETokenizer.load(place / "tokenizer.json")
     raise ValueError(f"{directory} holds no tokenizer.json, nor does the run it belongs to")
+
+
+def read_text(read: Callable[[], str], name: str) -> str:
+    """Return what a method of standard input reads.
+
+    Raises:
+        ValueError: it holds bytes that are no UTF-8.
+    """
+    try:
+        return typed_text(read(), name)
+    except UnicodeDecodeError:
+        raise ValueError(f"{name} is not UTF-8 text") from None
 
 
 def typed_text(text: str, name: str) -> str:

@@ -54,11 +54,13 @@ class Prompts:
         """What follows the first `count` tokens of every row."""
         return Prompts(self.ids[:, count:], [length - count for length in self.lengths])
 
-    def last(self, count: int) -> Prompts:
-        """The last `count` tokens of rows that have more."""
-        if max(self.lengths, default=0) <= count:
+    def last(self, count: int, most: int | None = None) -> Prompts:
+        """The last `count` tokens of rows that have more than `most`, by default more than that."""
+        most = count if most is None else most
+        if max(self.lengths, default=0) <= most:
             return self
-        return from_rows([row[-count:] for row in self.rows()], self.ids.device)
+        rows = [row[-count:] if len(row) > most else row for row in self.rows()]
+        return from_rows(rows, self.ids.device)
 
     def common(self) -> int:
         """How many tokens all rows begin with, one less than the shortest at most."""
@@ -118,7 +120,7 @@ def fit(prompts: Prompts, options: GenerationOptions, window: int | None) -> Pro
     if window is None or longest + options.max_new_tokens - 1 <= window:
         return prompts
     if options.context_policy == "slide":
-        return prompts if longest <= window else prompts.last(window // 2)
+        return prompts.last(window // 2, most=window)
     room = window + 1 - options.max_new_tokens
     if options.context_policy == "error" or room < 1:
         raise ValueError(

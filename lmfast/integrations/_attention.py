@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import output_capturing
 
 from lmfast import ops
 from lmfast._dispatch import BACKENDS
 from lmfast._transforms import in_transform
 from lmfast.ops._library import is_autocast
+
+_COLLECTOR = getattr(output_capturing, "_active_collector", None)
 
 
 def attention_forward(
@@ -41,8 +44,8 @@ def attention_forward(
         scaling: of the products; 1 / sqrt(D) by default.
         is_causal: whether a missing mask means the causal one; the module's attribute by default.
         backend: as in `lmfast.use_backend`.
-        kwargs: `softcap` and `s_aux` (sinks) are used; weights are returned for
-            `output_attentions`.
+        kwargs: `softcap` and `s_aux` (sinks) are used; weights are returned where
+            the call has `output_attentions`, or that of the model.
 
     Returns:
         (B, T, H, D) contiguous, and the weights (B, H, T, S) or None.
@@ -55,7 +58,7 @@ def attention_forward(
         key, value = key[:, :, :length], value[:, :, :length]
     elif attention_mask is not None and attention_mask.shape[-1] > keys:
         attention_mask = attention_mask[..., :keys]
-    if kwargs.get("output_attentions") or (dropout and (softcap or sinks is not None)):
+    if _weights_wanted(kwargs) or (dropout and (softcap or sinks is not None)):
         return _with_weights(
             query, key, value, attention_mask, dropout, scaling, causal, softcap, sinks
         )
@@ -90,6 +93,21 @@ def attention_forward(
         backend=backend,
     )
     return out[..., :size].transpose(1, 2).contiguous(), None
+
+
+def _weights_wanted(kwargs: dict[str, Any]) -> bool:
+    """Whether the call, or the model that makes it, collects attention weights.
+
+    Some models do not pass `output_attentions` on to their layers: what transformers collects is
+    then known from what it collects into.
+    """
+    if kwargs.get("output_attentions"):
+        return True
+    if _COLLECTOR is None:
+        return False
+    # Under torch.compile it is a plain variable, see transformers.
+    collected = _COLLECTOR.global_var if torch.compiler.is_compiling() else _COLLECTOR.get()
+    return bool(collected) and any(name.endswith("attentions") for name in collected)
 
 
 def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lmfast.generation import KVCache
+from lmfast.integrations.transformers_runner import ATTENDING
 
 
 class _Layer(CacheLayerMixin):
@@ -91,8 +92,8 @@ class LMFastCache(Cache):
 
     def __init__(self, config: Any, max_length: int | None = None) -> None:
         text = config.get_text_config(decoder=True)
-        kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-        if not kinds <= {"full_attention", "sliding_attention", "chunked_attention"}:
+        kinds = set(getattr(text, "layer_types", None) or ())
+        if not kinds <= ATTENDING:
             raise ValueError(
                 f"config has layers of types {', '.join(sorted(kinds))}; LMFastCache keeps keys "
                 "and values only, use the model's own cache"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lmfast import _extension, ops
+from lmfast.integrations._continuous import continuous_batching
 from lmfast.ops._library import is_autocast
 from lmfast.ops._linear_cross_entropy_arguments import bf16_products_allowed
 from lmfast.patching import swap
@@ -271,4 +272,5 @@ def _transformers_model(original: Any, backend: str | None = None) -> dict[str, 
     def set_loss_function(self: Any, value: Any) -> None:
         original.loss_function.fset(self, value)
 
-    return {"forward": forward, "loss_function": property(get_loss_function, set_loss_function)}
+    made = {"forward": forward, "loss_function": property(get_loss_function, set_loss_function)}
+    return {**made, **continuous_batching(original)}

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -30,8 +31,9 @@ _MUST_BE_OFF: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "alora_invocation_tokens": (None,),
     "use_bdlora": (None,),
-    "exclude_modules": (None, []),
 }
+# Of the ways to begin an adapter, those that change the model's own matrices as well.
+_CHANGES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def save_peft(adapter: LoRA, directory: str | Path, *, base_model: str | None = None) -> None:
@@ -107,6 +109,9 @@ def load_peft(directory: str | Path, model: nn.Module) -> LoRA:
         raise CheckpointError(f"{directory}/adapter_model.safetensors: {error}") from error
     factors: dict[str, Tensor] = {}
     for key, value in tensors.items():
+        if key.endswith(".base_layer.weight"):
+            _check_own(key, value, model, directory)
+            continue
         match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight", key)
         if match is None:
             raise CheckpointError(f"{directory}: {key} is no factor of a low-rank update")
@@ -129,6 +134,17 @@ def load_peft(directory: str | Path, model: nn.Module) -> LoRA:
     return adapter
 
 
+def _check_own(key: str, value: Tensor, model: nn.Module, directory: Path) -> None:
+    """CheckpointError for a matrix of the model that `peft` saved too, if it is another one."""
+    name = key.removeprefix(_PREFIX).removesuffix(".base_layer.weight")
+    own = dict(model.named_parameters(remove_duplicate=False)).get(f"{name}.weight")
+    if own is None or own.shape != value.shape or not torch.equal(own.detach().cpu(), value):
+        raise CheckpointError(
+            f"{directory} holds the matrix {name} of the model it was trained on, and the model's "
+            "is another"
+        )
+
+
 def _config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -140,6 +156,12 @@ def _config(path: Path) -> dict[str, Any]:
     for name, off in _MUST_BE_OFF.items():
         if config.get(name) not in off:
             raise CheckpointError(f"{path}: {name} = {config[name]!r} is not supported")
+    begin = config.get("init_lora_weights")
+    if isinstance(begin, str) and begin.startswith(_CHANGES_THE_MODEL):
+        raise CheckpointError(
+            f"{path}: init_lora_weights = {begin!r} changed the model's matrices: have peft save "
+            "it as a plain update (path_initial_model_for_weight_conversion)"
+        )
     return config
 
 

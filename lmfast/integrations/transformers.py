@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lmfast.integrations._attention import attention_forward, name_for, register
 from lmfast.integrations._cache import LMFastCache
+from lmfast.integrations._continuous import BEFORE
 from lmfast.integrations._loss import LazyLogits
 from lmfast.integrations._own_attention import calls_attention, form_of, plan_own_attention
 from lmfast.integrations._rotary import plan_rotary, rotary_functions
@@ -34,7 +35,6 @@ __all__ = ["LMFastCache", "LazyLogits", "attention_forward", "register", "use_lm
 
 # First and first not: the tests have been run with 5.17, 5.23 and 5.24.
 _KNOWN = ((5, 17), (5, 25))
-_BEFORE = "_lmfast_attention"  # the attribute of a model that keeps the attention it had
 
 register()
 
@@ -74,7 +74,7 @@ def patch(model: nn.Module, worker: Any) -> None:
 def unpatch(model: nn.Module) -> None:
     """Gives the models within a module their attention back."""
     for module in model.modules():
-        before = vars(module).pop(_BEFORE, None)
+        before = vars(module).pop(BEFORE, None)
         if before is not None and isinstance(module, PreTrainedModel):
             if str(module.config._attn_implementation).startswith(name_for(None)):
                 module.set_attn_implementation(before)
@@ -251,11 +251,15 @@ def _attention(root: PreTrainedModel, worker: Any) -> None:
             f"attention: {what}, the model does not use transformers' AttentionInterface"
         )
         return
-    reason = _differs(root, lambda clone: clone.set_attn_implementation(name))
+    if getattr(root.config, "output_attentions", False):
+        # transformers saves such a configuration with "eager" alone.
+        reason: str | None = "config.output_attentions asks for the weights in every call"
+    else:
+        reason = _differs(root, lambda clone: clone.set_attn_implementation(name))
     if reason is not None:
         report.notes.append(f"attention: left as it is ({before}): {reason}")
         return
-    vars(root)[_BEFORE] = before
+    vars(root)[BEFORE] = before
     root.set_attn_implementation(name)
     report.notes.append(f'attention: attn_implementation="{name}" in the place of "{before}"')
 

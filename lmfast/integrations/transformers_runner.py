@@ -13,6 +13,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 from lmfast.generation.module_runner import step_rows_with_tokens
 from lmfast.integrations import transformers_static
 
+# Types of layers that keep keys and values alone.
+ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
+
 
 class TransformersState:
     """Keys and values as transformers keep them, with rows of different length.
@@ -114,11 +117,17 @@ def _widened(t: Tensor | None, batch: int, width: int, like: Tensor) -> Tensor:
     return torch.nn.functional.pad(t, (0, 0, missing, 0)) if missing else t
 
 
+def cache_name(model: Any) -> str:
+    """What a model's forward calls its cache: from transformers 5.24 on `cache`."""
+    accepted = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in accepted else "past_key_values"
+
+
 class TransformersRunner:
     """A `Runner` over a causal language model of transformers.
 
     Args:
-        model: with `forward(input_ids, attention_mask, position_ids, past_key_values)`.
+        model: with `forward(input_ids, attention_mask, position_ids, cache)`.
 
     Raises:
         TypeError: the model is an encoder-decoder, or keeps something else than keys and values.
@@ -134,12 +143,21 @@ class TransformersRunner:
                 f"{type(model).__name__} is {kind}: use its own generate"
             )
         text = model.config.get_text_config()
+        others = set(getattr(text, "layer_types", None) or ()) - ATTENDING
+        if others:
+            raise TypeError(
+                f"model must be a causal language model with keys and values, and "
+                f"{type(model).__name__} has layers of types {', '.join(sorted(others))}: use its "
+                "own generate"
+            )
         self._model = model
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
-        self.max_positions: int | None = getattr(text, "max_position_embeddings", None)
+        limit = getattr(text, "max_position_embeddings", None)
+        self.max_positions: int | None = limit if limit is not None and limit > 0 else None
         accepted = inspect.signature(model.forward).parameters
         self._positions = "position_ids" in accepted
         self._last_only = "logits_to_keep" in accepted
+        self._cache_name = cache_name(model)
 
     @property
     def device(self) -> torch.device:
@@ -169,6 +187,11 @@ class TransformersRunner:
         new = [width] * batch if lengths is None else lengths.tolist()
         known = state.lengths
         after = [a + b for a, b in zip(known, new, strict=True)]
+        if any(known) and state.cache.get_seq_length() != max(known):
+            raise ValueError(
+                f"{type(self._model).__name__} does not keep keys and values in the cache it is "
+                "given: set use_cache=False"
+            )
         if lengths is not None and any(known):
             return self._ragged_step(ids, state, lengths, all_positions)
         if lengths is not None:  # padding goes to the front
@@ -182,12 +205,16 @@ class TransformersRunner:
             options["attention_mask"] = (
                 torch.arange(total, device=ids.device) >= total - ends
             ).long()
-            positions = ends - width + torch.arange(width, device=ids.device)
             if self._positions:
+                positions = ends - width + torch.arange(width, device=ids.device)
                 options["position_ids"] = positions.clamp_min(0)
+        elif self._positions:  # as transformers' generate counts, also where a model's own differ
+            first = after[0] - width if after else 0
+            options["position_ids"] = torch.arange(first, first + width, device=ids.device)[None]
         if self._last_only and not all_positions:
             options["logits_to_keep"] = 1
-        result = self._model(input_ids=ids, past_key_values=state.cache, use_cache=True, **options)
+        options[self._cache_name] = state.cache
+        result = self._model(input_ids=ids, use_cache=True, **options)
         state.lengths = after
         state._trim()
         logits = result.logits
@@ -214,6 +241,7 @@ class TransformersRunner:
             *(self._model, state, steps),
             takes_positions=self._positions,
             takes_last_only=self._last_only,
+            cache_name=self._cache_name,
         )
 
     def _ragged_step(

@@ -34,10 +34,18 @@ class StaticTransformer:
         steps: most steps there may be.
         takes_positions: the model's forward takes `position_ids`.
         takes_last_only: it takes `logits_to_keep`.
+        cache_name: what it calls the cache.
     """
 
     def __init__(
-        self, model: Any, state: Any, steps: int, *, takes_positions: bool, takes_last_only: bool
+        self,
+        model: Any,
+        state: Any,
+        steps: int,
+        *,
+        takes_positions: bool,
+        takes_last_only: bool,
+        cache_name: str,
     ) -> None:
         self._model = model
         lengths = state.lengths
@@ -54,9 +62,10 @@ class StaticTransformer:
             old.is_initialized = False
             layers.append(layer)
         self._layers = layers
-        self._cache = Cache(layers=self._layers)
         device = layers[0].keys.device
-        self._options: dict[str, Any] = {"logits_to_keep": 1} if takes_last_only else {}
+        self._options: dict[str, Any] = {cache_name: Cache(layers=layers)}
+        if takes_last_only:
+            self._options["logits_to_keep"] = 1
         self._positions = torch.tensor(lengths, device=device)[:, None]
         if takes_positions:
             self._options["position_ids"] = self._positions
@@ -72,9 +81,7 @@ class StaticTransformer:
     def __call__(self, ids: Tensor) -> Tensor:
         if hasattr(self, "_ends"):
             self._ends += 1
-        result = self._model(
-            input_ids=ids[:, None], past_key_values=self._cache, use_cache=True, **self._options
-        )
+        result = self._model(input_ids=ids[:, None], use_cache=True, **self._options)
         self._positions += 1
         return result.logits[:, -1]
 

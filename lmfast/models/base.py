@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lmfast import ops
 from lmfast._transforms import in_transform, transform_of
 from lmfast.nn.embedding import Embedding
-from lmfast.nn.low_rank import LowRankLinear
 from lmfast.ops._autograd import apply
 from lmfast.ops._library import is_readable
 
@@ -175,27 +174,6 @@ def keep_row_fixed(weight: Tensor, row: int | None) -> Tensor:
         fixed = (torch.arange(len(weight), device=weight.device) == row)[:, None]
         return torch.where(fixed, weight.detach(), weight)
     return apply(_KeepRowFixed, weight, row)
-
-
-def output_layer(fc: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight (V, E), low-rank updates included, and bias of the layer whose logits are not stored.
-
-    Raises:
-        TypeError: it is no linear layer any more, but a wrapper, say, that adds something.
-        ValueError: the updates are to see only a share of the features.
-    """
-    if not isinstance(fc, nn.Linear):
-        raise TypeError(
-            f"the output layer must be a torch.nn.Linear, whose matrix is read, got {type(fc)}; "
-            "lmfast.training.lora updates it in place"
-        )
-    if not isinstance(fc, LowRankLinear) or fc.low_rank.merged:
-        return fc.weight, fc.bias
-    if fc.training and fc.low_rank.dropout:
-        raise ValueError(
-            f"updates of the output layer must have no dropout, got {fc.low_rank.dropout}"
-        )
-    return fc.weight + fc.low_rank.delta().t(), fc.bias
 
 
 def check_sizes(vocab_size: int, emb_dim: int, pad_idx: int | None) -> None:

@@ -7,16 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmfast.models.base import (
-    LanguageModel,
-    check_ids,
-    check_sizes,
-    keep_row_fixed,
-    output_layer,
-)
+from lmfast.models.base import LanguageModel, check_ids, check_sizes, keep_row_fixed
+from lmfast.models.output import loss_of, only_multiplies, output_layer
 from lmfast.nn.elman import ElmanRNN
 from lmfast.nn.embedding import Embedding
-from lmfast.nn.hooks import has_hooks
 from lmfast.nn.stack import make_stack
 
 
@@ -121,11 +115,18 @@ class RecurrentLanguageModel(LanguageModel):
         """Return the next tokens' states (B, T, E) and the ones to continue from (L, B, E)."""
         return self.rnn.forward_with_state(self.embedding(ids), state, lengths)
 
+    def loss(self, ids: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
+        """Mean cross-entropy of the targets; logits are made only where `fc` must be called."""
+        if self._only_weights() or targets.shape != ids.shape:
+            return super().loss(ids, targets, ignore_index=ignore_index)
+        return loss_of(self.fc, self.hidden(ids), targets, ignore_index)
+
     def _logits(self, features: Tensor) -> Tensor:
-        # With a shared matrix there is no call of `fc` that hooks could see.
-        if has_hooks(self.fc) and not self.tie_weights:
-            return self.fc(features)
-        return super()._logits(features)
+        return super()._logits(features) if self._only_weights() else self.fc(features)
+
+    def _only_weights(self) -> bool:
+        # With a shared matrix there is no call of `fc` that anything could be beside.
+        return self.tie_weights or only_multiplies(self.fc)
 
     @torch.no_grad()
     def reset_parameters_legacy(self) -> None:

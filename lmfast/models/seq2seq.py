@@ -7,10 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lmfast import ops
 from lmfast.generation.beam import beam_search
-from lmfast.models.base import output_layer
 from lmfast.models.encoder_decoder import ATTENTIONS, Decoder, DecoderState, Encoder, Memory
+from lmfast.models.output import loss_of
 
 
 class Translation(NamedTuple):
@@ -215,10 +214,7 @@ class Seq2Seq(nn.Module):
             teacher_forcing=teacher_forcing,
             generator=generator,
         )
-        weight, bias = output_layer(self.fc)
-        return ops.linear_cross_entropy(
-            features, weight, target, bias=bias, ignore_index=self.pad_idx
-        )
+        return loss_of(self.fc, features, target, self.pad_idx)
 
     @torch.no_grad()
     def generate(

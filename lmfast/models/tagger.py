@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lmfast import ops
-from lmfast.models.base import output_layer
 from lmfast.models.encoder_decoder import Encoder
+from lmfast.models.output import loss_of
 
 
 class Tagger(nn.Module):
@@ -85,10 +84,7 @@ class Tagger(nn.Module):
         if lengths is not None:
             behind = torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None]
             tags = tags.masked_fill(behind, ignore_index)
-        weight, bias = output_layer(self.fc)
-        return ops.linear_cross_entropy(
-            self.hidden(ids, lengths), weight, tags, bias=bias, ignore_index=ignore_index
-        )
+        return loss_of(self.fc, self.hidden(ids, lengths), tags, ignore_index)
 
     @torch.no_grad()
     def predict(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:

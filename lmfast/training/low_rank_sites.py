@@ -54,7 +54,9 @@ def find(model: nn.Module, targets: Sequence[str] | None) -> list[Site]:
         head = _output_layer(model)
         found = [s for s in everything if s.layer and s.owner is not head]
         if not found:
-            raise ValueError("the model has no linear layer; name parameters by targets=[...]")
+            raise ValueError(
+                f"the model has no linear layer: name targets, of {_known(everything)}"
+            )
         return found
     if not targets:
         raise ValueError("targets must name at least one matrix, got none")
@@ -217,5 +219,8 @@ def _why_not(model: nn.Module, everything: Sequence[Site], target: str) -> str:
     for name, parameter in model.named_parameters():
         if _ends_with(name, target):
             return f"names a parameter of shape {tuple(parameter.shape)} that cannot be updated"
-    known = sorted({s.name.rpartition(".")[2] for s in everything})
-    return f"names nothing in the model; it has {', '.join(known)}"
+    return f"names nothing in the model; it has {_known(everything)}"
+
+
+def _known(everything: Sequence[Site]) -> str:
+    return ", ".join(sorted({s.name.rpartition(".")[2] for s in everything})) or "none"
