@@ -66,6 +66,11 @@ def test_explain_says_what_runs_and_why(capsys):
         ({"assistant_model": RecurrentLanguageModel(9, 8, 1, 0)}, ValueError, "vocabulary of 37"),
         ({"prompt_lookup_num_tokens": 3, "use_cache": False}, ValueError, "does not go with use_c"),
         ({"max_tokens": 3}, TypeError, "max_tokens"),
+        ({"do_sample": "no"}, TypeError, "do_sample must be True or False, got 'no'"),
+        ({"on_token": 3}, TypeError, "on_token must be a function, got 3"),
+        ({"logit_bias": [1.0]}, TypeError, "logit_bias must be a mapping of ids or a tensor"),
+        ({"length_penalty": "a"}, TypeError, "length_penalty must be a number, got 'a'"),
+        ({"weights": 3}, ValueError, "weights must be one of fp32, bf16, int8, int4, got 3"),
     ],
 )  # fmt: skip
 def test_impossible_options_are_named(options, error, message):

@@ -373,6 +373,8 @@ def generate(
             ids, config, max_new_tokens=max_new_tokens, **options
         )
         max_new_tokens = options.pop("max_new_tokens")
-    key = (weights if isinstance(weights, str) else weakref.ref(weights), group)
+    # What are no weights at all, make_runner names.
+    known = weakref.ref(weights) if isinstance(weights, QuantisedWeights) else str(weights)
+    key = (known, group)
     generator = kept(model, key, lambda: Generator(model, weights=weights, group=group))
     return generator.generate(ids, max_new_tokens, **options)

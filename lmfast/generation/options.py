@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from numbers import Integral
+from numbers import Integral, Real
 from operator import index
 from typing import Any, Literal
 
@@ -152,6 +152,16 @@ class GenerationOptions:
             raise ValueError(
                 f'early_stopping must be True, False or "never", got {self.early_stopping!r}'
             )
+        if self.do_sample not in (True, False):
+            raise TypeError(f"do_sample must be True or False, got {self.do_sample!r}")
+        if self.on_token is not None and not callable(self.on_token):
+            raise TypeError(f"on_token must be a function, got {self.on_token!r}")
+        if not isinstance(self.logit_bias, Mapping | Tensor | None):
+            raise TypeError(
+                f"logit_bias must be a mapping of ids or a tensor (V,), got {self.logit_bias!r}"
+            )
+        if not isinstance(self.length_penalty, Real):
+            raise TypeError(f"length_penalty must be a number, got {self.length_penalty!r}")
         if not math.isfinite(self.length_penalty):
             raise ValueError(f"length_penalty must be finite, got {self.length_penalty}")
         if isinstance(self.eos_token_id, str) and self.eos_token_id != "auto":

@@ -103,7 +103,9 @@ def make_runner(
         ValueError: unknown weights, or weights other than "fp32" for a model that the engine
             cannot pack.
     """
-    if isinstance(weights, str) and weights not in WEIGHTS:
+    from lmfast.generation.engine.quantised import QuantisedWeights
+
+    if not isinstance(weights, QuantisedWeights) and weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     runner, reason = _engine(model, weights, group)
     if runner is not None:

@@ -118,7 +118,7 @@ def _widened(t: Tensor | None, batch: int, width: int, like: Tensor) -> Tensor:
 
 
 def cache_name(model: Any) -> str:
-    """What a model's forward calls its cache: from transformers 5.24 on `cache`."""
+    """What a model's forward calls its cache: `cache` in newer versions of transformers."""
     accepted = inspect.signature(model.forward).parameters
     return "cache" if "cache" in accepted else "past_key_values"
 

@@ -35,7 +35,8 @@ class Watch:
         for _, p, version, place in alive:
             if p._version != version or p.data_ptr() != place:
                 raise ValueError(
-                    "the model's parameters changed since they were packed: call repack()"
+                    "the model's parameters changed since they were packed: make a new "
+                    "Generator, or call the engine's repack()"
                 )
         if len(alive) < len(self._known[0]):
             self._known = (
