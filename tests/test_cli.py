@@ -1,6 +1,7 @@
 """The command line: every command by what it prints and writes, and every bad input in one line."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -212,6 +213,12 @@ def test_train_input_that_cannot_be_used(place, tmp_path, capsys):
     tokenizer = ["tokenizer", "train", "--out", str(tmp_path / "t.json"), "--data"]
     fails(capsys, [*tokenizer, str(tmp_path / "empty.txt")], "there is no text in")
     text = ["--data", str(place / "text.txt")]
+    for where, what in ((tmp_path, "a directory"), (tmp_path / "none" / "t.json", "not")):
+        arguments = ["tokenizer", "train", *text, "--out", str(where)]
+        fails(
+            capsys, arguments, f"--out must be a file in a directory that exists, {where} is {what}"
+        )
+    text = ["--data", str(place / "text.txt")]
     fails(capsys, ["train", *out, *text, "--heads", "3"], "emb_dim 16 must be a multiple of")
     fails(capsys, ["train", *out, *text, "--device", "cuda:99"], "--device cuda:99 cannot be used")
     fails(capsys, ["train", *text, "--out", str(place / "decoder"), *SMALL], "holds a run already")
@@ -254,6 +261,19 @@ def test_generate_input_that_cannot_be_used(place, tmp_path, capsys):
             "'a' is not a whole number",
         ),
         (["train", "--out", "x", "--steps", "0"], "0 is not a whole number of at least 1"),
+        (["info", "more"], "unrecognized arguments: more"),
+        (
+            ["generate", "--model", "x", "--prompt", "x", "--threads", "100000"],
+            "100000 is not a whole number of at least 1 and at most 4096",
+        ),
+        (
+            ["generate", "--model", "x", "--prompt", "x", "--seed", str(10**20)],
+            f"{10**20} is not a whole number of at least 0 and at most 1e+18",
+        ),
+        (
+            ["chat", "--model", "x", "--presence-penalty", "nan"],
+            "nan is not a number of at least -1e+18",
+        ),
         (["demo", "--precision", "low"], "invalid choice: 'low'"),
         (
             ["generate", "--model", "x", "--prompt", "x", "--max-tokens", "3"],
@@ -270,7 +290,8 @@ def test_wrong_command_lines_end_with_status_2(arguments, message, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "train", "generate", "tokenizer", "info", "bench", "profile"]
+    "command",
+    ["demo", "train", "finetune", "generate", "chat", "tokenizer", "info", "bench", "profile"],
 )
 def test_help_explains_every_option(command, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -279,6 +300,8 @@ def test_help_explains_every_option(command, capsys):
     out = capsys.readouterr().out
     assert "usage: lmfast " + command in out
     assert "None" not in out
+    assert "(default: )" not in out
+    assert not re.search(r"\(default: \S+\)\s+\(default", out)
 
 
 def test_help_shows_defaults_only_where_there_are_any():

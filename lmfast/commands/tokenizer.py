@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from pathlib import Path
 
 from lmfast.commands.formatting import HelpFormatter
 from lmfast.commands.options import COUNT, typed_text
@@ -43,6 +44,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    out = Path(options.out)  # looked at first: training may take long
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(
+            f"--out must be a file in a directory that exists, {out} is "
+            + ("a directory" if out.is_dir() else "not")
+        )
     texts = [read_text(path) for path in options.data]
     if not any(text.strip() for text in texts):
         raise ValueError(f"there is no text in {', '.join(options.data)}")
@@ -57,6 +64,8 @@ def _train(options: argparse.Namespace) -> int:
     print(f"{options.out}: {learnt} in {seconds:.2f} s")
     if tokenizer.vocab_size < options.vocab_size:
         print(f"the text has no more than {tokenizer.vocab_size:,} tokens to learn")
+    elif tokenizer.vocab_size > options.vocab_size + len(SPECIAL_TOKENS):
+        print(f"the text has more characters than --vocab-size {options.vocab_size:,}: no merges")
     return 0
 
 
