@@ -213,12 +213,6 @@ def test_train_input_that_cannot_be_used(place, tmp_path, capsys):
     tokenizer = ["tokenizer", "train", "--out", str(tmp_path / "t.json"), "--data"]
     fails(capsys, [*tokenizer, str(tmp_path / "empty.txt")], "there is no text in")
     text = ["--data", str(place / "text.txt")]
-    for where, what in ((tmp_path, "a directory"), (tmp_path / "none" / "t.json", "not")):
-        arguments = ["tokenizer", "train", *text, "--out", str(where)]
-        fails(
-            capsys, arguments, f"--out must be a file in a directory that exists, {where} is {what}"
-        )
-    text = ["--data", str(place / "text.txt")]
     fails(capsys, ["train", *out, *text, "--heads", "3"], "emb_dim 16 must be a multiple of")
     fails(capsys, ["train", *out, *text, "--device", "cuda:99"], "--device cuda:99 cannot be used")
     fails(capsys, ["train", *text, "--out", str(place / "decoder"), *SMALL], "holds a run already")
@@ -261,6 +255,12 @@ def test_generate_input_that_cannot_be_used(place, tmp_path, capsys):
             "'a' is not a whole number",
         ),
         (["train", "--out", "x", "--steps", "0"], "0 is not a whole number of at least 1"),
+        (
+            ["tokenizer", "train", "--data", "x", "--out", "/"],
+            "argument --out: / is a directory, not a file to write",
+        ),
+        (["profile", "--trace", "/nonexistent/t.json"], "no directory /nonexistent"),
+        (["bench", "--json", "/nonexistent/t.json"], "no directory /nonexistent"),
         (["info", "more"], "unrecognized arguments: more"),
         (
             ["generate", "--model", "x", "--prompt", "x", "--threads", "100000"],

@@ -157,8 +157,8 @@ class Conversation:
             self._turns.append({"role": "assistant", "content": self._tokenizer.decode(said)})
             return
         if self._taught is not None:
-            said = until(self._tokenizer.decode(ids), self.end_texts)
-            self._turns.append({"role": "assistant", "content": said})
+            answer = until(self._tokenizer.decode(ids), self.end_texts)
+            self._turns.append({"role": "assistant", "content": answer})
             return
         self._ids += ids
         if self.format == "ChatML":

@@ -47,6 +47,16 @@ SHARE = number(float, 0, highest=1)
 _THREADS = number(int, 1, highest=4096)
 
 
+def output_file(text: str) -> str:
+    """An argparse type: a file that can be written, found out before the work and not after it."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a directory, not a file to write")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: no directory {path.parent}")
+    return text
+
+
 def add_machine_options(parser: argparse.ArgumentParser, *, auto: bool = False) -> None:
     """Add --device, --threads and --precision; `auto`: the device is a GPU where there is one."""
     group = parser.add_argument_group("machine")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
 
 from lmfast.commands.formatting import HelpFormatter
-from lmfast.commands.options import COUNT, typed_text
+from lmfast.commands.options import COUNT, output_file, typed_text
 from lmfast.tokenizer import BPETokenizer
 from lmfast.training import SPECIAL_TOKENS, read_text
 
@@ -20,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "train", help="learn merges from text files", formatter_class=HelpFormatter
     )
     train.add_argument("--data", nargs="+", metavar="FILE", required=True, help="UTF-8 text files")
-    train.add_argument("--out", required=True, metavar="FILE", help="tokenizer file to write")
+    train.add_argument(
+        "--out", type=output_file, required=True, metavar="FILE", help="tokenizer file to write"
+    )
     train.add_argument(
         "--vocab-size", type=COUNT, default=16_000, metavar="N", help="tokens to end with"
     )
@@ -44,12 +45,6 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    out = Path(options.out)  # looked at first: training may take long
-    if out.is_dir() or not out.parent.is_dir():
-        raise ValueError(
-            f"--out must be a file in a directory that exists, {out} is "
-            + ("a directory" if out.is_dir() else "not")
-        )
     texts = [read_text(path) for path in options.data]
     if not any(text.strip() for text in texts):
         raise ValueError(f"there is no text in {', '.join(options.data)}")
