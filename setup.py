@@ -13,6 +13,7 @@ found beside the interpreter, in isolated builds too. Settings, all environment 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -28,6 +29,14 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 11)
 REPORT = "_build_report.json"
+
+
+TITLE = "installed without some compiled modules"
+STILL_WORKS = (
+    "What still works: everything but Generator's bf16, int8 and int4 weights, through",
+    "PyTorch and Python, more slowly.",
+    "`python -m lmfast info` shows this again; LMFAST_REQUIRE_EXT=1 makes it an error.",
+)
 
 
 class Unavailable(Exception):
@@ -83,6 +92,19 @@ def cuda_options(mode: str, torch_cuda: str | None) -> list[str]:
     ]
 
 
+def first_error(output: str) -> str | None:
+    """The first error that CMake or a compiler printed; CMake's text stands below its heading."""
+    lines = output.splitlines()
+    first = next((i for i, line in enumerate(lines) if "rror" in line), None)
+    if first is None:
+        return None
+    text = []
+    if lines[first].startswith("CMake Error at "):
+        below = itertools.takewhile(lambda s: not s or s.startswith("  "), lines[first + 1 :])
+        text = [line.strip() for line in below if line]
+    return " ".join(text) or lines[first].strip()
+
+
 class CMakeBuild(build_ext):
     """Runs CMake once for all modules; a failure is reported and survived."""
 
@@ -106,9 +128,10 @@ class CMakeBuild(build_ext):
         (self.output / REPORT).write_text(json.dumps(self.failures, indent=2) + "\n")
         needed = {"_cpu", "_bpe"} | ({"_cuda"} if mode == "cuda" else set())
         missing = sorted(needed & self.failures.keys())
+        fatal = bool(missing) and (required or mode == "cuda")
         if missing:
-            self.print_block(missing)
-        if missing and (required or mode == "cuda"):
+            self.print_block(missing, fatal)
+        if fatal:
             sys.exit(f"lmfast: {', '.join(missing)} could not be built and must be")
 
     def build_all(self, mode: str) -> None:
@@ -184,21 +207,15 @@ class CMakeBuild(build_ext):
             raise Unavailable(f"{what}: {error}") from error
         log.write_text(done.stdout)
         if done.returncode != 0:
-            errors = [line for line in done.stdout.splitlines() if "rror" in line]
-            first = errors[0].strip() if errors else f"exit status {done.returncode}"
+            first = first_error(done.stdout) or f"exit status {done.returncode}"
             raise Unavailable(f"{what}: {first} (see {log})")
 
-    def print_block(self, missing: list[str]) -> None:
-        lines = ["", "=" * 78, "lmfast: installed without some compiled modules", ""]
+    def print_block(self, missing: list[str], fatal: bool) -> None:
+        title = "some compiled modules could not be built"
+        lines = ["", "=" * 78, f"lmfast: {title if fatal else TITLE}", ""]
         lines += [f"  {name}: {self.failures[name]}" for name in missing]
-        lines += [
-            "",
-            "What still works: everything, through PyTorch and Python, more slowly.",
-            "`python -m lmfast info` shows this again; LMFAST_REQUIRE_EXT=1 makes it an error.",
-            "=" * 78,
-            "",
-        ]
-        print("\n".join(lines), file=sys.stderr)
+        lines += [""] if fatal else ["", *STILL_WORKS]
+        print("\n".join([*lines, "=" * 78, ""]), file=sys.stderr)
 
     def get_source_files(self) -> list[str]:
         """What a source distribution holds besides the package: all to build and to test it."""

@@ -122,20 +122,22 @@ def implementation(op: str, backend: str) -> Implementation:
     return _ops[op].implementations[backend]
 
 
-def _parse(request: str) -> dict[str, str]:
+def _parse(request: str, where: str = "") -> dict[str, str]:
     """'triton' or 'rms_norm=triton,attention=torch' -> {op or '*': backend}."""
     wanted: dict[str, str] = {}
     for part in filter(None, (p.strip() for p in request.split(","))):
         op, _, backend = part.rpartition("=")
         op, backend = op.strip() or _ALL_OPS, backend.strip()
         if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r} in {request!r}")
+            raise ValueError(
+                f"{where}backend must be one of {BACKENDS}, got {backend!r} in {request!r}"
+            )
         wanted[op] = backend
     return wanted
 
 
 # What use_backend() or LMFAST_BACKEND ask for; replaced as a whole, never changed in place.
-_requested: dict[str, str] = _parse(os.environ.get("LMFAST_BACKEND", ""))
+_requested: dict[str, str] = _parse(os.environ.get("LMFAST_BACKEND", ""), "LMFAST_BACKEND: ")
 
 
 def _check_ops(wanted: dict[str, str], where: str) -> None:

@@ -90,6 +90,8 @@ def test_installs_and_works_without_extensions(case: str, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("installed without some compiled modules") == 1
     assert "What still works" in done.stderr
+    if case == "no compiler":  # in CMake's words, not where in its files they stand
+        assert "environment variable CXX: /nonexistent/c++" in done.stderr
     report = json.loads((package(base) / "_build_report.json").read_text())
     assert {"_cpu", "_bpe"} <= report.keys()
     printed = in_package(base, USE)
@@ -102,6 +104,7 @@ def test_required_extensions_are_fatal(environment: dict[str, str], tmp_path: Pa
     done = build(tmp_path / "build", LMFAST_REQUIRE_EXT="1", **environment)
     assert done.returncode != 0
     assert "could not be built and must be" in done.stderr
+    assert "installed without" not in done.stderr
 
 
 def test_source_distribution_holds_what_a_build_needs(tmp_path: Path) -> None:
@@ -121,6 +124,7 @@ def test_source_distribution_holds_what_a_build_needs(tmp_path: Path) -> None:
         held = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {p.relative_to(ROOT) for p in (ROOT / "csrc").rglob("*.*")} | {Path("CMakeLists.txt")}
     wanted |= {p.relative_to(ROOT) for p in (ROOT / "tests").rglob("*.py")}
+    wanted |= {p.relative_to(ROOT) for p in (ROOT / "lmfast").rglob("*.md")}
     assert {str(p) for p in wanted} <= held
     assert not [name for name in held if name.endswith((".so", ".pyc"))]
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -262,6 +263,25 @@ def test_generate_input_that_cannot_be_used(place, tmp_path, capsys, monkeypatch
             "of at least 0 and at most 1e+18",
         ),
         (["train", "--out", "x", "--steps", "0"], "0 is not a whole number of at least 1"),
+        (
+            ["tokenizer", "train", "--data", "x", "--out", "/"],
+            "argument --out: / is a directory, not a file to write",
+        ),
+        (["profile", "--trace", "/nonexistent/t.json"], "no directory /nonexistent"),
+        (["bench", "--json", "/nonexistent/t.json"], "no directory /nonexistent"),
+        (["info", "more"], "unrecognized arguments: more"),
+        (
+            ["generate", "--model", "x", "--prompt", "x", "--threads", "100000"],
+            "100000 is not a whole number of at least 1 and at most 4096",
+        ),
+        (
+            ["generate", "--model", "x", "--prompt", "x", "--seed", str(10**20)],
+            f"{10**20} is not a whole number of at least 0 and at most 1e+18",
+        ),
+        (
+            ["chat", "--model", "x", "--presence-penalty", "nan"],
+            "nan is not a number of at least -1e+18",
+        ),
         (["demo", "--precision", "low"], "invalid choice: 'low'"),
         (
             ["generate", "--model", "x", "--prompt", "x", "--max-tokens", "3"],
@@ -288,6 +308,8 @@ def test_help_explains_every_option(command, capsys):
     out = capsys.readouterr().out
     assert "usage: lmfast " + command in out
     assert "None" not in out
+    assert "(default: )" not in out
+    assert not re.search(r"\(default: \S+\)\s+\(default", out)
     assert ") (default" not in " ".join(out.split())  # said once
 
 

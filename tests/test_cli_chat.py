@@ -1,6 +1,7 @@
 """`lmfast chat` and `generate` with models of both kinds, by what they print."""
 
 import io
+import json
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from lmfast.commands.chat import Conversation
 from lmfast.generation import Generator
 from lmfast.models import DecoderLanguageModel
 from lmfast.tokenizer import BPETokenizer
-from lmfast.training import load_model, save_model
+from lmfast.training import CHAT_FORMATS, load_model, save_model
 
 TAGS = ["<|im_start|>", "<|im_end|>"]
 
@@ -109,6 +110,54 @@ def test_chatml_where_the_tokenizer_has_its_tags(tmp_path, monkeypatch, capsys):
     said = chat(monkeypatch, capsys, tmp_path / "run", ["the cat"], "--system", "Be kind.")
     assert "ChatML" in said.err
     assert "<|im_" not in said.out.replace("<|im_start|>", "")
+
+
+@pytest.mark.parametrize("name", list(CHAT_FORMATS))
+def test_the_format_that_finetuning_taught(name):
+    """A conversation is written as in training: the prompts are those of the examples."""
+    taught = CHAT_FORMATS[name]
+    tokenizer = BPETokenizer.train(["the cat sat"], 262, special_tokens=["<pad>", "<eos>"])
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "the cat"},
+        {"role": "assistant", "content": "sat"},
+        {"role": "user", "content": "sat"},
+        {"role": "assistant", "content": "yes"},
+    ]
+    (first, answer), (second, _) = taught.examples(messages)
+    talk = Conversation(tokenizer, "Be kind.", taught)
+    assert tokenizer.decode(talk.ask("the cat")) == first
+    talk.answer(tokenizer.encode(answer))
+    assert tokenizer.decode(talk.ask("sat")) == second
+    assert name in talk.format
+    assert talk.end_texts == ([taught.end] if taught.end else [])
+
+
+def test_answers_end_where_finetuning_taught(tmp_path, monkeypatch, capsys):
+    """Taught one answer for good, `chat` and `generate` print it, and no tag behind it."""
+    save(tmp_path / "run", special_tokens=["<pad>", "<eos>"])
+    for name, end in (("chatml", "<|im_end|>"), ("dialogue", "")):
+        data, out = tmp_path / "data.jsonl", tmp_path / name
+        turns = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cat"}]
+        data.write_text(json.dumps({"messages": turns}) + "\n")
+        taught = ["--model", str(tmp_path / "run"), "--data", str(data), "--out", str(out)]
+        taught += ["--epochs", "80", "--learning-rate", "0.02", "--quiet", "--format", name]
+        assert main(["finetune", *taught]) == 0
+        monkeypatch.setattr("sys.stdin", io.StringIO("the\n"))
+        capsys.readouterr()
+        assert main(["chat", "--model", str(out), "--max-new-tokens", "40"]) == 0
+        said = capsys.readouterr()
+        assert said.out == "cat\n"
+        assert f"the format {name}" in said.err
+        prompt = CHAT_FORMATS[name].prompt(turns[:1])
+        run = ["generate", "--model", str(out), "--prompt", prompt, "--max-new-tokens", "40"]
+        for extra in ([], ["--stream"], ["--samples", "2"], ["--beams", "2"]):
+            assert main([*run, *extra]) == 0
+            texts = [f"{prompt}cat{end}\n"] * (2 if "--samples" in extra else 1)
+            assert capsys.readouterr().out == "\n".join(texts)
+    (out / "chat.json").write_text("{}")
+    assert main(["chat", "--model", str(out)]) == 1
+    assert "chat.json must hold" in capsys.readouterr().err
 
 
 def test_beams_lookup_and_samples(tmp_path, capsys):

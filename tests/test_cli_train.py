@@ -89,6 +89,28 @@ def test_carried_state(place):
     assert parts["evaluations"] == whole["evaluations"]
 
 
+def test_what_may_be_other_when_a_run_goes_on(place, capsys):
+    """--steps, kept for the next time; anything else that differs is told, and the model stays."""
+    whole = run(place, "eight", "text.txt", "--steps", "8")
+    run(place, "on", "text.txt")
+    out = ["--out", str(place / "on"), "--resume", "--quiet"]
+    other = str(place / "text.jsonl")
+    for typed, told in (
+        (["--emb-dim", "20"], "--emb-dim 20 is not what"),
+        (["--data", other], f"--data ['{other}'] is not what"),
+        (["--precision", "medium"], "was started with, highest: leave it out"),
+        (["--steps", "5"], "--steps 5 is less than the 6 that"),
+    ):
+        fails(capsys, [*out, *typed], told)
+    same = ["--data", str(place / "text.txt"), *SMALL]
+    assert main(["train", *out, *same, "--steps", "8"]) == 0
+    assert ", on from step " in capsys.readouterr().out
+    assert json.loads((place / "on" / "run.json").read_text())["settings"]["steps"] == 8
+    assert main(["train", *out]) == 0  # ended already: nothing is lost
+    report = json.loads((place / "on" / "report.json").read_text())
+    assert report["losses"] == whole["losses"]
+
+
 def test_early_stopping_gives_the_best_model(place, capsys):
     # With such steps the second evaluation cannot be better than the first ones.
     options = ["--learning-rate", "3", "--eval-every", "1", "--patience", "2", "--steps", "40"]
@@ -133,6 +155,7 @@ def test_options_that_exclude_each_other(place, capsys):
         ([*text, "--model", "recurrent", "--carry-state", "--stream"], "excludes --lines"),
         ([*jsonl, "--model", "recurrent", "--carry-state"], "reads one long text"),
         ([*text, "--model", "recurrent", "--recompute"], "--recompute is for the blocks"),
+        ([*text, "--model", "recurrent", "--final-norm"], "--kv-heads and --final-norm are for"),
         ([*text, "--stream", "--held-out", "0.1"], "--held-out needs the end of the text"),
         ([*text, "--buffer", "9"], "--buffer is for --stream"),
         ([*text, "--eval-data", "x", "--held-out", "0.1"], "exclude each other"),

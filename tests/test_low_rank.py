@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lmfast
 from lmfast import ops
@@ -129,16 +129,19 @@ def test_the_query_of_additive_attention(dropout: float) -> None:
     assert all(p.grad is not None and p.grad.any() for p in adapter.parameters())
 
 
-def test_output_layers_that_cannot_be_read() -> None:
+def test_output_layers_whose_matrix_cannot_be_read() -> None:
     model = RecurrentLanguageModel(50, 16, 2, 0)
     lora(model, 4, 8, ["fc"], dropout=0.5)
     with pytest.raises(ValueError, match=r"updates of the output layer must have no dropout"):
-        model(IDS)
-    model.eval()(IDS)
+        model.head()
+    weight, bias = model.eval().head()
+    torch.testing.assert_close(model(IDS), model.hidden(IDS) @ weight.t() + bias)
     wrapped = RecurrentLanguageModel(50, 16, 2, 0)
+    expected = wrapped.loss(IDS, IDS)
     wrapped.fc = nn.Sequential(wrapped.fc)
+    torch.testing.assert_close(wrapped.loss(IDS, IDS), expected)  # it is called
     with pytest.raises(TypeError, match=r"the output layer must be a torch\.nn\.Linear"):
-        wrapped(IDS)
+        wrapped.head()
 
 
 def test_a_layer_whose_matrix_is_the_embedding_has_no_updates() -> None:

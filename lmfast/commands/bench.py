@@ -15,7 +15,12 @@ from torch import Tensor
 import lmfast
 from lmfast import ops
 from lmfast._table import format_table
-from lmfast.commands.options import COUNT, add_machine_options, apply_machine_options
+from lmfast.commands.options import (
+    COUNT,
+    add_machine_options,
+    apply_machine_options,
+    output_file,
+)
 from lmfast.commands.timing import interleaved_medians
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scale", type=COUNT, default=1, metavar="N", help="divide the number of rows by this"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    parser.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write the figures there as well"
+    )
     add_machine_options(parser)
 
 

@@ -36,13 +36,15 @@ from lmfast.training import (
     save_model,
     seed_everything,
 )
-from lmfast.training.chat_format import CHAT_FORMATS, ChatFormat
+from lmfast.training.chat_format import CHAT_FORMATS, ChatFormat, save_chat_format
 
+_ALPHA = 16.0
 _EPILOG = (
     'Each line of FILE is an object: {"prompt": TEXT, "completion": TEXT}, or {"messages": '
     '[{"role": "user", "content": TEXT}, {"role": "assistant", ...}]}, of which every turn of the '
     "assistant is learnt. Prompts do not count in the loss. DIR receives the model with what it "
-    "learnt in its matrices, for `lmfast generate`, and with --lora the updates in DIR/adapter."
+    "learnt in its matrices, for `lmfast generate` and, where there were messages, in their format "
+    "for `lmfast chat`; with --lora the updates in DIR/adapter."
 )
 
 
@@ -70,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--lora", type=COUNT, metavar="RANK", help="train low-rank updates only")
     parser.add_argument(
-        "--alpha", type=POSITIVE, default=16.0, metavar="X", help="scales them by X / RANK"
+        "--alpha", type=POSITIVE, default=_ALPHA, metavar="X", help="scales them by X / RANK"
     )
     parser.add_argument(
         "--targets", nargs="+", metavar="NAME", help="what they update (default: every layer)"
@@ -91,13 +93,17 @@ def run(options: argparse.Namespace) -> int:
     out = Path(options.out)
     if (out / "config.json").exists():
         raise ValueError(f"{out} holds a model already: name another directory")
-    if options.lora is None and (options.targets or options.dropout):
-        raise ValueError("--targets and --dropout are of --lora RANK")
+    if options.lora is None and (options.targets or options.dropout or options.alpha != _ALPHA):
+        raise ValueError("--targets, --alpha and --dropout are of --lora RANK")
     device = apply_machine_options(options)
     seed_everything(options.seed)
     model = load_model(options.model, device=device)
     tokenizer = load_tokenizer(options.model)
-    examples = list(_examples(options, tokenizer))
+    chat = CHAT_FORMATS[options.format]
+    examples, chats = [], 0
+    for example, from_messages in _examples(options, tokenizer, chat):
+        examples.append(example)
+        chats += from_messages
     if not examples:
         raise DataError(f"{options.data} has no example")
     pad_id = model.pad_idx or 0
@@ -130,6 +136,8 @@ def run(options: argparse.Namespace) -> int:
         updates.save(out / "adapter")
         updates.remove(merge=True)
     tokenizer.save(out / "tokenizer.json")
+    if chats:
+        save_chat_format(out, chat)
     save_model(out, model)
     last = report.losses[-20:]
     print(f"training loss {sum(last) / len(last):.4f}; model in {out}")
@@ -142,21 +150,27 @@ def _updates(options: argparse.Namespace, model: nn.Module) -> LoRA | None:
     return lora(model, options.lora, options.alpha, options.targets, dropout=options.dropout)
 
 
-def _examples(options: argparse.Namespace, tokenizer: BPETokenizer) -> Iterator[CompletionExample]:
-    chat = CHAT_FORMATS[options.format]
+def _examples(
+    options: argparse.Namespace, tokenizer: BPETokenizer, chat: ChatFormat
+) -> Iterator[tuple[CompletionExample, bool]]:
+    """Examples, and of each whether it is a turn of a conversation."""
     with open(options.data, "rb") as lines:
         for index, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                for prompt, completion in _pairs(json.loads(line), chat, options.separator):
-                    yield completion_example(
+                entry = json.loads(line)
+                for prompt, completion in _pairs(entry, chat, options.separator):
+                    example = completion_example(
                         list(tokenizer.encode(prompt)),
                         list(tokenizer.encode(completion)),
                         tokenizer.eos_id,
                         max_length=options.max_length,
                     )
-            except ValueError as error:  # JSON and UTF-8 among them
+                    yield example, "messages" in entry
+            except json.JSONDecodeError as error:
+                raise DataError(f"{options.data}:{index}: the line is not JSON: {error}") from error
+            except ValueError as error:  # UTF-8 among them
                 raise DataError(f"{options.data}:{index}: {error}") from error
 
 

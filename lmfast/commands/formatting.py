@@ -11,7 +11,7 @@ class HelpFormatter(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
         default = action.default
-        silent = default in (None, False, argparse.SUPPRESS) or default == []
+        silent = default in (None, False, argparse.SUPPRESS) or default in ([], "")
         if silent or "%(default)" in text or not action.option_strings:
             return text
         return f"{text} (default: %(default)s)"

@@ -11,6 +11,7 @@ from lmfast.commands.generation import (
     Clock,
     Printer,
     add_generation_options,
+    before_end,
     generation_arguments,
     load_generator,
 )
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--stream shows one continuation: leave out --samples and --beams")
     read = sys.stdin.read if options.prompt == "-" else lambda: options.prompt
     text = read_text(read, "the prompt")
-    generator, tokenizer = load_generator(options, device)
+    generator, tokenizer, ends = load_generator(options, device)
     ids = encode(tokenizer, text)
     if not ids:
         raise ValueError("the prompt is empty: a model continues at least one token")
@@ -59,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
 
     def on_token(new_ids: torch.Tensor) -> None:
         clock.tick()
-        if printer is not None:
+        if printer is not None and int(new_ids[0]) not in ends:
             printer.add(int(new_ids[0]))
 
     out = generator.generate(
@@ -67,12 +68,14 @@ def run(options: argparse.Namespace) -> int:
         num_beams=options.beams,
         num_return_sequences=returned,
         on_token=on_token if options.beams == 1 else None,
+        eos_token_id=ends,
         **arguments,
     )
     if printer is not None:
         printer.close()
     else:
-        texts = [until(tokenizer.decode(row), options.stop, len(text)) for row in out.tolist()]
+        rows_said = [before_end(row, ends, len(ids)) for row in out.tolist()]
+        texts = [until(tokenizer.decode(row), options.stop, len(text)) for row in rows_said]
         print("\n\n".join(texts))
     if options.stats:
         clock.report(out.shape[1] - len(ids) if options.beams > 1 else None)

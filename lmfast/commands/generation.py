@@ -14,12 +14,14 @@ import torch
 
 from lmfast.commands.options import COUNT, NATURAL, POSITIVE, SHARE, load_tokenizer, number
 from lmfast.generation import Generator, QuantisedWeights
+from lmfast.generation.options import end_ids
 from lmfast.generation.runner import WEIGHTS
 from lmfast.generation.text import TextStream, until
 from lmfast.training import load_model
 from lmfast.training.memory import peak_bytes
 
 _DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+_FINITE = number(float, -1e18)
 _PROBABILITY = number(float, 0, above=True, highest=1)
 
 
@@ -28,7 +30,8 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "The likeliest token is taken at every step unless --sample, --temperature, --top-k, "
         "--top-p, --min-p or --typical-p is given. Advice on temperature: 0.1-0.3 focused, "
-        "0.7-0.8 balanced, 1.5-2 diverse."
+        "0.7-0.8 balanced, 1.5-2 diverse. A text ends before the tokenizer's <eos>, or where the "
+        "configuration of transformers' models says."
     )
     parser.add_argument(
         "--model", required=True, metavar="DIR", help="of train or demo, or of transformers"
@@ -91,14 +94,14 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     )
     drawing.add_argument(
         "--frequency-penalty",
-        type=float,
+        type=_FINITE,
         default=0.0,
         metavar="X",
         help="subtracted for every time a token was generated",
     )
     drawing.add_argument(
         "--presence-penalty",
-        type=float,
+        type=_FINITE,
         default=0.0,
         metavar="X",
         help="subtracted once a token was generated",
@@ -130,8 +133,10 @@ def generation_arguments(
     }
 
 
-def load_generator(options: argparse.Namespace, device: torch.device) -> tuple[Generator, Any]:
-    """Return the generator of a model directory and its tokenizer.
+def load_generator(
+    options: argparse.Namespace, device: torch.device
+) -> tuple[Generator, Any, list[int]]:
+    """Return the generator of a model directory, its tokenizer, and the ids that end a text.
 
     Raises:
         ValueError: the directory holds no model or no tokenizer, or the two do not fit.
@@ -144,6 +149,7 @@ def load_generator(options: argparse.Namespace, device: torch.device) -> tuple[G
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(options.model, **there)
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(options.model, **there)
         model = model.to(device).eval()
+        ends = end_ids(model.generation_config, "auto")
     else:
         model = load_model(options.model, device=device)
         tokenizer = load_tokenizer(options.model)
@@ -152,12 +158,19 @@ def load_generator(options: argparse.Namespace, device: torch.device) -> tuple[G
                 f"the tokenizer of {options.model} has {tokenizer.vocab_size} tokens, "
                 f"its model {model.vocab_size}"
             )
+        ends = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     weights: Any = options.weights
     if options.quantised is not None:
         if weights != "fp32" or options.group is not None:
             raise ValueError("--quantised is in the place of --weights and --group: leave them out")
         weights = QuantisedWeights.load(options.quantised)
-    return Generator(model, weights=weights, group=options.group), tokenizer
+    return Generator(model, weights=weights, group=options.group), tokenizer, ends
+
+
+def before_end(ids: Sequence[int], ends: Sequence[int], start: int = 0) -> list[int]:
+    """Cut ids before the first behind a place that ends a text."""
+    stop = next((i for i in range(start, len(ids)) if ids[i] in ends), len(ids))
+    return list(ids[:stop])
 
 
 def _is_transformers(directory: str) -> bool:

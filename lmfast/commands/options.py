@@ -10,14 +10,20 @@ import torch
 
 from lmfast.tokenizer import BPETokenizer
 
+_LARGEST = 1e18  # what numbers without a limit of their own may be
+
 
 def number(
-    kind: Callable[[str], int | float], lowest: float, *, above: bool = False, highest: float = 1e18
+    kind: Callable[[str], int | float],
+    lowest: float,
+    *,
+    above: bool = False,
+    highest: float = _LARGEST,
 ) -> Callable[[str], int | float]:
     """Return an argparse type that takes numbers in a range, and says so when one is not."""
     word = "whole number" if kind is int else "number"
     wanted = f"a {word} {'above' if above else 'of at least'} {lowest:g}"
-    if highest < 1e18:
+    if highest < _LARGEST:
         wanted += f" and at most {highest:g}"
 
     def parse(text: str) -> int | float:
@@ -26,7 +32,7 @@ def number(
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
         if not (lowest < value if above else lowest <= value) or not value <= highest:
-            limit = "" if value < 1e18 or highest < 1e18 else f" and at most {highest:g}"
+            limit = f" and at most {highest:g}" if value > highest == _LARGEST else ""
             raise argparse.ArgumentTypeError(f"{text} is not {wanted}{limit}")
         return value
 
@@ -37,6 +43,18 @@ COUNT = number(int, 1)
 NATURAL = number(int, 0)
 POSITIVE = number(float, 0, above=True)
 SHARE = number(float, 0, highest=1)
+# Every thread has a stack: OpenMP ends the process where it cannot have as many as were asked for.
+_THREADS = number(int, 1, highest=4096)
+
+
+def output_file(text: str) -> str:
+    """An argparse type: a file that can be written, found out before the work and not after it."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a directory, not a file to write")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} cannot be written: no directory {path.parent}")
+    return text
 
 
 def add_machine_options(parser: argparse.ArgumentParser, *, auto: bool = False) -> None:
@@ -49,7 +67,7 @@ def add_machine_options(parser: argparse.ArgumentParser, *, auto: bool = False) 
         help="cpu, cuda or cuda:INDEX" + (", auto = a GPU if there is one" if auto else ""),
     )
     group.add_argument(
-        "--threads", type=COUNT, metavar="N", help="CPU threads (default: PyTorch's choice)"
+        "--threads", type=_THREADS, metavar="N", help="CPU threads (default: PyTorch's choice)"
     )
     group.add_argument(
         "--precision",

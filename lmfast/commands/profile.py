@@ -16,7 +16,12 @@ from torch.profiler import ProfilerActivity, profile
 
 import lmfast
 from lmfast._table import format_table
-from lmfast.commands.options import COUNT, add_machine_options, apply_machine_options
+from lmfast.commands.options import (
+    COUNT,
+    add_machine_options,
+    apply_machine_options,
+    output_file,
+)
 from lmfast.commands.profile_measure import (
     Ceilings,
     LayerTimes,
@@ -68,9 +73,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--depth", type=COUNT, default=3, metavar="N", help="of nested layers to list"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
     parser.add_argument(
-        "--trace", metavar="FILE", help="write a trace for chrome://tracing or Perfetto"
+        "--json", type=output_file, metavar="FILE", help="write the figures there as well"
+    )
+    parser.add_argument(
+        "--trace",
+        type=output_file,
+        metavar="FILE",
+        help="write a trace for chrome://tracing or Perfetto",
     )
     add_machine_options(parser)
 

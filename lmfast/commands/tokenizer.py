@@ -7,7 +7,7 @@ import sys
 import time
 
 from lmfast.commands.formatting import HelpFormatter
-from lmfast.commands.options import COUNT, typed_text
+from lmfast.commands.options import COUNT, output_file, typed_text
 from lmfast.tokenizer import BPETokenizer
 from lmfast.training import SPECIAL_TOKENS, read_text
 
@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "train", help="learn merges from text files", formatter_class=HelpFormatter
     )
     train.add_argument("--data", nargs="+", metavar="FILE", required=True, help="UTF-8 text files")
-    train.add_argument("--out", required=True, metavar="FILE", help="tokenizer file to write")
+    train.add_argument(
+        "--out", type=output_file, required=True, metavar="FILE", help="tokenizer file to write"
+    )
     train.add_argument(
         "--vocab-size", type=COUNT, default=16_000, metavar="N", help="tokens to end with"
     )
@@ -57,6 +59,8 @@ def _train(options: argparse.Namespace) -> int:
     print(f"{options.out}: {learnt} in {seconds:.2f} s")
     if tokenizer.vocab_size < options.vocab_size:
         print(f"the text has no more than {tokenizer.vocab_size:,} tokens to learn")
+    elif tokenizer.vocab_size > options.vocab_size + len(SPECIAL_TOKENS):
+        print(f"the text has more characters than --vocab-size {options.vocab_size:,}: no merges")
     return 0
 
 

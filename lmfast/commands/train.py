@@ -32,6 +32,7 @@ from lmfast.training.metrics import exp_or_inf
 
 add_arguments = train_options.add_arguments
 
+_PATHS = ("data", "eval_data")
 # What is not part of a run's settings: where and how it is run this time.
 _THIS_TIME = (
     "run",
@@ -76,13 +77,16 @@ def _train(options: argparse.Namespace, out: Path, device: torch.device) -> int:
     processes.barrier()  # nobody writes before all have looked whether a run is there already
     if not options.resume:
         processes.in_first(lambda: _start(options, out, data.tokenizer))
-    elif trainer.can_resume():  # else it was killed before its first checkpoint
-        trainer.resume()
+    else:
+        processes.in_first(lambda: _write_settings(options, out))  # --steps may be another
+        if trainer.can_resume():  # else it was killed, or ended, before its first checkpoint
+            trainer.resume()
     if processes.first:
         among = f" in {processes.count} processes" if processes.count > 1 else ""
         print(
             f"{options.model} of {sum(p.numel() for p in model.parameters()):,} parameters, "
-            f"{steps:,} steps of {options.batch_size} x {options.context} tokens{among}",
+            f"{steps:,} steps of {options.batch_size} x {options.context} tokens{among}"
+            + (f", on from step {trainer.report.step:,}" if options.resume else ""),
             flush=True,
         )
     report = trainer.fit()
@@ -144,17 +148,47 @@ def _restore(options: argparse.Namespace, out: Path) -> None:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{out / 'run.json'} is damaged: {error}") from None
     steps = options.steps
+    _refuse_others(options, settings, out)
+    if steps is not None and steps < (done := _steps_done(out)):
+        raise ValueError(f"--steps {steps} is less than the {done} that {out} has been trained for")
     for name, value in settings.items():
         setattr(options, name, value)
     options.steps = steps or options.steps
+
+
+def _refuse_others(options: argparse.Namespace, settings: dict[str, Any], out: Path) -> None:
+    """Raise ValueError for an option that was typed and is not what the run was started with."""
+    defaults = argparse.ArgumentParser()
+    add_arguments(defaults)
+    for name, stored in settings.items():
+        typed = getattr(options, name, None)
+        if name in _PATHS and typed:
+            typed = [str(Path(path).resolve()) for path in typed]
+        if name != "steps" and typed != stored and typed != defaults.get_default(name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {typed} is not what {out} was started with, {stored}: "
+                "leave it out, or begin another run"
+            )
+
+
+def _steps_done(out: Path) -> int:
+    """Steps of the model that a finished run wrote; 0 where none did."""
+    try:
+        return max(json.loads((out / "report.json").read_text(encoding="utf-8"))["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def _start(options: argparse.Namespace, out: Path, tokenizer: BPETokenizer) -> None:
     """Write down what a new run was started with."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out / "tokenizer.json")
+    _write_settings(options, out)
+
+
+def _write_settings(options: argparse.Namespace, out: Path) -> None:
     kept = {k: v for k, v in vars(options).items() if k not in _THIS_TIME}
-    for name in ("data", "eval_data"):
+    for name in _PATHS:
         if kept[name]:
             kept[name] = [str(Path(path).resolve()) for path in kept[name]]
     text = json.dumps({"format": "lmfast run", "settings": kept}, indent=1)

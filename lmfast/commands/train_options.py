@@ -11,9 +11,10 @@ _EPILOG = (
     "DIR receives tokenizer.json, run.json, log.csv, checkpoints/, and at the end "
     "model.safetensors, config.json, report.json and losses.png. Ctrl-C and SIGTERM save a "
     "checkpoint; `lmfast train --out DIR --resume` continues exactly there, with the settings in "
-    "run.json; only --steps and the machine may be others. Several processes: `torchrun "
-    "--nproc-per-node N -m lmfast train ...`, on one machine or more; --batch-size is that of all "
-    "processes together, and the result is that of one."
+    "run.json; only --steps, --device, --threads, --workers, --accumulate, --recompute and --fsdp "
+    "may be others. Several processes: `torchrun --nproc-per-node N -m lmfast train ...`, on one "
+    "machine or more; --batch-size is that of all processes together, and the result is that of "
+    "one."
 )
 
 
@@ -191,6 +192,8 @@ def check(options: argparse.Namespace) -> None:
     """Raise ValueError for options that exclude each other."""
     if not options.data:
         raise ValueError("--data is needed: text files to train on (or --resume)")
+    if options.model == "recurrent" and (options.kv_heads or options.final_norm):
+        raise ValueError("--kv-heads and --final-norm are for --model decoder")
     if options.model == "recurrent" and options.recompute:
         raise ValueError("--recompute is for the blocks of --model decoder")
     if options.carry_state:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 ROLES = ("system", "user", "assistant")
 Message = Mapping[str, str]
@@ -98,3 +100,26 @@ INSTRUCTION = ChatFormat(
     "\n\n",
 )
 CHAT_FORMATS = {chat.name: chat for chat in (CHATML, DIALOGUE, INSTRUCTION)}
+_FILE = "chat.json"
+
+
+def save_chat_format(directory: str | Path, chat: ChatFormat) -> None:
+    """Write the name of the format that a model was taught beside the model."""
+    text = json.dumps({"format": chat.name}) + "\n"
+    Path(directory, _FILE).write_text(text, encoding="utf-8")
+
+
+def load_chat_format(directory: str | Path) -> ChatFormat | None:
+    """Return the format that the model of a directory was taught, None if it was none.
+
+    Raises:
+        ValueError: the file that names it is damaged, or names one that is not known.
+    """
+    file = Path(directory, _FILE)
+    if not file.is_file():
+        return None
+    try:
+        return CHAT_FORMATS[json.loads(file.read_text(encoding="utf-8"))["format"]]
+    except (ValueError, KeyError, TypeError) as error:
+        known = ", ".join(CHAT_FORMATS)
+        raise ValueError(f'{file} must hold {{"format": ...}}, one of {known}') from error
