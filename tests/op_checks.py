@@ -137,7 +137,10 @@ def check_gradients(op: Op, sample: Sample, backend: str) -> None:
         # The reference keeps weights and their gradients in fp32; kernels round both to the dtype
         # on the way into the matrix units. Seen on tiny samples: up to 3.1 times its error.
         # The scores' gradients of additive attention add up to zero: seen on sums of ten up to 3.
-        factor = 4.0 if op.name in (*SUMS, "additive_attention") else 1.5
+        # Errors of the output layer's few numbers scatter: in Triton 0.6 to 2.7 times PyTorch's
+        # from draw to draw, those of 24 draws together 1.15 times.
+        few = ("additive_attention", "linear_cross_entropy")
+        factor = 4.0 if op.name in (*SUMS, *few) else 1.5
         assert_sum_within_rule(g, p, e, f"gradient {i}", factor)
 
 
