@@ -281,22 +281,16 @@ class _LoRALinear(torch.autograd.Function):
         return dx, dweight, da, db, dbias, None, dlow, None
 
 
-def _unsupported(
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    low: Tensor | None,
-) -> str | None:
+def _unsupported(*args: Any) -> str | None:
+    tensors = [t for t in args if isinstance(t, Tensor)]
+    x, _, a = tensors[:3]
     dtype = torch.get_autocast_dtype("cpu") if is_autocast(x) else x.dtype
     most = _MOST_BF16_RANK if dtype == torch.bfloat16 else _MOST_CPU_RANK
     if a.shape[1] > most:
         return f"above rank {most} in {dtype} PyTorch's products of the factors are faster"
-    if any(hasattr(t, "placements") for t in (x, weight, a, b, bias, low)):
+    if any(hasattr(t, "placements") for t in tensors):
         return "no kernel for DTensors"
-    return unsupported_by_cpu_kernels(x, weight, a, b, bias, low)
+    return unsupported_by_cpu_kernels(*tensors)
 
 
 def _prefer(x: Tensor, *rest: Any) -> tuple[str, str] | None:

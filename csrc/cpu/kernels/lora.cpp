@@ -27,16 +27,18 @@ namespace {
 // Rows whose sums make one link of the chain over all rows.
 constexpr int64_t kRowBlock = 32;
 
-template <class V>
-LMFAST_INLINE void lane_sums(const V* of, int count, typename V::scalar* out) {
-  if constexpr (V::kWidth == 1) {
-    for (int c = 0; c < count; ++c) out[c] = of[c].v;
-  } else {
-    for (int c = 0; c + 4 <= count; c += 4) sum4(of[c], of[c + 1], of[c + 2], of[c + 3], out + c);
-    for (int c = count & ~3; c < count; ++c) {
-      float four[4];
-      sum4(of[c], V::zero(), V::zero(), V::zero(), four);
-      out[c] = four[0];
+// to += scale * acc, rounded once; the last vector of a row has `last` elements.
+template <class V, class T, int kRows, int kColumns, bool kPartial>
+LMFAST_INLINE void add_scaled(const V (&acc)[kRows][kColumns], V scale, T* to, int64_t stride,
+                              int last) {
+  for (int i = 0; i < kRows; ++i) {
+    for (int c = 0; c < kColumns; ++c) {
+      T* at = to + i * stride + c * V::kWidth;
+      if constexpr (kPartial) {
+        fmadd(acc[i][c], scale, V::load(at, last)).store(at, last);
+      } else {
+        fmadd(acc[i][c], scale, V::load(at)).store(at);
+      }
     }
   }
 }
@@ -73,7 +75,11 @@ LMFAST_INLINE void project_tile(const T* x, int64_t x_stride, const AccOf<T>* fa
   }
   for (int i = 0; i < kRows; ++i) {
     AccOf<T> sums[kRanks];
-    lane_sums(acc[i], kRanks, sums);
+    if constexpr (V::kWidth == 1) {
+      for (int r = 0; r < kRanks; ++r) sums[r] = sum(acc[i][r]);
+    } else {
+      sum_lanes<kRanks>(acc[i], 1, sums);
+    }
     for (int r = 0; r < kRanks; ++r) inner[i * rank + r] = scale * sums[r];
   }
 }
@@ -118,16 +124,7 @@ LMFAST_INLINE void add_tile(const LoraRowsArgs& a, const AccOf<T>* inner, T* out
       for (int c = 0; c < kColumns; ++c) acc[i][c] = fmadd(s, f[c], acc[i][c]);
     }
   }
-  for (int i = 0; i < kRows; ++i) {
-    for (int c = 0; c < kColumns; ++c) {
-      T* to = out + i * a.out_stride + c * V::kWidth;
-      if constexpr (kPartial) {
-        fmadd(acc[i][c], scale, V::load(to, last)).store(to, last);
-      } else {
-        fmadd(acc[i][c], scale, V::load(to)).store(to);
-      }
-    }
-  }
+  add_scaled<V, T, kRows, kColumns, kPartial>(acc, scale, out, a.out_stride, last);
 }
 
 template <class T, int kRows>
@@ -187,16 +184,7 @@ LMFAST_INLINE void sums_tile(const LoraSumsArgs& a, const AccOf<T>* inner, const
     }
   }
   const V scale = V::set1(static_cast<AccOf<T>>(a.scale));
-  for (int r = 0; r < kRanks; ++r) {
-    for (int c = 0; c < kColumns; ++c) {
-      AccOf<T>* to = sums + r * a.width + c * V::kWidth;
-      if constexpr (kPartial) {
-        fmadd(acc[r][c], scale, V::load(to, last)).store(to, last);
-      } else {
-        fmadd(acc[r][c], scale, V::load(to)).store(to);
-      }
-    }
-  }
+  add_scaled<V, AccOf<T>, kRanks, kColumns, kPartial>(acc, scale, sums, a.width, last);
 }
 
 template <class T, int kColumns, bool kPartial>
