@@ -354,6 +354,16 @@ def test_compiles_without_a_break() -> None:
         assert torch.equal(f, e)
 
 
+def test_compiles_with_one_tensor_given_twice() -> None:
+    compiled = torch.compile(ops.attention, fullgraph=True, backend="aot_eager")
+    q, k, _ = qkv(1, 2, 1, 20, 20, 16)
+    found, eager = leaves((q, k)), leaves((q, k))
+    y, z = compiled(*found, found[1]), ops.attention(*eager, eager[1])
+    assert torch.equal(y, z)
+    for f, e in zip(torch.autograd.grad(y.sum(), found), torch.autograd.grad(z.sum(), eager)):
+        assert torch.allclose(f, e, rtol=0, atol=1e-6)  # of k: the sum of two in either order
+
+
 def test_gradients_of_gradients_go_through_the_reference() -> None:
     q, k, v = leaves(qkv(1, 1, 1, 4, 4, 5))
     (dq,) = torch.autograd.grad(ops.attention(q, k, v).square().sum(), q, create_graph=True)

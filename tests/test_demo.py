@@ -22,7 +22,9 @@ def test_documentation_is_large_english_and_the_same_every_time():
     assert text.count("Return") > 100
     entries = text.split("\n\n\n")
     long = [entry.partition("\n\n")[2] for entry in entries if len(entry) > 300]
-    assert len(set(long)) == len(long) > 100
+    # No docstring comes twice; topics of the language reference quote a few sections of others.
+    assert len(long) > 100
+    assert len(set(long)) > 0.97 * len(long)
 
 
 @pytest.fixture(scope="module")

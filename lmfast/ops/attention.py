@@ -261,14 +261,15 @@ def kernel_options(options: tuple[Any, ...]) -> Options:
 def _cpu_forward(
     q: Tensor, k: Tensor, v: Tensor, *options: Any, for_gradient: bool = False
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = (with_unit_last_stride(t) for t in (q, k, v))
+    # Lists: PyTorch 2.14 does not trace generators inside an autograd function.
+    q, k, v = [with_unit_last_stride(t) for t in (q, k, v)]
     return _forward_op(q, k, v, *kernel_options(options), for_gradient)
 
 
 def _cpu_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sums: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    dout, q, k, v = (with_unit_last_stride(t) for t in (dout, q, k, v))
+    dout, q, k, v = [with_unit_last_stride(t) for t in (dout, q, k, v)]
     o = Options(*options)
     grads = _backward_op(dout, q, k, v, out, sums, *kernel_options(options))
     reference_value, total = sums.unbind(0)
