@@ -22,6 +22,7 @@ class TrainingReport:
         rates: tokens per second, evaluation and checkpoints left out.
         best: step and loss of the evaluation with the lowest loss.
         interrupted: stopped by Ctrl-C or SIGTERM before the last step.
+        stop_signal: number of that signal, or 0.
         stopped_early: stopped because evaluations no longer got better.
     """
 
@@ -33,6 +34,7 @@ class TrainingReport:
     rates: list[float] = field(default_factory=list)
     best: tuple[int, float] | None = None
     interrupted: bool = False
+    stop_signal: int = 0
     stopped_early: bool = False
 
     @property
