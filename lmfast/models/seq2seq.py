@@ -147,7 +147,7 @@ class Seq2Seq(nn.Module):
             raise ValueError(
                 f"target must be (B, T) with at least one token, got {tuple(target.shape)}"
             )
-        if source.dim() != 2 or len(source) != len(target):
+        if source.dim() != 2 or source.shape[0] != target.shape[0]:
             raise ValueError(
                 f"source must be (B, S) with the B of target {tuple(target.shape)}, "
                 f"got {tuple(source.shape)}"
@@ -256,7 +256,7 @@ class Seq2Seq(nn.Module):
     def _greedy(
         self, memory: Memory, state: DecoderState, max_length: int, length_penalty: float
     ) -> tuple[Tensor, Tensor]:
-        batch, device = len(memory.states), memory.states.device
+        batch, device = memory.states.shape[0], memory.states.device
         tokens = torch.full((batch, 1), self.bos_idx, dtype=torch.int64, device=device)
         scores, lengths = torch.zeros(batch, device=device), torch.zeros(batch, device=device)
         running = torch.ones(batch, dtype=torch.bool, device=device)
@@ -279,7 +279,7 @@ class Seq2Seq(nn.Module):
         num_beams: int,
         length_penalty: float,
     ) -> tuple[Tensor, Tensor]:
-        batch, device = len(memory.states), memory.states.device
+        batch, device = memory.states.shape[0], memory.states.device
         beams = memory.repeated(num_beams)
 
         def step(tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
