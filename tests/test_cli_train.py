@@ -2,6 +2,7 @@
 other."""
 
 import csv
+import gzip
 import json
 import os
 import signal
@@ -197,6 +198,8 @@ def test_options_that_exclude_each_other(place, capsys):
     out = ["--out", str(place / "run"), *SMALL]
     text = [*out, "--data", str(place / "text.txt")]
     jsonl = [*out, "--data", str(place / "text.jsonl"), "--text-field", "body"]
+    (place / "empty.txt").write_text(" \n")
+    (place / "text.gz").write_bytes(gzip.compress(b"a\n"))
     cases = [
         ([*text, "--carry-state"], "--carry-state needs --model recurrent"),
         ([*text, "--model", "recurrent", "--carry-state", "--stream"], "excludes --lines"),
@@ -218,6 +221,10 @@ def test_options_that_exclude_each_other(place, capsys):
         ([*text, "--tokenizer", "x"], "--vocab-size is of a new tokenizer"),
         ([*text, "--cell", "lstm"], "--cell is for --model recurrent"),
         ([*text, "--text-field", "body"], "not of plain text"),
+        ([*text, "--held-out", "1e-9"], "--held-out 1e-09 of this text is nothing"),
+        ([*text, "--eval-data", str(place / "empty.txt")], "there is no text in"),
+        ([*out, "--data", str(place)], "is a directory of no data set"),
+        ([*out, "--data", str(place / "text.gz")], "is compressed: unpack it first, with gunzip"),
         ([*text, "--add-eos"], "--add-eos needs separate texts"),
         ([*text, "--examples", "texts"], "--examples texts needs separate texts"),
         ([*text, "--data", str(place / "text.txt"), str(place / "text.jsonl")], "of one kind"),

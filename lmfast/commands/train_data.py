@@ -81,6 +81,10 @@ def load_data(options: argparse.Namespace, stored_tokenizer: Path | None) -> Dat
     if options.eval_data:
         sources.append(_open(options, options.eval_data))
         held_out = list(sources[1])
+        if not any(text.strip() for text in held_out):
+            raise ValueError(f"there is no text in {', '.join(options.eval_data)}")
+    elif options.held_out and not held_out:
+        raise ValueError(f"--held-out {options.held_out:g} of this text is nothing: take more")
     make = _Maker(options, tokenizer, packed)
     if options.stream:
         batches: Batches = make.streamed(source)

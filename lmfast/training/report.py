@@ -37,6 +37,11 @@ class TrainingReport:
     stop_signal: int = 0
     stopped_early: bool = False
 
+    def __post_init__(self) -> None:
+        # JSON, from which a resumed run has them, knows lists only.
+        self.evaluations = [(int(step), loss, value) for step, loss, value in self.evaluations]
+        self.best = None if self.best is None else (self.best[0], self.best[1])
+
     @property
     def tokens_per_second(self) -> float:
         """Median rate; the first entries, which warm up, are left out where there are more."""
@@ -46,7 +51,7 @@ class TrainingReport:
     def add_evaluation(self, loss: float, perplexity: float) -> None:
         """Note an evaluation of the current step."""
         self.evaluations.append((self.step, loss, perplexity))
-        if self.best is None or loss < self.best[1]:
+        if not math.isnan(loss) and (self.best is None or loss < self.best[1]):
             self.best = (self.step, loss)
 
     def evaluations_since_best(self) -> int:

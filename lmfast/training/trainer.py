@@ -21,6 +21,7 @@ from lmfast.training.checkpoint import (
     load_checkpoint,
     recover_checkpoints,
     save_model,
+    uncompiled,
 )
 from lmfast.training.files import CheckpointError
 from lmfast.training.interrupt import StopRequest
@@ -200,11 +201,10 @@ class Trainer:
                 )
         self._processes.barrier()  # nobody saves before all have looked
         self.model.train()
-        first = self._processes.first
-        logs = self.logs if first else ()
+        logs = self.logs if self._processes.first else ()
         for log in logs:
             log.open(self.report.step)
-        shown = self.progress and first
+        shown = self.progress and self._processes.first
         bar = ProgressBar(self.report, self.max_steps, self.description, shown=shown)
         with StopRequest() as stop, bar, recomputed_blocks(self.model, enabled=self.recompute):
             try:
@@ -393,7 +393,7 @@ class Trainer:
             parts = [f"{k} is {own.get(k)!r}, not {config.get(k)!r}" for k in differing]
             raise CheckpointError(f"{path} is of another model: here {'; '.join(parts)}")
         try:
-            load_whole(self.model, self._empty_copy, parameters)
+            load_whole(uncompiled(self.model), self._empty_copy, parameters)
         except RuntimeError as error:
             raise CheckpointError(f"cannot resume from {path}: {error}") from error
         return tensors, content
