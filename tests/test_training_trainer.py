@@ -362,9 +362,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_used():
 
     model.embedding.weight.register_hook(lambda g: g * math.inf if len(seen) == 3 else g)
     run = trainer(model, 5, loss=loss, clip_norm=1.0)
-    with pytest.raises(
-        TrainingDiverged, match=r"gradient at step 3 is .*, for batch 3"
-    ):
+    with pytest.raises(TrainingDiverged, match=r"gradient at step 3 is .*, for batch 3"):
         run.fit()
     assert all(p.isfinite().all() for p in model.parameters())
 
