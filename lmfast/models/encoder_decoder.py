@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lmfast.models.base import check_lengths
+from lmfast.models.base import check_ids, check_lengths
 from lmfast.nn.padded import over_lengths
 from lmfast.nn.rnn import GRU, LSTM, RNN
 from lmfast.nn.source_attention import BahdanauAttention, LuongAttention, length_mask
@@ -92,6 +92,7 @@ class Encoder(nn.Module):
     def forward(
         self, ids: Tensor, lengths: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        check_ids(ids)
         x = self.dropout(self.embedding(ids))
         if lengths is not None:
             check_lengths(lengths, ids)
