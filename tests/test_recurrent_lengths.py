@@ -81,7 +81,6 @@ def test_opcheck() -> None:
 MODELS: dict[str, Any] = {
     "tagger": partial(Tagger, 20, 9, num_layers=2),
     "attention": partial(Seq2Seq, 20, 9),
-    "input feeding": partial(Seq2Seq, 20, 9, attention="general", input_feeding=True),
 }
 
 
@@ -101,11 +100,7 @@ def model_of(name: str, cell: str) -> tuple[nn.Module, dict[str, Tensor], Tensor
 @pytest.mark.filterwarnings("ignore:The tensor attributes self")
 @pytest.mark.parametrize(
     ("name", "cell"),
-    [
-        ("tagger", "lstm"),
-        ("attention", "gru"),
-        ("input feeding", "gru_textbook"),
-    ],
+    [("tagger", "lstm"), ("attention", "gru")],
 )
 def test_models_compile_export_and_have_shapes(name: str, cell: str) -> None:
     torch._dynamo.reset()
