@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,10 +30,16 @@ named_run("reference", reference_layer)
 named_run("cpu", cpu_layer)
 named_run("cudnn", cudnn_layer)
 named_run("cuda", persistent_layer)
-_PEER = {
-    dtype: named_run(f"peer in {dtype}", partial(reference_layer, wide=dtype))
-    for dtype in KERNEL_DTYPES
-}
+
+
+def _loop_in(dtype: torch.dtype) -> Run:
+    def run(x: Tensor, layer: Layer, loop: Loop) -> tuple[Tensor, Tensor, Tensor]:
+        return reference_layer(x, layer, loop, wide=dtype)
+
+    return named_run(f"reference in {dtype}", run)
+
+
+_PEER = {dtype: _loop_in(dtype) for dtype in KERNEL_DTYPES}
 
 
 def _over_batch(run: Run, x: Tensor, *args: Any) -> tuple[Tensor, Any]:
