@@ -75,6 +75,14 @@ def test_tables_and_files(
         assert mode == "generation" or any(row["gflop_per_second"] > 0 for row in content[counted])
 
 
+def test_a_saved_model_has_its_own_sizes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for typed in (["--kind", "decoder"], ["--emb-dim", "128"]):
+        assert main(["profile", "--model", str(tmp_path), *typed]) == 1
+        assert f"{typed[0]} is of a new model: it excludes --model" in capsys.readouterr().err
+
+
 def test_work_is_counted_by_operator_and_by_layer() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2, bias=False))
     x, table = torch.ones(3, 4), torch.ones(100, 6)

@@ -2,13 +2,17 @@
 other."""
 
 import csv
+import gzip
 import json
+import os
+import signal
 
 import pytest
 import torch
 
 from lmfast.cli import main
 from lmfast.training import load_model
+from lmfast.training.steps import Stepper
 
 LINES = [f"the cat number {i} sat on the mat number {i % 7}" for i in range(400)]
 SMALL = ["--vocab-size", "300", "--emb-dim", "16", "--heads", "2", "--layers", "1", "--quiet"]
@@ -136,6 +140,50 @@ def test_bad_lines_are_named_and_left_out_on_request(place, capsys):
     assert "1 bad lines were left out" in capsys.readouterr().err
 
 
+def test_a_run_shorter_than_save_every_goes_on(place):
+    whole = run(place, "whole", "text.txt", "--save-every", "3")
+    assert len(whole["losses"]) == 6
+    run(place, "short", "text.txt", "--steps", "4", "--save-every", "200")
+    out = str(place / "short")
+    assert main(["train", "--out", out, "--resume", "--steps", "6", "--quiet"]) == 0
+    assert json.loads((place / "short" / "report.json").read_text())["losses"] == whole["losses"]
+    run(place, "none", "text.txt", "--save-every", "0")
+    assert not (place / "none" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "finetune"])
+def test_the_status_tells_the_signal(place, monkeypatch, command):
+    step = Stepper.step
+
+    def stopped(self, number, *args):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number, *args)
+
+    run(place, "model", "text.txt")
+    (place / "pairs.jsonl").write_text('{"prompt": "the", "completion": "cat"}\n' * 99)
+    monkeypatch.setattr(Stepper, "step", stopped)
+    options = {
+        "train": ["--data", str(place / "text.txt"), *SMALL, *STEPS],
+        "finetune": ["--model", str(place / "model"), "--data", str(place / "pairs.jsonl")],
+    }
+    out = place / "stopped"
+    assert main([command, "--out", str(out), *options[command], "--quiet"]) == 128 + 15
+    assert (out / "checkpoints" / "step-00000002").is_dir() == (command == "train")
+
+
+def test_cells_and_tied_weights_of_recurrent_models(place, capsys):
+    options = ["--model", "recurrent", "--cell", "lstm", "--tie-weights", "--carry-state"]
+    run(place, "lstm", "text.txt", *options)
+    model = load_model(place / "lstm")
+    assert (model.options["cell"], model.options["tie_weights"]) == ("lstm", True)
+    assert "longer" not in capsys.readouterr().err
+    (place / "short.txt").write_text("the cat sat")
+    for name, extra in (("carried", options), ("windows", [])):
+        run(place, name, "short.txt", *extra, "--batch-size", "1", "--context", "9999")
+        assert "--context 9999 is longer than the text: examples of" in capsys.readouterr().err
+
+
 def test_data_that_changed_is_told(place, capsys):
     for name, extra in (("memory", []), ("stream", ["--stream"])):
         run(place, name, "text.txt", *extra)
@@ -150,6 +198,8 @@ def test_options_that_exclude_each_other(place, capsys):
     out = ["--out", str(place / "run"), *SMALL]
     text = [*out, "--data", str(place / "text.txt")]
     jsonl = [*out, "--data", str(place / "text.jsonl"), "--text-field", "body"]
+    (place / "empty.txt").write_text(" \n")
+    (place / "text.gz").write_bytes(gzip.compress(b"a\n"))
     cases = [
         ([*text, "--carry-state"], "--carry-state needs --model recurrent"),
         ([*text, "--model", "recurrent", "--carry-state", "--stream"], "excludes --lines"),
@@ -167,6 +217,14 @@ def test_options_that_exclude_each_other(place, capsys):
             "--min-learning-rate 1 is above --learning-rate 0.001",
         ),
         ([*text, "--warmup", "99", "--steps", "9"], "--warmup 99 is longer than the run: 9 steps"),
+        ([*text, "--steps", "9", "--epochs", "2"], "--steps and --epochs exclude each other"),
+        ([*text, "--tokenizer", "x"], "--vocab-size is of a new tokenizer"),
+        ([*text, "--cell", "lstm"], "--cell is for --model recurrent"),
+        ([*text, "--text-field", "body"], "not of plain text"),
+        ([*text, "--held-out", "1e-9"], "--held-out 1e-09 of this text is nothing"),
+        ([*text, "--eval-data", str(place / "empty.txt")], "there is no text in"),
+        ([*out, "--data", str(place)], "is a directory of no data set"),
+        ([*out, "--data", str(place / "text.gz")], "is compressed: unpack it first, with gunzip"),
         ([*text, "--add-eos"], "--add-eos needs separate texts"),
         ([*text, "--examples", "texts"], "--examples texts needs separate texts"),
         ([*text, "--data", str(place / "text.txt"), str(place / "text.jsonl")], "of one kind"),

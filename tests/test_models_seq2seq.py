@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lmfast.generation.beam import beam_search
-from lmfast.models import Seq2Seq
+from lmfast.models import Seq2Seq, Tagger
 from lmfast.training import plot_attention
 
 PAD, BOS, EOS = 0, 1, 2
@@ -196,8 +196,19 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="eos_idx must be in"):
         model(eos_idx=8)
     m = model()
-    with pytest.raises(ValueError, match=r"lengths must be in 1\.\.4"):
-        m.loss(torch.zeros_like(SOURCE), TARGET)
+    padded = SOURCE.index_fill(0, torch.tensor(1), m.pad_idx)
+    with pytest.raises(ValueError, match="source must have a token in every row, row 1 is all"):
+        m.loss(padded, TARGET)
+    with pytest.raises(ValueError, match=r"source must be \(B, S\) with at least one token"):
+        m.generate(SOURCE[:, :0])
+    for wrong in ([4, 2, 3], torch.tensor([4.0, 2.0, 3.0])):
+        with pytest.raises(TypeError, match="lengths must be an integer tensor"):
+            m.loss(SOURCE, TARGET, source_lengths=wrong)  # type: ignore[arg-type]
+    tagger = Tagger(9, 3, emb_dim=4, hidden_dim=4)
+    with pytest.raises(ValueError, match=r"ids must be \(B, T\), got \(4,\)"):
+        tagger(SOURCE[0])
+    with pytest.raises(TypeError, match="lengths must be an integer tensor"):
+        tagger.loss(SOURCE, SOURCE % 3, [4, 2, 3])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_beams must be at least 1"):
         m.generate(SOURCE, num_beams=0)
     with pytest.raises(ValueError, match=r"target must be \(B, T\)"):

@@ -243,3 +243,22 @@ def test_elman_names_what_does_not_fit():
         rnn(torch.zeros(1, 2, 3), torch.zeros(1, 1, 3))
     with pytest.raises(ValueError, match=r"lengths must be \(1,\)"):
         rnn(torch.zeros(1, 2, 3), None, torch.tensor([1, 2]))
+
+
+def test_hooks_on_units_see_every_step():
+    torch.manual_seed(0)
+    rnn, lengths = ElmanRNN(5, 2), torch.tensor([3, 0, 4])
+    x, h0 = torch.randn(3, 4, 5), torch.randn(2, 3, 5)
+    plain, ragged = rnn.forward_with_state(x, h0), rnn.forward_with_state(x, h0, lengths)
+    seen = []
+    handle = rnn.rnn_units[1].register_forward_hook(lambda unit, args, y: seen.append(y))
+    for expected, given in ((plain, None), (ragged, lengths)):
+        for found, e in zip(rnn.forward_with_state(x, h0, given), expected, strict=True):
+            torch.testing.assert_close(found, e, rtol=0, atol=1e-6)  # of states below 1 in fp32
+    assert len(seen) == 8
+    torch.testing.assert_close(torch.stack(seen[:4], 1), plain[0], rtol=0, atol=1e-6)
+    handle.remove()
+    rnn.forward_with_state(x, h0)
+    assert len(seen) == 8
+    rnn.rnn_units[0].register_forward_hook(lambda unit, args, y: torch.zeros_like(y))
+    assert not torch.equal(rnn(x), plain[0])

@@ -68,6 +68,19 @@ def test_under_autocast():
     assert context.dtype == weights.dtype == torch.bfloat16
 
 
+def test_hooks_on_the_query_are_called():
+    attention = BahdanauAttention(4, 3, 8)
+    query, source = torch.randn(2, 5, 4), torch.randn(2, 6, 3)
+    expected, seen = attention(query, source), []
+    handle = attention.query.register_forward_hook(lambda layer, args, y: seen.append(y))
+    for f, e in zip(attention(query, source), expected, strict=True):
+        torch.testing.assert_close(f, e)
+    torch.testing.assert_close(seen, [query @ attention.query.weight.t()])
+    handle.remove()
+    attention.query.register_forward_hook(lambda layer, args, y: y + 1)
+    assert not torch.allclose(attention(query, source)[1], expected[1])
+
+
 def test_errors():
     with pytest.raises(ValueError, match="source_dim must be query_dim"):
         LuongAttention(4, 5, "dot")

@@ -196,7 +196,7 @@ def test_sigterm_saves_and_a_second_one_ends_at_once(tmp_path):
     previous = signal.getsignal(signal.SIGTERM)
     run = trainer(tmp_path, 9, loss=stop, save_every=0)
     report = run.fit()
-    assert (report.step, report.interrupted) == (3, True)
+    assert (report.step, report.interrupted, report.stop_signal) == (3, True, signal.SIGTERM)
     assert latest_checkpoint(tmp_path).name == "step-00000003"
     assert signal.getsignal(signal.SIGTERM) is previous
 

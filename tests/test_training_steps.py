@@ -18,6 +18,7 @@ from lmfast.training import (
     Trainer,
     TrainingDiverged,
 )
+from lmfast.training.objective import recomputed_blocks
 
 V = 13
 
@@ -251,6 +252,31 @@ def test_recomputed_blocks_give_the_same_gradients_in_less_memory():
     train(decoder(), ragged(), 1, loss=loss)
     assert with_recompute < kept[-1] / 2  # tensors kept for the backward pass
     assert all("forward" not in vars(layer) for layer in recomputed.layers)  # as it was before
+
+
+def test_recomputed_blocks_take_named_arguments_and_get_their_own_forward_back():
+    class Block(torch.nn.Linear):
+        def forward(self, x, *, scale=1.0):
+            return super().forward(x) * scale
+
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(Block(3, 3) for _ in range(2))
+    patched = model.layers[1].forward = lambda x, *, scale: x * scale
+    x = torch.randn(2, 3, requires_grad=True)
+
+    def run():
+        y = x
+        for layer in model.layers:
+            y = layer(y, scale=3.0)
+        return torch.autograd.grad(y.square().sum(), [x, model.layers[0].weight])
+
+    expected = run()
+    with recomputed_blocks(model, enabled=True):
+        found = run()
+    for f, e in zip(found, expected):
+        assert torch.equal(f, e)
+    assert "forward" not in vars(model.layers[0])
+    assert model.layers[1].forward is patched
 
 
 @pytest.mark.parametrize("every", [1, 10])

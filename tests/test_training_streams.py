@@ -62,6 +62,10 @@ def all_equal(a, b):
 def test_every_source_gives_the_same_texts(tmp_path, text_file, json_file):
     assert list(TextFiles([text_file], lines=True)) == LINES
     assert "".join(TextFiles([text_file])) == text_file.read_text(encoding="utf-8")
+    marked = text_file.with_name("marked.txt")  # as editors on Windows save it
+    marked.write_text(text_file.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert list(TextFiles([marked], lines=True)) == LINES
+    assert list(TextFiles([marked])) == list(TextFiles([text_file]))
     assert list(JsonLines([json_file], field="body")) == LINES
     assert list(DatasetTexts([{"text": line} for line in LINES])) == LINES
     second = tmp_path / "second.txt"

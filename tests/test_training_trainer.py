@@ -23,6 +23,7 @@ from lmfast.training import (
     RunningLoss,
     Trainer,
     TrainingDiverged,
+    TrainingReport,
     evaluate,
     latest_checkpoint,
     load_model,
@@ -140,14 +141,12 @@ def test_resume_is_exact(tmp_path, kind):
     whole_model = make()
     whole = trainer(whole_model, 20).fit()
     trainer(make(), 13, tmp_path, save_every=4).fit()
-    assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == [
-        "step-00000008",
-        "step-00000012",
-    ]
+    saved = tmp_path / "checkpoints"
+    assert [p.name for p in sorted(saved.iterdir())] == ["step-00000012", "step-00000013"]
     torch.manual_seed(99)
     model = make()
     continued = trainer(model, 20, tmp_path)
-    continued.resume()
+    continued.resume(saved / "step-00000012")
     report = continued.fit()
     assert report.losses == whole.losses
     assert report.steps == whole.steps
@@ -352,3 +351,37 @@ def test_plot_is_a_png(tmp_path):
     path = tmp_path / "loss.png"
     plot_losses(path, {"decoder": ([1, 2], [3.0, 2.0]), "textbook decoder": ([1, 2], [3.0, 2.0])})
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_is_used():
+    model, seen = decoder(), []
+
+    def loss(model, x, y, ignore_index):
+        seen.append(None)
+        return model.loss(x, y, ignore_index=ignore_index)
+
+    model.embedding.weight.register_hook(lambda g: g * math.inf if len(seen) == 3 else g)
+    run = trainer(model, 5, loss=loss, clip_norm=1.0)
+    with pytest.raises(TrainingDiverged, match=r"gradient at step 3 is .*, for batch 3"):
+        run.fit()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_compiled_model_is_saved_under_its_own_names(tmp_path):
+    whole = trainer(decoder(), 4).fit()
+    compiled = torch.compile(decoder(), backend="eager")
+    trainer(compiled, 2, tmp_path, save_every=9).fit()
+    assert load_model(latest_checkpoint(tmp_path)).num_parameters() > 0
+    continued = trainer(torch.compile(decoder(), backend="eager"), 4, tmp_path)
+    continued.resume()
+    assert continued.fit().losses == whole.losses
+
+
+def test_reports():
+    report = TrainingReport(evaluations=[[1, 2.0, 3.0]], best=[1, 2.0])  # as JSON has them
+    assert (report.evaluations, report.best) == ([(1, 2.0, 3.0)], (1, 2.0))
+    report = TrainingReport(step=3)
+    report.add_evaluation(math.nan, math.nan)
+    assert (report.best, report.evaluations_since_best()) == (None, 1)
+    report.add_evaluation(5.0, math.exp(5.0))
+    assert report.best == (3, 5.0)

@@ -131,7 +131,7 @@ def run(options: argparse.Namespace) -> int:
     report = trainer.fit()
     if report.interrupted:
         print(f"stopped at step {report.step} of {steps}; nothing was written", file=sys.stderr)
-        return 130
+        return 128 + report.stop_signal
     if updates is not None:
         updates.save(out / "adapter")
         updates.remove(merge=True)

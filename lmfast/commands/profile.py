@@ -34,6 +34,8 @@ from lmfast.commands.profile_model import ProfiledModel, profiled_model
 from lmfast.commands.profile_work import Work
 from lmfast.training.memory import peak_bytes, peak_device_bytes
 
+_SIZES = {"vocab_size": 32_011, "emb_dim": 128, "layers": 2, "heads": 8}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
@@ -46,17 +48,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="DIR", help="a saved model, of this package or transformers; else --kind"
     )
     parser.add_argument(
-        "--kind", choices=["decoder", "recurrent"], default="decoder", help="of a new model"
+        "--kind", choices=["decoder", "recurrent"], help="of a new model (default: decoder)"
     )
     parser.add_argument(
         "--mode", choices=["training", "generation"], default="training", help="what to run"
     )
-    parser.add_argument(
-        "--vocab-size", type=COUNT, default=32_011, metavar="N", help="of a new model"
-    )
-    parser.add_argument("--emb-dim", type=COUNT, default=128, metavar="N", help="of a new model")
-    parser.add_argument("--layers", type=COUNT, default=2, metavar="N", help="of a new model")
-    parser.add_argument("--heads", type=COUNT, default=8, metavar="N", help="of a new decoder")
+    for name, value in _SIZES.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=COUNT,
+            metavar="N",
+            help=f"of a new {'decoder' if name == 'heads' else 'model'} (default: {value})",
+        )
     parser.add_argument(
         "--batch-size", type=COUNT, metavar="N", help="rows (default: 128, in generation 1)"
     )
@@ -87,6 +90,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Profile and print."""
+    for name, value in {"kind": "decoder", **_SIZES}.items():
+        if options.model is not None and getattr(options, name) is not None:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is of a new model: it excludes --model")
+        setattr(options, name, getattr(options, name) or value)
     device = apply_machine_options(options)
     lmfast.tune_allocator()
     model = profiled_model(options, device)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lmfast.nn.elman import ElmanUnit
+
 _REPEATS = 5
 
 
@@ -74,7 +76,8 @@ def around_layers(
     """Calls both with the name of every module down to a depth, around its forward."""
     hooks = []
     for name, layer in module.named_modules():
-        if name and name.count(".") < depth:
+        # Watched units of an Elman network are called step by step, another run than is measured.
+        if name and name.count(".") < depth and not isinstance(layer, ElmanUnit):
             hooks += [
                 layer.register_forward_pre_hook(lambda *_, name=name: before(name)),
                 layer.register_forward_hook(lambda *_, name=name: after(name)),

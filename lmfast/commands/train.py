@@ -57,6 +57,9 @@ def run(options: argparse.Namespace) -> int:
         _restore(options, out)
     elif (out / "run.json").exists():
         raise ValueError(f"{out} holds a run already: continue it with --resume, or name another")
+    else:
+        train_options.check_typed(options)
+    train_options.fill_defaults(options)
     train_options.check(options)
     with process_group(options.device) as device:
         options.device = device
@@ -89,6 +92,8 @@ def _train(options: argparse.Namespace, out: Path, device: torch.device) -> int:
             + (f", on from step {trainer.report.step:,}" if options.resume else ""),
             flush=True,
         )
+        if data.note:
+            print(data.note, file=sys.stderr)
     report = trainer.fit()
     if report.interrupted:
         if processes.first:
@@ -96,7 +101,7 @@ def _train(options: argparse.Namespace, out: Path, device: torch.device) -> int:
                 f"stopped at step {report.step}; continue with: lmfast train --out {out} --resume",
                 file=sys.stderr,
             )
-        return 130
+        return 128 + report.stop_signal
     _finish(options, out, data, trainer, report)
     return 0
 
@@ -200,7 +205,12 @@ def _write_settings(options: argparse.Namespace, out: Path) -> None:
 def _model(options: argparse.Namespace, tokenizer: BPETokenizer) -> LanguageModel:
     if options.model == "recurrent":
         return RecurrentLanguageModel(
-            tokenizer.vocab_size, options.emb_dim, options.layers, tokenizer.pad_id
+            tokenizer.vocab_size,
+            options.emb_dim,
+            options.layers,
+            tokenizer.pad_id,
+            cell=options.cell,
+            tie_weights=options.tie_weights,
         )
     return DecoderLanguageModel(
         tokenizer.vocab_size,

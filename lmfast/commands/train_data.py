@@ -38,12 +38,14 @@ class Data:
         batches: to train on.
         evaluation: to evaluate on, or None.
         sources: of both, which know what was left out.
+        note: what the user may not have meant, or "".
     """
 
     tokenizer: BPETokenizer
     batches: Batches
     evaluation: Batches | None
     sources: list[TextSource]
+    note: str = ""
 
 
 def load_data(options: argparse.Namespace, stored_tokenizer: Path | None) -> Data:
@@ -64,6 +66,8 @@ def load_data(options: argparse.Namespace, stored_tokenizer: Path | None) -> Dat
         raise ValueError("--examples texts needs separate texts: --lines, JSON lines or a data set")
     if options.carry_state and separate:
         raise ValueError("--carry-state reads one long text: give it plain text files")
+    if options.text_field != "text" and isinstance(source, TextFiles):
+        raise ValueError("--text-field is of JSON lines and data sets, not of plain text")
     packed = options.examples == "windows" or not (options.examples or options.lines)
     held_out: list[str] = []
     texts: Iterable[str] = source
@@ -77,6 +81,10 @@ def load_data(options: argparse.Namespace, stored_tokenizer: Path | None) -> Dat
     if options.eval_data:
         sources.append(_open(options, options.eval_data))
         held_out = list(sources[1])
+        if not any(text.strip() for text in held_out):
+            raise ValueError(f"there is no text in {', '.join(options.eval_data)}")
+    elif options.held_out and not held_out:
+        raise ValueError(f"--held-out {options.held_out:g} of this text is nothing: take more")
     make = _Maker(options, tokenizer, packed)
     if options.stream:
         batches: Batches = make.streamed(source)
@@ -85,7 +93,12 @@ def load_data(options: argparse.Namespace, stored_tokenizer: Path | None) -> Dat
     evaluation = make.in_memory(held_out, shuffle=False) if any(held_out) else None
     if options.patience is not None and evaluation is None:
         raise ValueError("--patience needs texts to evaluate on: --held-out or --eval-data")
-    return Data(tokenizer, batches, evaluation, sources)
+    note = ""
+    if packed and not options.stream:
+        longest = next(iter(batches))[0].shape[1]
+        if longest < options.context:
+            note = f"--context {options.context} is longer than the text: examples of {longest}"
+    return Data(tokenizer, batches, evaluation, sources, note)
 
 
 def _open(options: argparse.Namespace, paths: list[str]) -> TextSource:

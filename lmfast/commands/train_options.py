@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from lmfast.commands.options import COUNT, NATURAL, POSITIVE, add_machine_options, number
+from lmfast.nn.stack import CELLS
 from lmfast.training.schedule import KINDS
+
+# Of options that exclude others: these can be told from what was typed.
+_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 8_000,
+    "mode": "byte",
+    "epochs": 1.0,
+    "cell": "elman",
+}
 
 _EPILOG = (
     "DIR receives tokenizer.json, run.json, log.csv, checkpoints/, and at the end "
@@ -55,6 +65,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--layers", type=COUNT, default=2, metavar="N", help="blocks or recurrent layers"
     )
+    group.add_argument("--cell", choices=CELLS, help="of the recurrent model" + _default("cell"))
     group.add_argument(
         "--heads", type=COUNT, default=8, metavar="N", help="query heads of the decoder"
     )
@@ -68,10 +79,13 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
 def _add_text(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--tokenizer", metavar="FILE", help="use this one instead of a new one")
     group.add_argument(
-        "--vocab-size", type=COUNT, default=8_000, metavar="N", help="of a new tokenizer"
+        "--vocab-size",
+        type=COUNT,
+        metavar="N",
+        help="of a new tokenizer" + _default("vocab_size"),
     )
     group.add_argument(
-        "--mode", choices=["byte", "char"], default="byte", help="of a new tokenizer"
+        "--mode", choices=["byte", "char"], help="of a new tokenizer" + _default("mode")
     )
     group.add_argument(
         "--lines", action="store_true", help="each line of a text file is a text of its own"
@@ -122,7 +136,7 @@ def _add_steps(group: argparse._ArgumentGroup) -> None:
         "--steps", type=COUNT, metavar="N", help="optimiser steps; instead of --epochs"
     )
     group.add_argument(
-        "--epochs", type=POSITIVE, default=1.0, metavar="X", help="passes over the text"
+        "--epochs", type=POSITIVE, metavar="X", help="passes over the text" + _default("epochs")
     )
     group.add_argument(
         "--batch-size", type=COUNT, default=64, metavar="N", help="examples per step"
@@ -180,12 +194,41 @@ def _add_evaluation(group: argparse._ArgumentGroup) -> None:
         help="stop after N evaluations without a lower loss; the best model is the result",
     )
     group.add_argument(
-        "--save-every", type=NATURAL, default=200, metavar="N", help="steps, 0 = never"
+        "--save-every",
+        type=NATURAL,
+        default=200,
+        metavar="N",
+        help="steps between checkpoints; the end is one, too; 0 = never",
     )
     group.add_argument("--keep", type=COUNT, default=2, metavar="N", help="checkpoints, the latest")
     group.add_argument(
         "--tensorboard", action="store_true", help="event files in DIR/tensorboard, too"
     )
+
+
+def _default(name: str) -> str:
+    return f" (default: {_DEFAULTS[name]})"
+
+
+def fill_defaults(options: argparse.Namespace) -> None:
+    """Give the options that were left out their values."""
+    for name, value in _DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+
+
+def check_typed(options: argparse.Namespace) -> None:
+    """Raise ValueError for options of a new run of which one would have no effect."""
+    if options.steps is not None and options.epochs is not None:
+        raise ValueError("--steps and --epochs exclude each other")
+    for name in ("vocab_size", "mode"):
+        if options.tokenizer is not None and getattr(options, name) is not None:
+            option = name.replace("_", "-")
+            raise ValueError(
+                f"--{option} is of a new tokenizer, --tokenizer names one: leave one out"
+            )
+    if options.model == "decoder" and options.cell is not None:
+        raise ValueError("--cell is for --model recurrent")
 
 
 def check(options: argparse.Namespace) -> None:

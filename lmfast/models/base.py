@@ -193,7 +193,9 @@ def check_ids(ids: Tensor) -> None:
 
 
 def check_lengths(lengths: Tensor, ids: Tensor) -> None:
-    """Raise ValueError unless lengths are (B,) and, where they can be read, in 1..T for (B, T)."""
+    """Raise unless lengths are (B,) integers and, where they can be read, in 1..T for (B, T)."""
+    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.is_complex():
+        raise TypeError(f"lengths must be an integer tensor, got {lengths!r}")
     if lengths.shape != ids.shape[:1]:
         raise ValueError(f"lengths must be ({ids.shape[0]},), got {tuple(lengths.shape)}")
     if lengths.numel() == 0 or not is_readable(lengths):

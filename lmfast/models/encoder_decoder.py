@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from lmfast.models.base import check_lengths
+from lmfast.models.base import check_ids, check_lengths
+from lmfast.nn.padded import over_lengths
 from lmfast.nn.rnn import GRU, LSTM, RNN
 from lmfast.nn.source_attention import BahdanauAttention, LuongAttention, length_mask
 from lmfast.nn.textbook_gru import TextbookGRU
@@ -92,15 +92,14 @@ class Encoder(nn.Module):
     def forward(
         self, ids: Tensor, lengths: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        check_ids(ids)
         x = self.dropout(self.embedding(ids))
         if lengths is not None:
             check_lengths(lengths, ids)
-        if lengths is None or len(ids) == 0:
+        if lengths is None or ids.shape[0] == 0:
             states, final = self.rnn(x)
         else:
-            packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
-            packed, final = self.rnn(packed)
-            states, _ = pad_packed_sequence(packed, batch_first=True, total_length=ids.shape[1])
+            states, final = over_lengths(self.rnn, x, None, lengths)
         finals = final if isinstance(final, tuple) else (final,)
         return states, tuple(self._joined(h) for h in finals)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lmfast.generation.beam import beam_search
 from lmfast.models.encoder_decoder import ATTENTIONS, Decoder, DecoderState, Encoder, Memory
 from lmfast.models.output import loss_of
+from lmfast.ops._library import is_readable
 
 
 class Translation(NamedTuple):
@@ -111,9 +112,16 @@ class Seq2Seq(nn.Module):
             source: (B, S) int64, padded on the right.
             source_lengths: (B,) int64; None: up to the last id that is not padding.
         """
+        if source.dim() != 2 or source.shape[1] == 0:
+            raise ValueError(
+                f"source must be (B, S) with at least one token, got {tuple(source.shape)}"
+            )
         if source_lengths is None:
             steps = torch.arange(1, source.shape[1] + 1, device=source.device)
             source_lengths = ((source != self.pad_idx) * steps).amax(1)
+            if is_readable(source) and bool((source_lengths == 0).any()):
+                row = int((source_lengths == 0).nonzero()[0])
+                raise ValueError(f"source must have a token in every row, row {row} is all padding")
         states, final = self.encoder(source, source_lengths)
         hidden = tuple(torch.tanh(layer(h)) for layer, h in zip(self.bridge, final, strict=True))
         return self.decoder.remember(states, source_lengths), DecoderState(hidden, None)
@@ -147,7 +155,7 @@ class Seq2Seq(nn.Module):
             raise ValueError(
                 f"target must be (B, T) with at least one token, got {tuple(target.shape)}"
             )
-        if source.dim() != 2 or len(source) != len(target):
+        if source.dim() != 2 or source.shape[0] != target.shape[0]:
             raise ValueError(
                 f"source must be (B, S) with the B of target {tuple(target.shape)}, "
                 f"got {tuple(source.shape)}"
@@ -256,7 +264,7 @@ class Seq2Seq(nn.Module):
     def _greedy(
         self, memory: Memory, state: DecoderState, max_length: int, length_penalty: float
     ) -> tuple[Tensor, Tensor]:
-        batch, device = len(memory.states), memory.states.device
+        batch, device = memory.states.shape[0], memory.states.device
         tokens = torch.full((batch, 1), self.bos_idx, dtype=torch.int64, device=device)
         scores, lengths = torch.zeros(batch, device=device), torch.zeros(batch, device=device)
         running = torch.ones(batch, dtype=torch.bool, device=device)
@@ -279,7 +287,7 @@ class Seq2Seq(nn.Module):
         num_beams: int,
         length_penalty: float,
     ) -> tuple[Tensor, Tensor]:
-        batch, device = len(memory.states), memory.states.device
+        batch, device = memory.states.shape[0], memory.states.device
         beams = memory.repeated(num_beams)
 
         def step(tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:

@@ -81,10 +81,11 @@ class Tagger(nn.Module):
             raise ValueError(
                 f"tags must have the shape of ids {tuple(ids.shape)}, got {tuple(tags.shape)}"
             )
+        features = self.hidden(ids, lengths)
         if lengths is not None:
             behind = torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None]
             tags = tags.masked_fill(behind, ignore_index)
-        return loss_of(self.fc, self.hidden(ids, lengths), tags, ignore_index)
+        return loss_of(self.fc, features, tags, ignore_index)
 
     @torch.no_grad()
     def predict(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:

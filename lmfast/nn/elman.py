@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lmfast import ops
+from lmfast.nn.hooks import has_hooks
 from lmfast.ops._recurrent_batch import stack_forward
 from lmfast.ops._recurrent_reference import CELLS, Layer
 from lmfast.ops._recurrent_step import MAX_ROWS, is_plain, may_step, step_op
@@ -51,6 +52,11 @@ class ElmanUnit(nn.Module):
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         return torch.tanh(torch.addmm(self.b, x, self.Wh).addmm(h, self.Uh))
+
+    def must_be_called(self) -> bool:
+        """Whether hooks, or a forward of one's own, do more than the formula."""
+        own = type(self).forward is not ElmanUnit.forward or "forward" in vars(self)
+        return own or has_hooks(self)
 
     def scan(self, x: Tensor, h: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run over all steps of x (B, T, E) from state h (B, E); see `lmfast.ops.elman_rnn`."""
@@ -123,6 +129,8 @@ class ElmanRNN(nn.Module):
             )
         if lengths is not None and lengths.shape != (batch,):
             raise ValueError(f"lengths must be ({batch},), got {tuple(lengths.shape)}")
+        if any(unit.must_be_called() for unit in self.units()):
+            return self._by_calls(x, h0, lengths)
         if x.shape[1] == 1 and lengths is None and may_step("elman_rnn"):
             weights = [w for unit in self.units() for w in (unit.Wh, unit.Uh, unit.b)]
             if 0 < batch <= MAX_ROWS and all(map(is_plain, (x, h0, *weights))):
@@ -141,3 +149,17 @@ class ElmanRNN(nn.Module):
             y, h = unit.scan(y, h, lengths)
             final.append(h)
         return y, torch.stack(final)
+
+    def _by_calls(self, x: Tensor, h0: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Call every unit at every step, as the formula reads, for those who watch the calls."""
+        final = []
+        for unit, h in zip(self.units(), h0.unbind(0)):
+            states = []
+            for t in range(x.shape[1]):
+                new = unit(x[:, t], h)
+                running = None if lengths is None else (lengths > t)[:, None]
+                h = new if running is None else torch.where(running, new, h)
+                states.append(new if running is None else torch.where(running, new, 0))
+            x = torch.stack(states, 1) if states else x
+            final.append(h)
+        return x, torch.stack(final)

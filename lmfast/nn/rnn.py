@@ -186,7 +186,9 @@ class _FusedLayers(nn.RNNBase):
         unbatched = not packed and x.dim() == 2
         if isinstance(input, PackedSequence):
             sizes = input.batch_sizes
-            batch = int(sizes[0])
+            # In a graph no size may depend on numbers.
+            order = input.sorted_indices
+            batch = int(sizes[0]) if order is None else order.shape[0]
         elif unbatched:
             batch = 1
         else:

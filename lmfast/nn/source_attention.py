@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lmfast import ops
+from lmfast.nn.hooks import has_hooks
 
 SCORES = ("dot", "general", "scaled")
 
@@ -81,9 +82,10 @@ class BahdanauAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         keys = self.project(source) if keys is None else keys
         dtype = keys.dtype  # autocast narrows the keys; the rest follows them
-        if type(self.query) is nn.Linear:
+        query_only_multiplies = type(self.query) is nn.Linear and not has_hooks(self.query)
+        if query_only_multiplies and "forward" not in vars(self.query):
             w_query = self.query.weight.to(dtype)
-        else:  # one that adds something to its product, such as a low-rank update
+        else:  # one that somebody watches, or that adds something, such as a low-rank update
             query = self.query(query)
             w_query = torch.eye(query.shape[-1], dtype=dtype, device=query.device)
         return ops.additive_attention(

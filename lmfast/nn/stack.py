@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lmfast.nn.elman import ElmanRNN
 from lmfast.nn.min_rnn import MinGRU, MinLSTM
+from lmfast.nn.padded import over_lengths
 from lmfast.nn.rnn import GRU, LSTM, RNN
 from lmfast.nn.textbook_gru import TextbookGRU
 
@@ -66,9 +66,7 @@ class GatedStack(nn.Module):
         if lengths is None:
             y, final = self.layers(x, given)
         else:
-            packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
-            packed, final = self.layers(packed, given)
-            y, _ = pad_packed_sequence(packed, batch_first=True, total_length=x.shape[1])
+            y, final = over_lengths(self.layers, x, given, lengths)
         return y, torch.cat(final) if isinstance(final, tuple) else final
 
 

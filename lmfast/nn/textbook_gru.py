@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from lmfast import ops
+from lmfast.nn.padded import layers_of
 from lmfast.ops._recurrent_batch import stack_forward
 from lmfast.ops._recurrent_reference import made_layer
 from lmfast.ops.gru import OP
@@ -42,6 +41,8 @@ class TextbookGRU(nn.RNNBase):
         >>> y.shape, h.shape
         (torch.Size([5, 2, 8]), torch.Size([2, 2, 4]))
     """
+
+    reset_after = False
 
     # Not an nn.GRU, which computes something else and which torch.compile refuses to look into.
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -81,32 +82,14 @@ class TextbookGRU(nn.RNNBase):
     def _layers(
         self, x: Tensor, hx: Tensor | None, lengths: Tensor | None, directions: int
     ) -> tuple[Tensor, Tensor]:
-        dropout = self.dropout if self.training else 0.0
-        all_weights = [tuple(w) for w in self.all_weights]
-        states = [None] * len(all_weights) if hx is None else hx.unbind(0)
-        if directions == 1 and not dropout and lengths is None:
-            layers = [made_layer((h, None, *w)) for h, w in zip(states, all_weights, strict=True)]
+        if directions == 1 and not (self.dropout and self.training) and lengths is None:
+            states = [None] * self.num_layers if hx is None else hx.unbind(0)
+            ways = zip(states, self.all_weights, strict=True)
+            layers = [made_layer((h, None, *w)) for h, w in ways]
             found = stack_forward(OP, x, layers, "gru_textbook")
             if found is not None:
                 return found
-        finals = []
-        for layer in range(self.num_layers):
-            if layer and dropout:
-                x = F.dropout(x, dropout)
-            outputs = []
-            for index in range(layer * directions, (layer + 1) * directions):
-                y, h = ops.gru(
-                    x,
-                    states[index],
-                    all_weights[index],
-                    reset_after=False,
-                    lengths=lengths,
-                    reverse=index % directions == 1,
-                )
-                outputs.append(y)
-                finals.append(h)
-            x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
-        return x, torch.stack(finals)
+        return layers_of(self, x, hx, lengths)
 
 
 def _packed_like(y: Tensor, packed: PackedSequence) -> PackedSequence:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from lmfast._dispatch import Op, register, register_op, select
-from lmfast.ops._library import check_same_device, check_tensor
+from lmfast.ops._library import KERNEL_DTYPES, check_same_device, check_tensor
 from lmfast.ops._recurrent import (
     backward_op,
     cpu_layer,
@@ -22,11 +21,25 @@ from lmfast.ops._recurrent import (
 from lmfast.ops._recurrent_bf16 import runs_in_bf16
 from lmfast.ops._recurrent_cudnn import cudnn_layer, unsupported_by_cudnn
 from lmfast.ops._recurrent_gpu import persistent_layer, unsupported_by_persistent_kernels
+from lmfast.ops._recurrent_lengths import Run, are_hidden, named_run, over_lengths
 from lmfast.ops._recurrent_reference import GATES, Layer, Loop, reference_layer
 from lmfast.ops._recurrent_stack import cpu_stack, runs_as_wavefront
 from lmfast.testing import Sample
 
-Run = Callable[[Tensor, Layer, Loop], tuple[Tensor, Tensor, Tensor]]
+named_run("reference", reference_layer)
+named_run("cpu", cpu_layer)
+named_run("cudnn", cudnn_layer)
+named_run("cuda", persistent_layer)
+
+
+def _loop_in(dtype: torch.dtype) -> Run:
+    def run(x: Tensor, layer: Layer, loop: Loop) -> tuple[Tensor, Tensor, Tensor]:
+        return reference_layer(x, layer, loop, wide=dtype)
+
+    return named_run(f"reference in {dtype}", run)
+
+
+_PEER = {dtype: _loop_in(dtype) for dtype in KERNEL_DTYPES}
 
 
 def _over_batch(run: Run, x: Tensor, *args: Any) -> tuple[Tensor, Any]:
@@ -39,52 +52,8 @@ def _over_batch(run: Run, x: Tensor, *args: Any) -> tuple[Tensor, Any]:
         y, h_n, c_n = run(rows, layer, Loop(None, batch, cell, reverse))
         y = y.view(steps, batch, hidden).transpose(0, 1)
         return y, (h_n, c_n) if cell == "lstm" else h_n
-    if torch.compiler.is_compiling():
-        return _masked_steps(run, x, layer, lengths, cell, reverse)
-    # Longest sequences first, rows of ended ones left out; those of length zero keep their state.
-    ordered, order = lengths.cpu().sort(descending=True, stable=True)
-    running = int((ordered > 0).sum())
-    longest = int(ordered[0]) if running else 0
-    time = torch.arange(longest)
-    present = ordered[:running] > time[:, None]  # [T, B]
-    rows_of = (order[:running] * steps + time[:, None])[present].to(x.device)
-    back = order.argsort().to(x.device)
-    order = order.to(x.device)
-
-    def started(state: Tensor | None) -> Tensor:
-        return x.new_zeros(batch, hidden) if state is None else state.index_select(0, order)
-
-    h, c = started(layer.h0), started(layer.c0)
-    rows = x.reshape(batch * steps, width).index_select(0, rows_of)
-    sizes = present.sum(1)
-    layer = layer._replace(h0=h[:running], c0=c[:running])
-    y, h_n, c_n = run(rows, layer, Loop(sizes, running, cell, reverse))
-    padded = x.new_zeros(batch * steps, hidden).index_copy(0, rows_of, y)
-    h_n = torch.cat((h_n, h[running:])).index_select(0, back)
-    y = padded.view(batch, steps, hidden)
-    if cell != "lstm":
-        return y, h_n
-    return y, (h_n, torch.cat((c_n, c[running:])).index_select(0, back))
-
-
-def _masked_steps(
-    run: Run, x: Tensor, layer: Layer, lengths: Tensor, cell: str, reverse: bool
-) -> tuple[Tensor, Any]:
-    """Every step of every row, ended rows unchanged: for torch.compile, where sizes are fixed."""
-    batch, steps, _ = x.shape
-    hidden = layer.w_hh.shape[1]
-    h, c = (x.new_zeros(batch, hidden) if s is None else s for s in (layer.h0, layer.c0))
-    loop = Loop(None, batch, cell, False)
-    outputs = [h] * steps
-    for t in reversed(range(steps)) if reverse else range(steps):
-        y, _, c_new = run(x[:, t].contiguous(), layer._replace(h0=h, c0=c), loop)
-        running = (lengths > t)[:, None]
-        outputs[t] = torch.where(running, y, 0)
-        h = torch.where(running, y, h)
-        if cell == "lstm":
-            c = torch.where(running, c_new, c)
-    y = torch.stack(outputs, 1) if outputs else x.new_zeros(batch, 0, hidden)
-    return y, (h, c) if cell == "lstm" else h
+    y, h_n, c_n = over_lengths(run, x, layer, lengths, cell, reverse)
+    return y, (h_n, c_n) if cell == "lstm" else h_n
 
 
 def as_under_autocast(t: Any, dtype: torch.dtype) -> Any:
@@ -151,7 +120,7 @@ def _check_lengths(lengths: object, x: Tensor) -> None:
         raise TypeError(f"lengths must be an integer tensor, got {lengths!r}")
     if lengths.shape != x.shape[:1]:
         raise ValueError(f"lengths must have shape ({x.shape[0]},), got {tuple(lengths.shape)}")
-    if torch.compiler.is_compiling() or lengths.numel() == 0:
+    if lengths.numel() == 0 or are_hidden(lengths):
         return
     low, high = int(lengths.min()), int(lengths.max())
     if low < 0 or high > x.shape[1]:
@@ -167,7 +136,7 @@ def reference(*args: Any) -> Any:
 
 def peer(*args: Any) -> Any:
     """The op as a loop of PyTorch's operators in x's dtype, a narrow state included."""
-    return _over_batch(partial(reference_layer, wide=args[0].dtype), *args)
+    return _over_batch(_PEER[args[0].dtype], *args)
 
 
 def cpu_forward(*args: Any) -> Any:

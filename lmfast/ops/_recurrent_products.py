@@ -155,7 +155,8 @@ def _state_weight_gradient(
     later: slice | Tensor = slice(batch, rows)
     earlier: slice | Tensor = slice(0, max(0, rows - batch))
     if sizes is not None:
-        earlier = torch.arange(batch, rows) - torch.repeat_interleave(sizes[:-1], sizes[1:])
+        behind = torch.repeat_interleave(sizes[:-1], sizes[1:], output_size=rows - batch)
+        earlier = torch.arange(batch, rows) - behind
     if reverse:
         later, earlier = earlier, later
     dw = sum_over_rows(dgates[later], y[earlier], batch)

@@ -187,7 +187,8 @@ class PackedBatches(MemoryBatches):
     ) -> None:
         check_positive(context=context)
         self._ids = _checked(ids)
-        self._context, self._pad_id, self._ignore_index = context, pad_id, ignore_index
+        self._context = min(context, max(len(ids) - 1, 1))  # no window wider than the text
+        self._pad_id, self._ignore_index = pad_id, ignore_index
         super().__init__(
             -(-max(len(ids) - 1, 0) // context),
             batch_size,

@@ -46,11 +46,17 @@ def save_model(directory: str | Path, model: nn.Module) -> None:
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    model = uncompiled(model)
     config = getattr(model, "config", {"model": type(model).__name__})
     content = {"model": config}
     if (updates := settings_of(model)) is not None:
         content["low_rank"] = updates
     write_pair(directory, "model", "config", model.state_dict(), content)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the model inside what `torch.compile` made of it: files have its own names."""
+    return getattr(model, "_orig_mod", model)
 
 
 def load_model(directory: str | Path, *, device: torch.device | str = "cpu") -> LanguageModel:

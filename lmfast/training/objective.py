@@ -72,16 +72,19 @@ def recomputed_blocks(model: nn.Module, *, enabled: bool) -> Iterator[None]:
     Source: Chen et al. 2016, "Training deep nets with sublinear memory cost", arXiv:1604.06174.
     """
     layers = list(model.layers) if enabled and isinstance(model.layers, nn.ModuleList) else []
+    own = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
         layer.forward = partial(_recomputed, layer.forward)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, forward in zip(layers, own, strict=True):
             del layer.forward  # the class's own is found again
+            if forward is not None:
+                layer.forward = forward
 
 
-def _recomputed(forward: Any, *args: Any) -> Any:
+def _recomputed(forward: Any, *args: Any, **options: Any) -> Any:
     if not torch.is_grad_enabled():
-        return forward(*args)
-    return checkpoint(forward, *args, use_reentrant=False)
+        return forward(*args, **options)
+    return checkpoint(forward, *args, use_reentrant=False, **options)

@@ -69,12 +69,14 @@ class Processes:
         dist.gather_object(value, values)
         return values or []
 
-    def any(self, condition: bool) -> bool:
-        """Return whether a condition holds in any process."""
+    def largest(self, number: int) -> int:
+        """Return the largest of the numbers of all processes."""
         if self.count == 1:
-            return condition
+            return number
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        return self.sum(torch.tensor(float(condition), device=device)).item() > 0
+        value = torch.tensor(number, device=device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return int(value)
 
     def in_first(self, action: Callable[[], None]) -> None:
         """Do something in the first process; what goes wrong with its files is raised in all."""

@@ -22,6 +22,7 @@ class TrainingReport:
         rates: tokens per second, evaluation and checkpoints left out.
         best: step and loss of the evaluation with the lowest loss.
         interrupted: stopped by Ctrl-C or SIGTERM before the last step.
+        stop_signal: number of that signal, or 0.
         stopped_early: stopped because evaluations no longer got better.
     """
 
@@ -33,7 +34,13 @@ class TrainingReport:
     rates: list[float] = field(default_factory=list)
     best: tuple[int, float] | None = None
     interrupted: bool = False
+    stop_signal: int = 0
     stopped_early: bool = False
+
+    def __post_init__(self) -> None:
+        # JSON, from which a resumed run has them, knows lists only.
+        self.evaluations = [(int(step), loss, value) for step, loss, value in self.evaluations]
+        self.best = None if self.best is None else (self.best[0], self.best[1])
 
     @property
     def tokens_per_second(self) -> float:
@@ -44,7 +51,7 @@ class TrainingReport:
     def add_evaluation(self, loss: float, perplexity: float) -> None:
         """Note an evaluation of the current step."""
         self.evaluations.append((self.step, loss, perplexity))
-        if self.best is None or loss < self.best[1]:
+        if not math.isnan(loss) and (self.best is None or loss < self.best[1]):
             self.best = (self.step, loss)
 
     def evaluations_since_best(self) -> int:

@@ -6,6 +6,7 @@ one before ended; reading from the same position gives the same texts.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import threading
@@ -16,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from lmfast.training.text import unpacked_by
 
 Position = dict[str, int]
 
@@ -101,6 +104,8 @@ class _Files(TextSource):
         self.paths = [Path(path) for path in paths]
         if not self.paths:
             raise ValueError("paths must name at least one file, got none")
+        for path in filter(Path.is_dir, self.paths):
+            raise IsADirectoryError(f"{path} is a directory of no data set: name the files in it")
         self._stamps = [_stamp(path) for path in self.paths]
         self._identity = [_file_identity(path) for path in self.paths]
 
@@ -116,6 +121,10 @@ class _Files(TextSource):
             data = file.read(BLOCK_BYTES)
             if data:
                 data += file.readline()
+            if offset == 0:
+                if (unpack := unpacked_by(data)) is not None:
+                    raise DataError(f"{path} is compressed: unpack it first, with {unpack}")
+                data = data.removeprefix(codecs.BOM_UTF8)
             end = file.tell()
             last = not file.read(1)
         texts = self._replaced(self._texts(path, data, line, last))
@@ -325,9 +334,8 @@ class DatasetTexts(TextSource):
             return ""
         if not isinstance(text, str):
             kind = type(text).__name__
-            self._bad(
-                f"row {number}", f"field {self.field!r} holds a value of type {kind}, not text"
-            )
+            reason = f"field {self.field!r} holds a value of type {kind}, not text"
+            self._bad(f"row {number}", reason)
             return ""
         return text
 

@@ -19,7 +19,7 @@ from lmfast.training.schedule import Schedule
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss is no longer a finite number."""
+    """The loss, or the norm of its gradient, is no longer a finite number."""
 
 
 @dataclass
@@ -98,7 +98,8 @@ class Stepper:
         """Learn from the next batch.
 
         Raises:
-            TrainingDiverged: on a CPU, the loss is not finite; parameters are as before.
+            TrainingDiverged: on a CPU, the loss or, with `clip_norm`, the gradient is not finite;
+                parameters are as before.
         """
         if batches.epoch_begins:
             self.carried = [None] * self._accumulate
@@ -121,6 +122,12 @@ class Stepper:
         if self.settles_at_once:
             self.settle([step])
         step.norm = clip_gradients(self._parameters, norm=self._clip_norm, value=self._clip_value)
+        norm = self.norm(step) if self.settles_at_once else None
+        if norm is not None and not math.isfinite(norm):
+            raise TrainingDiverged(
+                f"the norm of the gradient at step {number} is {norm}, for {step.where}; "
+                "a lower learning rate or clip_value may help"
+            )
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self._schedule.factor(number)
         step.learning_rate = optimizer.param_groups[0]["lr"]

@@ -13,6 +13,18 @@ from torch import Tensor
 # The ids of a new tokenizer begin with these; padding has id 0.
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>")
 
+_MAGIC = {
+    b"\x1f\x8b": "gunzip -k",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+    b"\xfd7zXZ": "unxz -k",
+    b"PK\x03\x04": "unzip",
+}
+
+
+def unpacked_by(data: bytes) -> str | None:
+    """Return the command that unpacks a file which begins so; None if it is not compressed."""
+    return next((command for magic, command in _MAGIC.items() if data.startswith(magic)), None)
+
 
 class Tokenizer(Protocol):
     """What is needed of a tokenizer; `lmfast.BPETokenizer` has it."""
@@ -26,7 +38,7 @@ def read_text(path: str | Path) -> str:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not UTF-8; names the file and the place.
+        ValueError: it is compressed, or not UTF-8; names the file and the place.
 
     Example:
         >>> import pathlib, tempfile
@@ -36,6 +48,8 @@ def read_text(path: str | Path) -> str:
         'one line'
     """
     data = Path(path).read_bytes()
+    if (unpack := unpacked_by(data)) is not None:
+        raise ValueError(f"{path} is compressed: unpack it first, with {unpack}")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

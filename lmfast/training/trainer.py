@@ -21,6 +21,7 @@ from lmfast.training.checkpoint import (
     load_checkpoint,
     recover_checkpoints,
     save_model,
+    uncompiled,
 )
 from lmfast.training.files import CheckpointError
 from lmfast.training.interrupt import StopRequest
@@ -65,7 +66,8 @@ class Trainer:
         autocast: torch.bfloat16: compute in bf16 where PyTorch's autocast does; parameters,
             gradients and optimiser stay as they are.
         recompute: keep no activations inside the model's blocks, compute them again backwards.
-        eval_every, save_every: steps between evaluations and checkpoints, 0 = never.
+        eval_every: steps between evaluations, 0 = never.
+        save_every: steps between checkpoints; the end of a run is one, too. 0 = never.
         eval_batches: evaluate on the first so many batches, None = all.
         patience: stop after so many evaluations without a lower loss; None = never.
         output_dir: where checkpoints go; needed if `save_every` or `patience` is set.
@@ -163,7 +165,7 @@ class Trainer:
         self.logs = logs
         self.progress = progress
         self.description = description
-        self.report = TrainingReport()
+        self.report, self._saved_step = TrainingReport(), 0
         self._empty_copy = unsharded_copy(model) if shard else None
         self._stepper = Stepper(
             Objective(model, loss, ignore_index, autocast),
@@ -199,23 +201,24 @@ class Trainer:
                 )
         self._processes.barrier()  # nobody saves before all have looked
         self.model.train()
-        first = self._processes.first
-        logs = self.logs if first else ()
+        logs = self.logs if self._processes.first else ()
         for log in logs:
             log.open(self.report.step)
-        shown = self.progress and first
+        shown = self.progress and self._processes.first
         bar = ProgressBar(self.report, self.max_steps, self.description, shown=shown)
         with StopRequest() as stop, bar, recomputed_blocks(self.model, enabled=self.recompute):
             try:
-                stopped = self._loop(bar, logs, stop)
+                stop_signal = self._loop(bar, logs, stop)
             finally:
                 for log in logs:
                     log.close()
         self.report.stopped_early = self._out_of_patience()
         unfinished = self.report.step < self.max_steps and not self.report.stopped_early
-        self.report.interrupted = stopped and unfinished
-        if self.report.interrupted and self.output_dir is not None:
-            self.save()
+        self.report.interrupted = unfinished and stop_signal > 0
+        self.report.stop_signal = stop_signal if self.report.interrupted else 0
+        if self.output_dir is not None and self._saved_step != self.report.step:
+            if self.save_every or self.report.interrupted:
+                self.save()
         return self.report
 
     def evaluate(self) -> Evaluation:
@@ -265,6 +268,7 @@ class Trainer:
         self._processes.in_first(
             lambda: add_checkpoint(run, step, model, tensors, content, keep=self.keep, spare=best)
         )
+        self._saved_step = step
         return checkpoint_path(run, step)
 
     def save_model(self, directory: str | Path) -> None:
@@ -319,11 +323,10 @@ class Trainer:
         self._load_model(checkpoint_path(self.output_dir, best[0]))
         return best[0]
 
-    def _loop(self, bar: ProgressBar, logs: Sequence[Log], stop: StopRequest) -> bool:
-        """Train, and return whether that was stopped."""
-        # On a GPU losses are read every tenth step only: reading waits.
-        read_every = 1 if self._stepper.settles_at_once else 10
-        stopped = False
+    def _loop(self, bar: ProgressBar, logs: Sequence[Log], stop: StopRequest) -> int:
+        """Train, and return the signal that ended it, or 0."""
+        read_every = 1 if self._stepper.settles_at_once else 10  # on a GPU, reading waits
+        stopped = 0
         pending: list[Step] = []
         started = time.perf_counter()
         while self.report.step < self.max_steps and not stopped and not self._out_of_patience():
@@ -345,7 +348,7 @@ class Trainer:
                     log.write(step.number, values)
             if self._due(self.save_every) or self._improved():
                 self.save()
-            stopped = self._processes.any(stop.wanted)
+            stopped = self._processes.largest(stop.signal)
             pending = []
             started = time.perf_counter()
         return stopped
@@ -378,9 +381,8 @@ class Trainer:
         return self.patience is not None and self.report.evaluations_since_best() >= self.patience
 
     def _whole_model(self) -> nn.Module:
-        if self._empty_copy is None:
-            return self.model
-        return fill_copy(self._empty_copy, self.model, self._processes)
+        empty = self._empty_copy
+        return self.model if empty is None else fill_copy(empty, self.model, self._processes)
 
     def _load_model(self, path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Load parameters and return the rest of a checkpoint."""
@@ -391,7 +393,7 @@ class Trainer:
             parts = [f"{k} is {own.get(k)!r}, not {config.get(k)!r}" for k in differing]
             raise CheckpointError(f"{path} is of another model: here {'; '.join(parts)}")
         try:
-            load_whole(self.model, self._empty_copy, parameters)
+            load_whole(uncompiled(self.model), self._empty_copy, parameters)
         except RuntimeError as error:
             raise CheckpointError(f"cannot resume from {path}: {error}") from error
         return tensors, content
