@@ -261,6 +261,7 @@ def test_runs_on_the_current_stream(op: Op, backend: str) -> None:
     sample = samples(op, backend, torch.float32)[0]
     expected = call(op, sample, backend)
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         torch.cuda._sleep(50_000_000)
         first = torch.empty_like(sample.args[0]).copy_(sample.args[0])
