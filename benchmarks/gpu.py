@@ -1,6 +1,6 @@
 """The operators on one NVIDIA GPU: bytes or operations per second beside their peers.
 
-    python -m benchmarks.gpu [--out benchmarks/results/gpu.json] [--filter rope] [--seconds 540]
+    python -m benchmarks.gpu [--out benchmarks/results/gpu.json] [--filter rope] [--seconds 500]
                              [--choose]
 
 Every number is the median time of one call inside a CUDA graph that walks through copies of the
@@ -41,6 +41,7 @@ ROUNDS = 15
 
 def graph_of(case: Case, variant: Callable[..., Any], sets: list[tuple[Any, ...]]) -> Any:
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # or targets are read before they are written
     with torch.cuda.stream(side):
         for operands in sets[:2]:
             run_once(case, variant, operands)
@@ -241,7 +242,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.json"))
     parser.add_argument("--filter", default="", help="only cases whose name contains this")
     parser.add_argument(
-        "--seconds", type=float, default=540, help="start no case after this time (default 540)"
+        "--seconds", type=float, default=500, help="start no case after this time (default 500)"
     )
     parser.add_argument(
         "--choose", action="store_true", help="let the automatic choice follow the measurements"

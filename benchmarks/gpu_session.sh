@@ -21,7 +21,7 @@ status=0
 gpu_tests=("$python" -m pytest -m gpu -p no:cacheprovider --continue-on-collection-errors
   -o "addopts=-q --strict-markers")
 workers=()
-"$python" -c "import xdist" 2>/dev/null && workers=(-n "${GPU_TEST_WORKERS:-8}")
+"$python" -c "import xdist" 2>/dev/null && workers=(-n "${GPU_TEST_WORKERS:-$(($(nproc) < 14 ? $(nproc) : 14))}")
 
 run() { # name command...: its output into a log, the end of it on the screen
   local name=$1 start=$SECONDS

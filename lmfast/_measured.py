@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ TABLE: Table = json.loads(PATH.read_text()) if PATH.exists() else {}
 asked: list[tuple[str, str]] | None = None
 
 
+@cache
 def device_kind(device: torch.device) -> str:
     """The name of a GPU as it stands in the table and in file names."""
     return re.sub(r"\W+", "-", torch.cuda.get_device_name(device)).strip("-")

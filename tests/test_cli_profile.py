@@ -6,6 +6,7 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -203,6 +204,13 @@ def test_launches_count_top_operators() -> None:
         x = torch.nn.functional.linear(x, x)  # one, with others inside
         x.sum()  # one
     assert launches(recorded.events()) == (3, 0)
+
+
+def test_launches_on_a_gpu_are_counted_whoever_starts_them() -> None:
+    names = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cudaLaunchCooperativeKernel")
+    names += ("cuLaunchKernelEx", "cudaGraphLaunch", "cudaMemcpyAsync", "aten::add")
+    events = [SimpleNamespace(name=name, cpu_parent=None) for name in names]
+    assert launches(events) == (1, 5)
 
 
 def test_ceilings_are_those_of_a_machine() -> None:

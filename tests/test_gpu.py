@@ -146,6 +146,14 @@ def test_attention_is_as_close_as_sdpa(dtype: torch.dtype) -> None:
             assert relative_error(g, e) <= 1.5 * relative_error(p, e)
 
 
+def test_attention_of_more_heads_than_an_axis_of_a_grid_has() -> None:
+    """Sequences times heads: 65,535 is the end of all axes but the first."""
+    q, k, v = normal(3, 35001, 2, 3, 16).unbind()
+    sample = Sample("", (q, k, v))
+    check_values(_dispatch.ops()["attention"], sample, "triton")
+    check_gradients(_dispatch.ops()["attention"], sample, "triton")
+
+
 @pytest.mark.parametrize("keys", [257, 8192, 40000])
 def test_attention_decodes_on_a_long_cache(keys: int) -> None:
     op = _dispatch.ops()["attention"]
@@ -201,7 +209,7 @@ def test_rope_rows_past_the_tables_are_nan(backend: str) -> None:
 
 @EVERY_PAIR
 def test_compiles_into_one_graph(op: Op, backend: str) -> None:
-    for sample in list(op.sample_inputs("cuda", torch.bfloat16))[:2]:
+    for sample in samples(op, backend, torch.bfloat16)[:2]:
         torch._dynamo.reset()
 
         def function(*args: Any, sample: Sample = sample) -> tuple[torch.Tensor, ...]:
@@ -226,7 +234,7 @@ def capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
 
 @EVERY_PAIR
 def test_replays_in_a_cuda_graph(op: Op, backend: str) -> None:
-    sample = next(iter(op.sample_inputs("cuda", torch.float16)))
+    sample = samples(op, backend, torch.float16)[0]
     graph, results = capture(lambda: all_outputs(op, sample, backend))
     first = sample.args[0]
     first.copy_(torch.randn_like(first))
@@ -237,12 +245,12 @@ def test_replays_in_a_cuda_graph(op: Op, backend: str) -> None:
 
 @EVERY_PAIR
 def test_never_waits_for_the_gpu(op: Op, backend: str) -> None:
-    samples = list(op.sample_inputs("cuda", torch.bfloat16))
-    for sample in samples:
+    taken = samples(op, backend, torch.bfloat16)
+    for sample in taken:
         all_outputs(op, sample, backend)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for sample in samples:
+        for sample in taken:
             all_outputs(op, sample, backend)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -250,9 +258,10 @@ def test_never_waits_for_the_gpu(op: Op, backend: str) -> None:
 
 @EVERY_PAIR
 def test_runs_on_the_current_stream(op: Op, backend: str) -> None:
-    sample = next(iter(op.sample_inputs("cuda", torch.float32)))
+    sample = samples(op, backend, torch.float32)[0]
     expected = call(op, sample, backend)
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         torch.cuda._sleep(50_000_000)
         first = torch.empty_like(sample.args[0]).copy_(sample.args[0])

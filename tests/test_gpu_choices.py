@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,13 @@ from lmfast.triton import _tuning
 
 CONFIGS = ({"BLOCK": 1}, {"BLOCK": 2}, {"BLOCK": 3})
 DEVICE = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def _unknown_devices() -> Iterator[None]:
+    _measured.device_kind.cache_clear()
+    yield
+    _measured.device_kind.cache_clear()
 
 
 @pytest.fixture

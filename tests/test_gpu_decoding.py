@@ -169,6 +169,7 @@ def test_persistent_kernels_in_a_graph() -> None:
     weights = normal(512, 64).div(8), normal(512, 128).div(12)
     x = normal(5, 7, 64)
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         expected = lmfast.ops.lstm(x, None, weights, backend="cuda")[0].clone()
     torch.cuda.synchronize()

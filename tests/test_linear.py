@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import lmfast
 from lmfast import _extension, ops
+from lmfast.ops._precision import bf16_products_allowed, tf32_products_allowed
 from lmfast.testing import relative_error
 
 needs_amx = pytest.mark.skipif(
@@ -151,3 +152,25 @@ def test_messages() -> None:
         ops.linear(torch.ones(2, 4), torch.ones(3, 4), torch.ones(4))
     with pytest.raises(TypeError, match="weight must have x's dtype"):
         ops.linear(torch.ones(2, 4), torch.ones(3, 4).half())
+
+
+@pytest.mark.parametrize(("given", "rounded"), [("none", False), ("bf16", True)])
+def test_the_precision_may_be_set_for_each_library(given: str, rounded: bool) -> None:
+    """By ``torch.backends``: the common setting cannot be read afterwards, and PyTorch raises."""
+    x, weight = torch.randn(300, 64), torch.randn(96, 64)
+    matmul = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [m.fp32_precision for m in matmul]
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.backends.mkldnn.matmul.fp32_precision = given
+        with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
+            torch.get_float32_matmul_precision()
+        assert bf16_products_allowed() is rounded
+        assert tf32_products_allowed()
+        torch.testing.assert_close(ops.linear(x, weight), x @ weight.t(), rtol=0.05, atol=0.2)
+        ops.linear_cross_entropy(x, weight, torch.zeros(300, dtype=torch.int64))
+        ops.elman_rnn(x[None], None, (torch.randn(32, 64), torch.randn(32, 32)))
+    finally:
+        for m, precision in zip(matmul, before, strict=True):
+            m.fp32_precision = precision
+    assert torch.get_float32_matmul_precision() == "highest"

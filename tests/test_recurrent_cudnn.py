@@ -83,18 +83,25 @@ def test_rows_of_a_packed_sequence_from_their_ends(cell: str) -> None:
 
 
 def test_the_precision_is_the_ops_and_the_settings_stay() -> None:
-    seen = []
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic
+    """Whatever the convolutions' is: asked about both, PyTorch raises where they differ."""
+    cudnn, seen = torch.backends.cudnn, []
+    before = cudnn.conv.fp32_precision, cudnn.deterministic
     x = torch.randn(2, 3, requires_grad=True)
     weight = torch.randn(5, 5, requires_grad=True)
     layer = Layer(None, None, torch.randn(5, 3), weight, None, None)
-    y, *_ = cudnn_layer(x, layer, Loop(None, 2, "tanh", False))
-    assert y.grad_fn is not None
-    inner = y.grad_fn.outputs[0].grad_fn  # type: ignore[attr-defined]
-    inner.register_prehook(lambda g: seen.append(torch.backends.cudnn.allow_tf32))
-    y.sum().backward()
-    assert seen == [False]
-    assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic) == before
+    try:
+        for given in ("tf32", "ieee"):
+            cudnn.rnn.fp32_precision, seen = given, []
+            y, *_ = cudnn_layer(x, layer, Loop(None, 2, "tanh", False))
+            assert y.grad_fn is not None
+            inner = y.grad_fn.outputs[0].grad_fn  # type: ignore[attr-defined]
+            inner.register_prehook(lambda g, s=seen: s.append(cudnn.rnn.fp32_precision))
+            y.sum().backward()
+            assert seen == ["ieee"]
+            assert cudnn.rnn.fp32_precision == given
+            assert (cudnn.conv.fp32_precision, cudnn.deterministic) == before
+    finally:
+        cudnn.rnn.fp32_precision = "tf32"
 
 
 def test_gradients_of_gradients_are_the_references() -> None:

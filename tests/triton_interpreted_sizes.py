@@ -293,3 +293,41 @@ def test_rope_append_stores_int8(rotary: int) -> None:
         else:
             assert (value.int() - plain.int()).abs().max() <= 1
     assert results[1][2].isnan().sum() == 1
+
+
+def test_only_the_first_axis_of_a_grid_grows_with_the_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """CUDA's other axes end at 65,535: sequences times heads of one call can be more."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from lmfast.triton import additive_attention, attention_backward, linear_recurrence
+    from lmfast.triton.attention import attention
+    from lmfast.triton.linear import linear
+    from lmfast.triton.quantised_linear import quantised_linear, quantised_linear_backward
+
+    grids: list[tuple[int, ...]] = []
+    monkeypatch.setattr(InterpretedFunction, "run", lambda self, *a, grid, **k: grids.append(grid))
+
+    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    options = (True, None, None, None, None, 0, 0.0, None, None, 0.125)
+    q, lse = meta(70000, 2, 64, 16), meta(70000, 2, 64, dtype=torch.float32)
+    attention(q, q, q, *options)
+    attention_backward.attention_backward(q, q, q, q, q, lse, *options)
+    rows, weight = meta(2**21, 64), meta(96, 64)
+    linear(rows, weight, None, False)
+    codes, scales = meta(96, 64, dtype=torch.int8), meta(96, dtype=torch.float32)
+    quantised_linear(rows, codes, scales, None)
+    quantised_linear_backward(meta(2**21, 96), codes, scales)
+    x = q.view(70000, 128, 16)
+    linear_recurrence.linear_recurrence(x, x, None)
+    linear_recurrence.linear_recurrence_backward(x, x, x, None)
+    one, v = meta(70000, 1, 16, dtype=torch.float32), meta(16, dtype=torch.float32)
+    additive_attention.additive_attention(one, one, one, v, None)
+    weights = meta(70000, 1, 1, dtype=torch.float32)
+    additive_attention.additive_attention_backward(one, None, one, one, one, v, None, weights)
+    assert len(grids) == 11
+    assert max(grid[0] for grid in grids) > 65535
+    assert all(n <= 65535 for grid in grids for n in grid[1:])

@@ -31,10 +31,13 @@ inline cudaStream_t current_stream(const Tensor& t) {
   return static_cast<cudaStream_t>(stream);
 }
 
-inline void check_launch(const char* kernel) {
-  const cudaError_t error = cudaGetLastError();
+// Raises for what a launch returned.
+inline void check_launch(const char* kernel, cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch of anyone reports it again
   LMFAST_CHECK(error == cudaSuccess, kernel, " did not start: ", cudaGetErrorString(error));
 }
+
+inline void check_launch(const char* kernel) { check_launch(kernel, cudaGetLastError()); }
 
 // Multiprocessors of the current device.
 inline int multiprocessors() {

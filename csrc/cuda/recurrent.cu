@@ -142,6 +142,11 @@ struct Layer {
     }
     LMFAST_CHECK(total == rows && (s.steps == 0 || given[0] == s.batch),
                  "batch_sizes must begin with batch and add up to the rows");
+    cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
+    LMFAST_CHECK(cudaStreamIsCapturing(stream, &capturing) == cudaSuccess &&
+                     capturing == cudaStreamCaptureStatusNone,
+                 "sequences of unequal lengths cannot be captured in a CUDA graph: a replay would "
+                 "copy their sizes again, from host memory that is gone by then");
     Tensor copy = new_empty(like, {2 * sizes.size(0)}, ScalarType::Long);
     // From pageable memory: the call returns when the host's copy is no longer needed.
     LMFAST_CHECK(cudaMemcpyAsync(copy.mutable_data_ptr(), both.data(), both.size() * 8,
@@ -169,9 +174,8 @@ struct Layer {
                  " bytes of shared memory are refused");
     void* arguments[] = {&args};
     const dim3 grid(plan.unit_blocks, plan.groups), block(plan.warps * 32);
-    const cudaError_t error =
-        cudaLaunchCooperativeKernel(function, grid, block, arguments, plan.shared_bytes, stream);
-    LMFAST_CHECK(error == cudaSuccess, name, " did not start: ", cudaGetErrorString(error));
+    check_launch(name, cudaLaunchCooperativeKernel(function, grid, block, arguments,
+                                                   plan.shared_bytes, stream));
   }
 };
 

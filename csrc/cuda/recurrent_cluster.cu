@@ -102,8 +102,7 @@ void launch_on(const Args& args, const RecurrentPlan& plan, DType dtype, cudaStr
                const char* name) {
   const Kernel<Args> kernel = kernel_of<Args>(plan, dtype);
   const Launch launch(plan, stream);
-  const cudaError_t error = cudaLaunchKernelEx(&launch.config, kernel, args);
-  LMFAST_CHECK(error == cudaSuccess, name, " did not start: ", cudaGetErrorString(error));
+  check_launch(name, cudaLaunchKernelEx(&launch.config, kernel, args));
 }
 
 }  // namespace

@@ -15,6 +15,11 @@ from torch import nn
 from lmfast.nn.elman import ElmanUnit
 
 _REPEATS = 5
+# Persistent kernels start cooperatively, Triton's by the driver's functions.
+_LAUNCHES = (
+    *("cudaLaunchKernel", "cudaLaunchCooperativeKernel", "cudaGraphLaunch"),
+    *("cuLaunchKernel", "cuLaunchCooperativeKernel"),
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ def launches(events: Any) -> tuple[int, int]:
     """(operators called, kernels started on a GPU) among a profiler's events."""
     operators = kernels = 0
     for event in events:
-        if event.name.startswith(("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")):
+        if event.name.startswith(_LAUNCHES):
             kernels += 1
         elif event.cpu_parent is None and "::" in event.name:
             operators += 1

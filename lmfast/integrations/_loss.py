@@ -22,7 +22,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from lmfast import _extension, ops
 from lmfast.integrations._continuous import continuous_batching
 from lmfast.ops._library import is_autocast
-from lmfast.ops._linear_cross_entropy_arguments import bf16_products_allowed
+from lmfast.ops._precision import bf16_products_allowed
 from lmfast.patching import swap
 from lmfast.patching.swap import recipe
 

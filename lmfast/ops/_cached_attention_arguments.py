@@ -15,7 +15,13 @@ from lmfast.ops._attention_arguments import (
     check_window,
 )
 from lmfast.ops._cached_attention_reference import TABLE_BLOCK, CacheOptions
-from lmfast.ops._library import check_range, check_same_device, check_tensor, needs_grad
+from lmfast.ops._library import (
+    check_range,
+    check_same_device,
+    check_tensor,
+    is_readable,
+    needs_grad,
+)
 from lmfast.ops._storage import STORAGE_DTYPES, STORAGE_NAMES
 
 
@@ -128,7 +134,8 @@ def check(
             "torch.no_grad(), or use lmfast.ops.attention for training"
         )
     rows = check_lengths(lengths, q, keys.shape[2])
-    if options.table is not None:
+    # On a GPU even what is looked at would be four kernels.
+    if options.table is not None and is_readable(options.table):
         # Entries behind a row's keys are not read, and may be anything.
         first = torch.arange(options.table.shape[1], device=q.device) * TABLE_BLOCK
         used = first < rows[:, None]

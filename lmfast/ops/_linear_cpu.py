@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lmfast import _extension
 from lmfast.ops._library import define, unsupported_by_cpu_kernels
-from lmfast.ops._linear_cross_entropy_arguments import bf16_products_allowed
+from lmfast.ops._precision import bf16_products_allowed
 
 # Many rows are those from which AMX wins over PyTorch's product, few those up to which reading the
 # weights takes most of the time; both measured. A tiny matrix is read faster than an operator is

@@ -15,6 +15,7 @@ from lmfast.ops._library import (
     is_readable,
     with_unit_last_stride,
 )
+from lmfast.ops._precision import bf16_products_allowed
 from lmfast.testing import Sample
 
 REDUCTIONS = ("none", "mean", "sum")  # in the order of torch's own enumeration
@@ -48,17 +49,6 @@ def check_target_range(targets: Tensor, classes: int, ignore_index: int) -> None
             f"targets must be in [0, {classes}) or ignore_index {ignore_index}, "
             f"got {targets[bad][0].item()}"
         )
-
-
-def bf16_products_allowed() -> bool:
-    # A compiled graph keeps the answer; torch traces it again when the setting goes to or from
-    # "highest", which it guards on.
-    return torch.get_float32_matmul_precision() == "medium"
-
-
-# What torch.compiler.assume_constant_result sets; that function would import all of the compiler
-# with this module, which takes longer than torch itself.
-bf16_products_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_linear_cross_entropy(

@@ -16,6 +16,7 @@ from torch import Tensor
 from lmfast import _extension
 from lmfast.ops._autograd import apply, differentiate, recording_backward
 from lmfast.ops._library import define, needs_grad
+from lmfast.ops._precision import bf16_products_allowed
 from lmfast.ops._recurrent_products import (
     KEPT_GATES,
     backward_fake,
@@ -85,13 +86,8 @@ def _has_tiles() -> bool:
     return _extension.has_bf16_tiles()
 
 
-def _is_medium() -> bool:
-    return torch.get_float32_matmul_precision() == "medium"
-
-
 # What torch.compiler.assume_constant_result sets; that function would import all of the compiler.
 _has_tiles._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_is_medium._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def runs_in_bf16(x: Tensor, w_hh: Tensor, batch: int, cell: str) -> bool:
@@ -101,7 +97,7 @@ def runs_in_bf16(x: Tensor, w_hh: Tensor, batch: int, cell: str) -> bool:
     if x.dtype not in (torch.bfloat16, torch.float32) or not _has_tiles():
         return False
     cast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    if not (x.dtype == torch.bfloat16 or cast or _is_medium()):
+    if not (x.dtype == torch.bfloat16 or cast or bf16_products_allowed()):
         return False
     # Last: a compiled graph is one for the answer, and an exported one is to serve all batches.
     if isinstance(batch, torch.SymInt) and torch.compiler.is_exporting():

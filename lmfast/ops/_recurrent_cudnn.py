@@ -2,13 +2,14 @@
 
 cuDNN's layer is one call over all steps; the reference starts some ten kernels per step. What it
 leaves out here is done around it: the order of reversed rows, absent biases, absent states. It
-would multiply float32 in TF32 by default; this op's float32 stays float32 unless
-``torch.set_float32_matmul_precision`` allows less, also when autograd runs the backward later.
+would multiply float32 in TF32 by default; this op's float32 stays float32 unless PyTorch's setting
+for matrix products allows less, also when autograd runs the backward later.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from lmfast.ops._autograd import with_reference
 from lmfast.ops._library import needs_grad
+from lmfast.ops._precision import tf32_products_allowed
 from lmfast.ops._recurrent_reference import Layer, Loop, flat_reference
 
 _FUNCTIONS = {
@@ -40,14 +42,17 @@ def unsupported_by_cudnn(x: Tensor, *rest: Any) -> str | None:
     return None
 
 
-def _precision(reduced: bool) -> AbstractContextManager[Any]:
-    now = torch.backends.cudnn
-    return now.flags(
-        enabled=now.enabled,
-        benchmark=now.benchmark,
-        deterministic=now.deterministic,
-        allow_tf32=reduced,
-    )
+@contextmanager
+def _precision(reduced: bool) -> Iterator[None]:
+    # Not `torch.backends.cudnn.flags`: it sets the convolutions' precision too, and raises where
+    # the two differ.
+    rnn: Any = torch.backends.cudnn.rnn
+    before = rnn.fp32_precision
+    rnn.fp32_precision = "tf32" if reduced else "ieee"
+    try:
+        yield
+    finally:
+        rnn.fp32_precision = before
 
 
 def _backwards(sizes: Tensor | None, steps: int, batch: int, device: torch.device) -> Tensor:
@@ -101,7 +106,7 @@ def cudnn_layer(x: Tensor, layer: Layer, loop: Loop) -> tuple[Tensor, Tensor, Te
         y = h[:0].expand(0, -1) + nothing
         return y, h + nothing, c + nothing if loop.cell == "lstm" else c[:0]
     tensors = (x, *layer)
-    reduced = torch.get_float32_matmul_precision() != "highest"
+    reduced = tf32_products_allowed()
     if needs_grad(*tensors):
         found = with_reference(
             lambda *given: _run(given, loop, training=True),

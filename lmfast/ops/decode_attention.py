@@ -13,7 +13,14 @@ from lmfast.ops import cached_attention, rope_append
 from lmfast.ops._cached_attention_arguments import check as check_cached
 from lmfast.ops._cached_attention_reference import TABLE_BLOCK, CacheOptions
 from lmfast.ops._decode_attention_samples import samples
-from lmfast.ops._library import check_range, check_same_device, check_tensor, define, needs_grad
+from lmfast.ops._library import (
+    check_range,
+    check_same_device,
+    check_tensor,
+    define,
+    is_readable,
+    needs_grad,
+)
 from lmfast.ops._rotation import check_tables
 
 
@@ -139,7 +146,7 @@ def _check(
         )
     if (cos is None) != (sin is None):
         raise ValueError("cos and sin must both be given, or neither")
-    if q.shape[2] > 0:
+    if q.shape[2] > 0 and is_readable(lengths):  # on a GPU even the difference is a kernel
         known = keys.shape[2] if cos is None else min(keys.shape[2], cos.shape[0])
         try:
             check_range("lengths", lengths - q.shape[2], known - q.shape[2] + 1)

@@ -28,7 +28,7 @@ from lmfast.ops._library import (
     on_cpu,
 )
 from lmfast.ops._linear_cpu import backward, few_rows, forward, linear_of_few_rows, unsupported
-from lmfast.ops._linear_cross_entropy_arguments import bf16_products_allowed
+from lmfast.ops._precision import bf16_products_allowed
 from lmfast.testing import Sample
 
 

@@ -57,9 +57,10 @@ def _additive_scores_kernel(
     KEYS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    batch = tl.program_id(2).to(tl.int64)
+    blocks = tl.cdiv(length, KEYS)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
     t = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
-    s = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    s = tl.program_id(0) % blocks * KEYS + tl.arange(0, KEYS)
     q_row = (batch * steps + t) * width
     key_row = batch * k0 + s.to(tl.int64) * k1
     total = tl.zeros([QUERIES, KEYS], tl.float32)
@@ -99,8 +100,9 @@ def _additive_grad_kernel(
     OTHERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    batch = tl.program_id(2).to(tl.int64)
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    blocks = tl.cdiv(rows, ROWS)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    i = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     a = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = a < width
     mask = (i < rows)[:, None] & there[None, :]
@@ -126,7 +128,7 @@ def _additive_grad_kernel(
     at = (batch * rows + i)[:, None] * width + a[None, :]
     tl.store(dx_ptr + at, (dx * v[None, :]).to(dx_ptr.dtype.element_ty), mask=mask)
     if dv_ptr is not None:
-        at = (batch * tl.num_programs(0) + tl.program_id(0)) * width + a
+        at = tl.program_id(0).to(tl.int64) * width + a
         tl.store(dv_ptr + at, tl.sum(dv, axis=0), mask=there)
 
 
@@ -147,7 +149,7 @@ def additive_attention(
         of_queries = min(4, next_power_of_2(steps))
         of_keys = 16
         block = min(next_power_of_2(width), _ELEMENTS // (of_queries * of_keys))
-        grid = (triton.cdiv(length, of_keys), triton.cdiv(steps, of_queries), batch)
+        grid = (triton.cdiv(length, of_keys) * batch, triton.cdiv(steps, of_queries))
         with on_device(query):
             _additive_scores_kernel[grid](
                 *(query, keys, v, scores, steps, length, width, *keys.stride()[:2]),
@@ -172,8 +174,8 @@ def _gradient(
     dx = x.new_empty(x.shape)
     of_rows = 4
     block = min(next_power_of_2(width), _ELEMENTS // (of_rows * _OTHERS))
-    grid = (triton.cdiv(rows, of_rows), triton.cdiv(width, block), batch)
-    dv = v.new_empty(batch, grid[0], width) if want_dv else None
+    grid = (triton.cdiv(rows, of_rows) * batch, triton.cdiv(width, block))
+    dv = v.new_empty(grid[0], width) if want_dv else None
     with on_device(x):
         _additive_grad_kernel[grid](
             *(x, y, ds, v, dx, dv, rows, y.shape[1], width),
@@ -183,7 +185,7 @@ def _gradient(
             BLOCK=block,
             num_warps=4,
         )
-    return dx, None if dv is None else dv.sum((0, 1))
+    return dx, None if dv is None else dv.sum(0)
 
 
 def additive_attention_backward(

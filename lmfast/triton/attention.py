@@ -111,14 +111,17 @@ def _attention_fwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     kv_heads: tl.constexpr = HEADS // GROUP
-    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
-    kv_head = tl.program_id(1) % kv_heads
-    part = tl.program_id(2)
+    rows = length * GROUP
+    # One axis for tiles, heads and batch: the others end at 65,535.
+    tiles = tl.cdiv(rows, BLOCK_M)
+    pair = tl.program_id(0) // tiles
+    batch = (pair // kv_heads).to(tl.int64)
+    kv_head = pair % kv_heads
+    part = tl.program_id(1)
     start, limit = row_start(offset, offsets_ptr, lengths_ptr, batch, length, keys, AFTER_LENGTHS)
 
-    first = tl.program_id(0) * BLOCK_M
+    first = tl.program_id(0) % tiles * BLOCK_M
     row = first + tl.arange(0, BLOCK_M)
-    rows = length * GROUP
     token = row // GROUP
     head = kv_head * GROUP + row % GROUP
     position = start + token
@@ -325,7 +328,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, o: Options, storage: Storage) -> tup
         parts = q.new_empty((batch, heads, length, splits, width), dtype=torch.float32)
         sums = q.new_empty((batch, heads, length, splits, 2), dtype=torch.float32)
     with on_device(q):
-        _attention_fwd_kernel[(triton.cdiv(rows, shape["BLOCK_M"]), batch * kv_heads, splits)](
+        _attention_fwd_kernel[(tiles, splits)](
             *(q, k, v, parts, sums),
             *(o.offsets, o.lengths, o.mask, o.sinks, o.alibi, *storage),
             *(*scalars, splits, k.shape[0], *floats, *storage.strides()),

@@ -78,10 +78,12 @@ def _attention_dq_kernel(
     BLOCK_D: tl.constexpr,
 ):
     kv_heads: tl.constexpr = HEADS // GROUP
-    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
-    kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
+    tiles = tl.cdiv(length * GROUP, BLOCK_M)
+    pair = tl.program_id(0) // tiles
+    batch = (pair // kv_heads).to(tl.int64)
+    kv_head = (pair % kv_heads).to(tl.int64)
     start, limit = row_start(offset, offsets_ptr, lengths_ptr, batch, length, keys, AFTER_LENGTHS)
-    first = tl.program_id(0) * BLOCK_M
+    first = tl.program_id(0) % tiles * BLOCK_M
     row = first + tl.arange(0, BLOCK_M)
     there = row < length * GROUP
     token = row // GROUP
@@ -212,10 +214,12 @@ def _attention_dkv_kernel(
     BLOCK_D: tl.constexpr,
 ):
     kv_heads: tl.constexpr = HEADS // GROUP
-    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
-    kv_head = (tl.program_id(1) % kv_heads).to(tl.int64)
+    tiles = tl.cdiv(keys, BLOCK_N)
+    pair = tl.program_id(0) // tiles
+    batch = (pair // kv_heads).to(tl.int64)
+    kv_head = (pair % kv_heads).to(tl.int64)
     start, limit = row_start(offset, offsets_ptr, lengths_ptr, batch, length, keys, AFTER_LENGTHS)
-    first_key = tl.program_id(0) * BLOCK_N
+    first_key = tl.program_id(0) % tiles * BLOCK_N
     key = first_key + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     kv_mask = (key < limit)[:, None] & (d < HEAD_DIM)[None, :]
@@ -326,7 +330,7 @@ def attention_backward(
     rows = length * heads // kv_heads
     in_strides = [s for t in (dout, q, k, v) for s in t.stride()[:3]]
     with on_device(q):
-        _attention_dq_kernel[(triton.cdiv(rows, shape["BLOCK_M"]), batch * kv_heads)](
+        _attention_dq_kernel[(triton.cdiv(rows, shape["BLOCK_M"]) * batch * kv_heads,)](
             *(dout, q, k, v, out, lse, delta, dq),
             *(*inputs, *scalars, *floats),
             *(*in_strides, *out.stride()[:3], *dq.stride()[:3], *mask_strides(o)),
@@ -334,7 +338,7 @@ def attention_backward(
             **shape,
             enable_fp_fusion=q.dtype != torch.float32,
         )
-        _attention_dkv_kernel[(triton.cdiv(keys, shape["BLOCK_N"]), batch * kv_heads)](
+        _attention_dkv_kernel[(triton.cdiv(keys, shape["BLOCK_N"]) * batch * kv_heads,)](
             *(dout, q, k, v, lse, delta, dk, dv),
             *(*inputs, *scalars, *floats),
             *(*in_strides, *dk.stride()[:3], *dv.stride()[:3], *mask_strides(o)),

@@ -56,8 +56,9 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    across = tl.cdiv(width, BLOCK_N)
+    m = tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
     dtype = tl.float32 if DOT_FP32 else x_ptr.dtype.element_ty
     x_row = x_ptr + m.to(tl.int64)[:, None] * x0
@@ -117,8 +118,8 @@ def linear(
     b_strides = (0, 0) if b is None else b.stride()
 
     def launch(config: dict[str, int]) -> None:
-        grid = (triton.cdiv(width, config["BLOCK_N"]), triton.cdiv(rows, config["BLOCK_M"]))
-        _linear_kernel[grid](
+        across = triton.cdiv(width, config["BLOCK_N"])
+        _linear_kernel[(across * triton.cdiv(rows, config["BLOCK_M"]),)](
             *(x, weight, bias, a, b, y, rows, width, depth),
             *(x.stride(0), *weight.stride(), *a_strides, *b_strides, float(scale)),
             RANK=rank,

@@ -29,8 +29,9 @@ def _then(a1, b1, a2, b2):
 def _linear_recurrence_fwd_kernel(
     a_ptr, b_ptr, state_ptr, y_ptr, steps, width, STEPS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    batch = tl.program_id(1).to(tl.int64)
-    col = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    blocks = tl.cdiv(width, COLUMNS)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    col = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     h = tl.zeros([COLUMNS], tl.float32)
     if state_ptr is not None:
         h = tl.load(state_ptr + batch * width + col, mask=col < width, other=0.0).to(tl.float32)
@@ -63,8 +64,9 @@ def _linear_recurrence_bwd_kernel(
     COLUMNS: tl.constexpr,
 ):
     """With g_t = dy_t + a_{t+1} g_{t+1}: db_t = g_t, da_t = g_t y_{t-1}, dstate = a_0 g_0."""
-    batch = tl.program_id(1).to(tl.int64)
-    col = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    blocks = tl.cdiv(width, COLUMNS)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    col = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
     inside = (col < width)[None, :]
     g = tl.zeros([COLUMNS], tl.float32)
     last = (tl.arange(0, STEPS) == STEPS - 1)[:, None]
@@ -94,10 +96,10 @@ def _linear_recurrence_bwd_kernel(
         tl.store(dstate_ptr + at, (g * a).to(dstate_ptr.dtype.element_ty), mask=col < width)
 
 
-def _grid(a: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+def _grid(a: Tensor) -> tuple[tuple[int], dict[str, int]]:
     batch, steps, width = a.shape
     shape = {"STEPS": min(_STEPS, next_power_of_2(steps)), "COLUMNS": _COLUMNS, "num_warps": 4}
-    return (triton.cdiv(width, _COLUMNS), batch), shape
+    return (triton.cdiv(width, _COLUMNS) * batch,), shape
 
 
 def linear_recurrence(a: Tensor, b: Tensor, state: Tensor | None) -> Tensor:

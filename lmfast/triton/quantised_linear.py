@@ -116,8 +116,9 @@ def _quantised_matrix_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    across = tl.cdiv(width, BLOCK_N)
+    m = tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
     x_row = x_ptr + m.to(tl.int64)[:, None] * x0
     codes_row = codes_ptr + n.to(tl.int64)[:, None] * codes0
     dtype = tl.float32 if DOT_FP32 else x_ptr.dtype.element_ty
@@ -164,8 +165,9 @@ def _quantised_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    across = tl.cdiv(columns, BLOCK_K)
+    m = tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(0) % across * BLOCK_K + tl.arange(0, BLOCK_K)
     dtype = tl.float32 if DOT_FP32 else dy_ptr.dtype.element_ty
     dy_row = dy_ptr + m.to(tl.int64)[:, None] * dy0
     low = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
@@ -215,7 +217,7 @@ def quantised_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | No
                 *operands, width, columns, *strides, GROUP=group, **config
             )
         else:
-            _quantised_matrix_kernel[(across, triton.cdiv(rows, config["BLOCK_M"]))](
+            _quantised_matrix_kernel[(across * triton.cdiv(rows, config["BLOCK_M"]),)](
                 *(*operands, rows, width, columns, *strides),
                 GROUP=group,
                 DOT_FP32=INTERPRETED and x.dtype == torch.bfloat16,
@@ -245,7 +247,7 @@ def quantised_linear_backward(dy: Tensor, codes: Tensor, scales: Tensor) -> Tens
 
     def launch(config: dict[str, int]) -> None:
         across = triton.cdiv(columns, config["BLOCK_K"])
-        _quantised_grad_kernel[(across, triton.cdiv(rows, config["BLOCK_M"]))](
+        _quantised_grad_kernel[(across * triton.cdiv(rows, config["BLOCK_M"]),)](
             *(flat, codes, scales, dx, rows, width, columns),
             *(flat.stride(0), codes.stride(0), scales.stride(0)),
             GROUP=group,
