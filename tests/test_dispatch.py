@@ -98,10 +98,13 @@ def test_environment_variable() -> None:
 
 def test_isa_variable_lowers_and_never_raises_the_level(needs_cpu_kernels: None) -> None:
     code = "from lmfast import _extension; print(_extension.cpu_isa())"
-    for level in _extension.available_cpu_isas():
-        assert python(code, LMFAST_CPU_ISA=level).stdout.strip() == level
-    best = _extension.available_cpu_isas()[-1]
-    assert python(code, LMFAST_CPU_ISA="").stdout.strip() == best
+    here = _extension.available_cpu_isas()
+    for level in _extension.CPU_ISA_LEVELS:
+        done = python(code, LMFAST_CPU_ISA=level)
+        assert done.stdout.strip() == (level if level in here else here[-1])
+        # A level that is not here is told, once.
+        assert done.stderr.count(f"LMFAST_CPU_ISA={level}: this machine") == (level not in here)
+    assert python(code, LMFAST_CPU_ISA="").stdout.strip() == here[-1]
     wrong = python(code, LMFAST_CPU_ISA="sse9")
     assert "LMFAST_CPU_ISA must be one of default, avx2, avx512, amx, got 'sse9'" in wrong.stderr
 
