@@ -134,6 +134,11 @@ def test_info_shows_modules_and_every_op() -> None:
         assert name in text
     for extension in (_extension.cpu, _extension.bpe, _extension.cuda):
         assert f"{extension.name}: " in text
+    # The table says what is written; below it stands what of that cannot run here.
+    assert ("cpu does not run here: " in text) == (not _extension.cpu.loaded)
+    if not torch.cuda.is_available():
+        assert "triton does not run here: no GPU that torch can use" in text
+        assert "cuda does not run here: " in text
 
 
 def test_tune_allocator_says_what_it_did_and_can_be_repeated() -> None:
