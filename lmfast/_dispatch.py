@@ -156,11 +156,14 @@ def use_backend(request: str) -> Iterator[None]:
     """Runs every op, or the ops named, on one backend inside a ``with`` block.
 
     The choice holds for the whole process, like ``torch.set_num_threads``: other threads see it.
+    A ``Generator`` made meanwhile runs the model's modules, unless all is asked to run on ``cpu``:
+    its engine is C++.
 
     Args:
         request: a backend (``"torch"``) or a list (``"rms_norm=triton,rope=torch"``).
 
     Raises:
+        TypeError: request is no str.
         ValueError: an unknown backend or op.
 
     Example:
@@ -169,6 +172,8 @@ def use_backend(request: str) -> Iterator[None]:
         ...     y = lmfast.ops.rms_norm(torch.ones(2, 4))
     """
     global _requested
+    if not isinstance(request, str):
+        raise TypeError(f"request must be a str such as 'torch' or 'rope=torch', got {request!r}")
     wanted = _parse(request)
     _check_ops(wanted, "")
     before = _requested
@@ -182,6 +187,14 @@ def use_backend(request: str) -> Iterator[None]:
 def is_requested(op: str) -> bool:
     """Whether ``use_backend`` or LMFAST_BACKEND name a backend for ``op``."""
     return bool(_requested) and (op in _requested or _ALL_OPS in _requested)
+
+
+def against_engine() -> str | None:
+    """Why compiled code that stands for many operators at once must not run, or None."""
+    wanted = _requested.get(_ALL_OPS)
+    if wanted in (None, "cpu"):
+        return None
+    return f"use_backend or LMFAST_BACKEND ask for {wanted}, and the engine is C++ on the CPU"
 
 
 def _reason_against(candidate: Implementation, device: str, args: tuple[Any, ...]) -> str | None:

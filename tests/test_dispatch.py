@@ -86,6 +86,12 @@ def test_a_context_that_cannot_be_met_raises() -> None:
         lmfast.ops.rms_norm(X)
 
 
+def test_a_request_is_text() -> None:
+    with pytest.raises(TypeError, match=r"request must be a str such as .* got None"):
+        with lmfast.use_backend(None):
+            pass
+
+
 def test_environment_variable() -> None:
     code = "import lmfast, torch; lmfast.explain('rms_norm', torch.ones(2, 4))"
     assert "runs on: torch (asked for)" in python(code, LMFAST_BACKEND="torch").stdout
