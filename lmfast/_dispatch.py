@@ -11,6 +11,7 @@ automatic choice passes over what does not fit, and ``explain`` prints why.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -272,6 +273,10 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
         raise ValueError(f"no op named {op!r}; the ops are {', '.join(sorted(_ops))}")
     entry = _ops[op]
     backend = kwargs.pop("backend", None)
+    try:
+        inspect.signature(entry.public).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{op}: {error}") from None
     normalised = entry.check(*args, **kwargs)
     device = normalised[0].device.type
     chosen = select(entry, normalised, backend).backend

@@ -86,6 +86,13 @@ def test_a_context_that_cannot_be_met_raises() -> None:
         lmfast.ops.rms_norm(X)
 
 
+def test_explain_names_the_op_whose_arguments_do_not_fit() -> None:
+    with pytest.raises(TypeError, match="rms_norm: missing a required argument: 'x'"):
+        lmfast.explain("rms_norm")
+    with pytest.raises(TypeError, match="rms_norm: got an unexpected keyword argument 'epsilon'"):
+        lmfast.explain("rms_norm", X, epsilon=1e-6)
+
+
 def test_a_request_is_text() -> None:
     with pytest.raises(TypeError, match=r"request must be a str such as .* got None"):
         with lmfast.use_backend(None):
