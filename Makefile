@@ -50,6 +50,6 @@ bench: install
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
 
 clean:
-	rm -rf $(VENV) build dist .benchmarks .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist lmfast.egg-info .benchmarks .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	rm -f lmfast/*.so lmfast/_build_report.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,6 +11,7 @@ automatic choice passes over what does not fit, and ``explain`` prints why.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -156,11 +157,14 @@ def use_backend(request: str) -> Iterator[None]:
     """Runs every op, or the ops named, on one backend inside a ``with`` block.
 
     The choice holds for the whole process, like ``torch.set_num_threads``: other threads see it.
+    A ``Generator`` made meanwhile runs the model's modules, unless all is asked to run on ``cpu``:
+    its engine is C++.
 
     Args:
         request: a backend (``"torch"``) or a list (``"rms_norm=triton,rope=torch"``).
 
     Raises:
+        TypeError: request is no str.
         ValueError: an unknown backend or op.
 
     Example:
@@ -169,6 +173,8 @@ def use_backend(request: str) -> Iterator[None]:
         ...     y = lmfast.ops.rms_norm(torch.ones(2, 4))
     """
     global _requested
+    if not isinstance(request, str):
+        raise TypeError(f"request must be a str such as 'torch' or 'rope=torch', got {request!r}")
     wanted = _parse(request)
     _check_ops(wanted, "")
     before = _requested
@@ -182,6 +188,14 @@ def use_backend(request: str) -> Iterator[None]:
 def is_requested(op: str) -> bool:
     """Whether ``use_backend`` or LMFAST_BACKEND name a backend for ``op``."""
     return bool(_requested) and (op in _requested or _ALL_OPS in _requested)
+
+
+def against_engine() -> str | None:
+    """Why compiled code that stands for many operators at once must not run, or None."""
+    wanted = _requested.get(_ALL_OPS)
+    if wanted in (None, "cpu"):
+        return None
+    return f"use_backend or LMFAST_BACKEND ask for {wanted}, and the engine is C++ on the CPU"
 
 
 def _reason_against(candidate: Implementation, device: str, args: tuple[Any, ...]) -> str | None:
@@ -259,6 +273,10 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
         raise ValueError(f"no op named {op!r}; the ops are {', '.join(sorted(_ops))}")
     entry = _ops[op]
     backend = kwargs.pop("backend", None)
+    try:
+        inspect.signature(entry.public).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{op}: {error}") from None
     normalised = entry.check(*args, **kwargs)
     device = normalised[0].device.type
     chosen = select(entry, normalised, backend).backend

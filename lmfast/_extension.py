@@ -11,6 +11,7 @@ import ctypes
 import importlib
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -135,3 +136,17 @@ def set_cpu_isa(level: str) -> None:
         raise ValueError(f"level must be one of {CPU_ISA_LEVELS}, got {level!r}")
     if status == 2:
         raise ValueError(f"level {level!r} is not available here: {available_cpu_isas()}")
+
+
+def _tell_missing_level() -> None:
+    """LMFAST_CPU_ISA only lowers: a level that is not here must not look as if it were used."""
+    wanted, have = os.environ.get("LMFAST_CPU_ISA"), available_cpu_isas()
+    if wanted and have and wanted not in have:
+        warnings.warn(
+            f"LMFAST_CPU_ISA={wanted}: this machine has {', '.join(have)}; {cpu_isa()} is used",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+_tell_missing_level()

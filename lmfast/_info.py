@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 
 import torch
@@ -66,7 +67,7 @@ def _modules() -> list[str]:
 
 
 def _table() -> list[str]:
-    """Op x backend: 'forward' or 'fwd+bwd' where written, '-' where not."""
+    """Op x backend: 'forward' or 'fwd+bwd' where written, '-' where not; and what cannot run."""
     names = _dispatch.BACKENDS
     width = max(len(name) for name in _dispatch.ops()) + 2
     lines = ["op".ljust(width) + "".join(b.ljust(10) for b in names)]
@@ -75,5 +76,17 @@ def _table() -> list[str]:
         for backend in names:
             kind = "fwd+bwd" if op.differentiable else "forward"
             cells.append(kind if backend in op.implementations else "-")
-        lines.append(name.ljust(width) + "".join(c.ljust(10) for c in cells))
-    return lines
+        lines.append((name.ljust(width) + "".join(c.ljust(10) for c in cells)).rstrip())
+    return [*lines, *(f"{backend} does not run here: {why}" for backend, why in _absent())]
+
+
+def _absent() -> Iterator[tuple[str, str]]:
+    """The backends that no operator can have on this machine, and why."""
+    without_gpu = None if torch.cuda.is_available() else "no GPU that torch can use"
+    if not _extension.cpu.loaded:
+        yield "cpu", str(_extension.cpu.reason)
+    triton = None if _version("triton") != "absent" else "triton is not installed"
+    if reason := without_gpu or triton:
+        yield "triton", reason
+    if reason := _extension.cuda.reason or without_gpu:
+        yield "cuda", reason

@@ -12,6 +12,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from lmfast import _extension
 
@@ -96,6 +97,7 @@ def test_installs_and_works_without_extensions(case: str, tmp_path: Path) -> Non
     assert {"_cpu", "_bpe"} <= report.keys()
     printed = in_package(base, USE)
     assert f"_cpu: _cpu was not built: {report['_cpu'].splitlines()[0]}" in printed
+    assert f"cpu does not run here: _cpu was not built: {report['_cpu'].splitlines()[0]}" in printed
     assert "chosen torch" in printed
 
 
@@ -160,6 +162,11 @@ def test_sources_ask_for_no_machine_of_their_own() -> None:
         text = path.read_text()
         assert "-march=native" not in text, path
         assert "#pragma omp" not in text, path
+
+
+def test_modules_name_no_folder_of_the_machine_that_built_them(needs_cpu_kernels: None) -> None:
+    assert _extension.cpu.path is not None
+    assert os.fsencode(Path(torch.__file__).parent) not in _extension.cpu.path.read_bytes()
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")

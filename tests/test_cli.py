@@ -184,6 +184,11 @@ def test_tokenizer_round_trip(place, tmp_path, capsys, monkeypatch):
     fails(capsys, ["tokenizer", "decode", "--tokenizer", path, "x"], "got x")
     fails(capsys, ["tokenizer", "encode", "--tokenizer", data, "x"], "text.txt")
     fails(capsys, ["tokenizer", "encode", "--tokenizer", path, "\udce9"], "the text is not UTF-8")
+    capsys.readouterr()
+    with monkeypatch.context() as patched:  # as for `generate --prompt -`
+        patched.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        assert main(["tokenizer", "encode", "--tokenizer", path, "-"]) == 0
+    assert capsys.readouterr().out.split() == ids
 
 
 def test_info_and_bench(tmp_path, capsys):

@@ -86,6 +86,19 @@ def test_a_context_that_cannot_be_met_raises() -> None:
         lmfast.ops.rms_norm(X)
 
 
+def test_explain_names_the_op_whose_arguments_do_not_fit() -> None:
+    with pytest.raises(TypeError, match="rms_norm: missing a required argument: 'x'"):
+        lmfast.explain("rms_norm")
+    with pytest.raises(TypeError, match="rms_norm: got an unexpected keyword argument 'epsilon'"):
+        lmfast.explain("rms_norm", X, epsilon=1e-6)
+
+
+def test_a_request_is_text() -> None:
+    with pytest.raises(TypeError, match=r"request must be a str such as .* got None"):
+        with lmfast.use_backend(None):
+            pass
+
+
 def test_environment_variable() -> None:
     code = "import lmfast, torch; lmfast.explain('rms_norm', torch.ones(2, 4))"
     assert "runs on: torch (asked for)" in python(code, LMFAST_BACKEND="torch").stdout
@@ -98,10 +111,13 @@ def test_environment_variable() -> None:
 
 def test_isa_variable_lowers_and_never_raises_the_level(needs_cpu_kernels: None) -> None:
     code = "from lmfast import _extension; print(_extension.cpu_isa())"
-    for level in _extension.available_cpu_isas():
-        assert python(code, LMFAST_CPU_ISA=level).stdout.strip() == level
-    best = _extension.available_cpu_isas()[-1]
-    assert python(code, LMFAST_CPU_ISA="").stdout.strip() == best
+    here = _extension.available_cpu_isas()
+    for level in _extension.CPU_ISA_LEVELS:
+        done = python(code, LMFAST_CPU_ISA=level)
+        assert done.stdout.strip() == (level if level in here else here[-1])
+        # A level that is not here is told, once.
+        assert done.stderr.count(f"LMFAST_CPU_ISA={level}: this machine") == (level not in here)
+    assert python(code, LMFAST_CPU_ISA="").stdout.strip() == here[-1]
     wrong = python(code, LMFAST_CPU_ISA="sse9")
     assert "LMFAST_CPU_ISA must be one of default, avx2, avx512, amx, got 'sse9'" in wrong.stderr
 
@@ -131,6 +147,11 @@ def test_info_shows_modules_and_every_op() -> None:
         assert name in text
     for extension in (_extension.cpu, _extension.bpe, _extension.cuda):
         assert f"{extension.name}: " in text
+    # The table says what is written; below it stands what of that cannot run here.
+    assert ("cpu does not run here: " in text) == (not _extension.cpu.loaded)
+    if not torch.cuda.is_available():
+        assert "triton does not run here: no GPU that torch can use" in text
+        assert "cuda does not run here: " in text
 
 
 def test_tune_allocator_says_what_it_did_and_can_be_repeated() -> None:

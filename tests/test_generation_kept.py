@@ -128,6 +128,24 @@ def test_threads_get_what_one_gets(shared: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_the_engine_is_left_where_another_backend_is_asked_for() -> None:
+    """It is C++ of many operators at once: asked for torch, it would run all the same."""
+    model, ids = model_of({}), ids_of(1, 5)
+    for generate in (lmfast.Generator(model).generate, functools.partial(lmfast.generate, model)):
+        before = generate(ids, max_new_tokens=6)
+        with lmfast.use_backend("torch"):
+            generator = lmfast.Generator(model)
+            assert "ask for torch, and the engine is C++" in generator.explain()
+            assert torch.equal(generator.generate(ids, max_new_tokens=6), before)
+            assert torch.equal(lmfast.generate(model, ids, max_new_tokens=6), before)
+            with pytest.raises(ValueError, match=r"weights must be 'fp32'.*ask for torch"):
+                lmfast.Generator(model, weights="int8")
+        assert torch.equal(generate(ids, max_new_tokens=6), before)
+    for request in ("cpu", "rms_norm=torch"):
+        with lmfast.use_backend(request):
+            assert "the compiled engine" in lmfast.Generator(model).explain()
+
+
 @pytest.mark.parametrize("place", ["embedding", "layers.1.attn", "layers.0.mlp", "layers.0.norm1"])
 def test_hooks_are_called(place: str) -> None:
     """On a model that was packed already, and no more once they are removed."""

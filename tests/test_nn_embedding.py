@@ -69,3 +69,20 @@ def test_models_survive_any_initialisation(kind):
         model(ids)
     assert model.embedding(ids)[0, :2].abs().sum() == 0
     assert model.embedding(ids)[0, 2].abs().sum() > 0
+
+
+@pytest.mark.parametrize("make", [DecoderLanguageModel, RecurrentLanguageModel])
+def test_ids_that_do_not_fit_are_named(make):
+    """The commonest mistake: a tokenizer with more tokens than the model."""
+    sizes = (8, 2, 1, 0) if make is DecoderLanguageModel else (8, 1, 0)
+    model = make(11, *sizes)
+    for ids, got in (([[3, 11]], 11), ([[-1, 3]], -1)):
+        for call in (model, lambda x: model.loss(x, x.clamp(0, 1))):
+            with pytest.raises(IndexError, match=rf"ids must lie in 0\.\.10, .*, got {got}"):
+                call(torch.tensor(ids))
+    with pytest.raises(TypeError, match=r"ids must be int64 or int32, got torch\.float32"):
+        model(torch.ones(1, 3))
+    with pytest.raises(TypeError, match="ids must be a tensor, got list"):
+        model.embedding([1, 2])
+    with pytest.raises(TypeError, match="vocab_size must be an int, got '11'"):
+        make("11", *sizes)

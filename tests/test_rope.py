@@ -261,6 +261,7 @@ GOOD = torch.ones(2, 1, 3, 4)
         (lambda: ops.rope_tables(-1, 4), ValueError, "length must not be negative"),
         (lambda: ops.rope_tables(4, 4, 0.0), ValueError, "base must be positive"),
         (lambda: ops.rope_tables(4, 4, scaling={"rope_type": "ntk"}), ValueError, "must be one of"),
+        (lambda: ops.rope_tables(4, 4, scaling="yarn"), TypeError, "must be a mapping.*got 'yarn'"),
         (lambda: ops.rope_tables(4, 4, scaling={"rope_type": "yarn"}), ValueError, "needs factor"),
         (
             lambda: ops.rope_tables(4, 4, scaling={"rope_type": "linear", "factor": 0.5}),

@@ -166,6 +166,10 @@ def test_resume_restores_random_numbers(tmp_path):
     assert [torch.rand(2).tolist(), random.random(), np.random.rand()] == expected
     with pytest.raises(ValueError, match="seed must not be negative"):
         seed_everything(-1)
+    with pytest.raises(TypeError, match="seed must be an int, got 'x'"):
+        seed_everything("x")
+    with pytest.raises(TypeError, match=r"batches must be Batches of .*, got NoneType"):
+        Trainer(decoder(), None, max_steps=1)
 
 
 def test_new_run_does_not_touch_an_earlier_one(tmp_path):

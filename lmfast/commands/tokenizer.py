@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     encode = actions.add_parser("encode", help="text to ids", formatter_class=HelpFormatter)
     encode.add_argument("--tokenizer", required=True, metavar="FILE")
-    encode.add_argument("text", nargs="?", help="standard input if not given")
+    encode.add_argument("text", nargs="?", help="standard input if not given, or -")
     decode = actions.add_parser("decode", help="ids to text", formatter_class=HelpFormatter)
     decode.add_argument("--tokenizer", required=True, metavar="FILE")
     decode.add_argument("ids", nargs="*", metavar="ID", help="standard input if not given")
@@ -66,7 +66,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _encode(options: argparse.Namespace) -> int:
     tokenizer = BPETokenizer.load(options.tokenizer)
-    if options.text is None:
+    if options.text in (None, "-"):
         data = sys.stdin.buffer.read()
         try:
             text = data.decode("utf-8")

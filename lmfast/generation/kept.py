@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from lmfast._dispatch import against_engine
 from lmfast.generation.engine import CannotPack
 from lmfast.generation.engine.make import plan_of
 
@@ -48,7 +49,7 @@ def kept(model: Any, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
 
 def _state(model: Any) -> tuple[Any, ...] | None:
     """Everything a packed model depends on; None for models that are not packed."""
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) or against_engine() is not None:
         return None
     try:
         plan = plan_of(model)

@@ -69,7 +69,8 @@ class LMFastCache(Cache):
 
     Layers with a sliding window keep all tokens here, hidden by the mask. All layers have the same
     head sizes; where values have another than keys, the storage has the larger one for both.
-    Without gradients.
+    Without gradients. `generate` of transformers 5.24 calls its argument `cache` and warns of
+    `past_key_values`, the only name that 5.17 knows.
 
     Raises:
         ValueError: the model's layers do not all attend (state-space or linear attention layers).

@@ -2,7 +2,7 @@
 
     lmfast.patch(model)                                       # everything
     register(); model.set_attn_implementation("lmfast")       # attention only
-    model.generate(ids, past_key_values=LMFastCache(model.config))
+    model.generate(ids, past_key_values=LMFastCache(model.config))  # transformers 5.24: cache=
     Trainer(..., callbacks=[use_lmfast()])
 
 Importing this module makes `attn_implementation="lmfast"` known.

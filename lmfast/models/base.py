@@ -177,7 +177,10 @@ def keep_row_fixed(weight: Tensor, row: int | None) -> Tensor:
 
 
 def check_sizes(vocab_size: int, emb_dim: int, pad_idx: int | None) -> None:
-    """Raise ValueError for sizes no model can have."""
+    """Raise TypeError or ValueError for sizes no model can have."""
+    for name, value in (("vocab_size", vocab_size), ("emb_dim", emb_dim), ("pad_idx", pad_idx)):
+        if not hasattr(value, "__index__") and not (name == "pad_idx" and value is None):
+            raise TypeError(f"{name} must be an int, got {value!r}")
     if vocab_size < 1 or emb_dim < 1:
         raise ValueError(
             f"vocab_size and emb_dim must be at least 1, got {vocab_size} and {emb_dim}"

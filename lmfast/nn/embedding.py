@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmfast._sharding import summed
+from lmfast.ops._library import is_readable
 
 
 class Embedding(nn.Embedding):
@@ -36,6 +37,8 @@ class Embedding(nn.Embedding):
 
     Raises:
         ValueError, AssertionError: as `torch.nn.Embedding`.
+        TypeError: called with ids that are no tensor of int64 or int32.
+        IndexError: an id that is no row of the table, on a CPU.
 
     Backends: PyTorch.
 
@@ -76,6 +79,15 @@ class Embedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         self.clear_padding()
+        if torch.compiler.is_compiling():
+            return self._vectors(ids)
+        try:
+            return self._vectors(ids)
+        except (IndexError, RuntimeError, TypeError) as error:
+            self._explain(ids, error)
+            raise
+
+    def _vectors(self, ids: Tensor) -> Tensor:
         return summed(
             F.embedding(
                 ids,
@@ -87,3 +99,16 @@ class Embedding(nn.Embedding):
                 self.sparse,
             )
         )
+
+    def _explain(self, ids: object, error: Exception) -> None:
+        """Raise, as PyTorch did, but with what does not fit; looked for once it did not."""
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"ids must be a tensor, got {type(ids).__name__}") from error
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"ids must be int64 or int32, got {ids.dtype}") from error
+        if isinstance(error, IndexError) and is_readable(ids) and ids.numel():
+            lowest, highest = int(ids.min()), int(ids.max())
+            wrong = lowest if lowest < 0 else highest
+            raise IndexError(
+                f"ids must lie in 0..{self.num_embeddings - 1}, the rows of the table, got {wrong}"
+            ) from error

@@ -45,6 +45,8 @@ class RMSNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not hasattr(dim, "__index__"):
+            raise TypeError(f"dim must be an int, got {dim!r}")
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}")
         self.dim = dim

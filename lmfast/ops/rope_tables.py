@@ -94,6 +94,8 @@ def rope_tables(
 def _check_scaling(scaling: Mapping[str, Any] | None) -> tuple[str, Mapping[str, Any]]:
     if scaling is None:
         return "default", {}
+    if not isinstance(scaling, Mapping):
+        raise TypeError(f"scaling must be a mapping with rope_type, or None, got {scaling!r}")
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind not in _REQUIRED:
         raise ValueError(f"scaling['rope_type'] must be one of {sorted(_REQUIRED)}, got {kind!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -22,7 +22,48 @@ from lmfast.ops._library import (
 from lmfast.ops._sample_reference import SETTINGS, reference
 from lmfast.testing import Sample
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 _OFF = {"temperature": 1.0, "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0}
+
+
+class Options(TypedDict, total=False):
+    """The keywords of `sample` that do not change what it returns, for type checkers."""
+
+    temperature: float | Tensor
+    top_k: int | Tensor
+    top_p: float | Tensor
+    min_p: float | Tensor
+    typical_p: float | Tensor
+    frequency_penalty: float | Tensor
+    presence_penalty: float | Tensor
+    repetition_penalty: float | Tensor
+    counts: Tensor | None
+    prompt_mask: Tensor | None
+    logit_bias: Tensor | None
+    suppress: Sequence[int] | Tensor | None
+    generator: torch.Generator | None
+    uniform: Tensor | None
+    backend: str | None
+
+
+@overload
+def sample(
+    logits: Tensor, *, return_log_probs: Literal[False] = False, **options: Unpack[Options]
+) -> Tensor: ...
+
+
+@overload
+def sample(
+    logits: Tensor, *, return_log_probs: Literal[True], **options: Unpack[Options]
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def sample(
+    logits: Tensor, *, return_log_probs: bool, **options: Unpack[Options]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def sample(
@@ -44,7 +85,7 @@ def sample(
     uniform: Tensor | None = None,
     return_log_probs: bool = False,
     backend: str | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Draws one token per row.
 
     Bias, penalties, then ``softmax(logits / temperature)``, top-k, top-p, min-p, typical, each over

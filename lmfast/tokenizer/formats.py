@@ -119,11 +119,16 @@ def _base64(text: str | bytes, name: str) -> bytes:
 
 
 def save_json(model: Model, path: str | os.PathLike) -> None:
-    """Write a model; a reader never sees a half-written file."""
+    """Write a model, see `write_json`."""
+    write_json(to_document(model), path)
+
+
+def write_json(content: Any, path: str | os.PathLike) -> None:
+    """Write a JSON file, UTF-8 and without blanks; a reader never sees a half-written file."""
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(to_document(model), file, ensure_ascii=False, separators=(",", ":"))
+            json.dump(content, file, ensure_ascii=False, separators=(",", ":"))
         os.replace(temporary, path)
     except OSError as error:  # of the file asked for, not of the one beside it
         raise OSError(error.errno, error.strerror, os.fspath(path)) from None

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, overload
 
 from . import formats, huggingface, huggingface_export, training
 from .backend import engine
 from .call_arguments import check_text
 from .encoding import Coding
-from .engine_tables import decoder_tables, dense_ranks
+from .engine_tables import decoder_tables, encoder_tables
 from .model import Model
 from .patterns import Pattern, scanner_code
 from .template import NOTHING
-from .training_arguments import checked_counts, is_one, whole
+from .training_arguments import TrainingOptions, checked_counts, is_one, whole
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _NAMES = {
     "pad": ("<pad>", "[PAD]", "<|pad|>"),
@@ -96,24 +97,8 @@ class BPETokenizer(Coding):
         return self._made_encoder
 
     def _make_encoder(self, **level: str) -> Any:
-        model = self._model
-        symbols = model.symbols()
-        if model.mode == "char":
-            flat = [value for pair in symbols.items() for value in pair]
-        else:
-            flat = [symbols[byte] for byte in range(256)]
-        return self._engine.Encoder(
-            scanner_code(model.pattern) or 0,
-            model.mode == "char",
-            model.whole_piece,
-            model.ids[model.marker.encode()] if model.mode == "char" else -1,
-            -1 if model.unk is None else model.special_tokens[model.unk],
-            [token or b"" for token in model.tokens],
-            np.array(flat, dtype=np.int32),
-            np.ascontiguousarray(dense_ranks(model.merges), dtype=np.int32),
-            self._all_specials.matcher,
-            **level,
-        )
+        tables = encoder_tables(self._model)
+        return self._engine.Encoder(*tables, self._all_specials.matcher, **level)
 
     @property
     def _decoder(self) -> Any:
@@ -122,6 +107,18 @@ class BPETokenizer(Coding):
         return self._made_decoder
 
     # Making one ------------------------------------------------------------------------------
+
+    @overload
+    @classmethod
+    def train(
+        cls, corpus: training.Corpus, vocab_size: int, **options: Unpack[TrainingOptions]
+    ) -> BPETokenizer: ...
+
+    @overload
+    @classmethod
+    def train(
+        cls, corpus: training.Corpus, vocab_size: Sequence[int], **options: Unpack[TrainingOptions]
+    ) -> list[BPETokenizer]: ...
 
     @classmethod
     def train(
@@ -140,7 +137,7 @@ class BPETokenizer(Coding):
         threads: int | None = None,
         progress: Callable[[int, int], None] | None = None,
         backend: str = "auto",
-    ) -> Any:
+    ) -> BPETokenizer | list[BPETokenizer]:
         """Learn merges: again and again join the most frequent pair of neighbouring symbols.
 
         Args:
@@ -279,8 +276,6 @@ class BPETokenizer(Coding):
         """A ``tokenizers.Tokenizer`` that encodes the same. Needs the tokenizers package."""
         return huggingface_export.build(self._model)
 
-    # What it is ------------------------------------------------------------------------------
-
     @property
     def backend(self) -> str:
         """Which engine works: "cpu" or "reference"."""
@@ -288,10 +283,12 @@ class BPETokenizer(Coding):
 
     @property
     def mode(self) -> str:
+        """How it cuts texts: "byte" or "char"."""
         return self._model.mode
 
     @property
     def pattern(self) -> Pattern:
+        """What cuts a text into pieces: a name, a regular expression, or None."""
         return self._model.pattern
 
     @property
@@ -351,19 +348,22 @@ class BPETokenizer(Coding):
 
     @property
     def pad_id(self) -> int | None:
-        """Id of the padding token, None if there is none; likewise unk_id, bos_id, eos_id."""
+        """Id of the padding token, None if there is none."""
         return self._named("pad")
 
     @property
     def unk_id(self) -> int | None:
+        """Id of the token that stands for unknown characters, None if there is none."""
         return self._named("unk")
 
     @property
     def bos_id(self) -> int | None:
+        """Id of the token that begins a text, None if there is none."""
         return self._named("bos")
 
     @property
     def eos_id(self) -> int | None:
+        """Id of the token that ends a text, None if there is none."""
         return self._named("eos")
 
     def token_to_id(self, token: str | bytes) -> int | None:

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
 
 from .model import MODES
 from .patterns import Pattern, canonical_pattern
 from .reference import TIE_BREAKS, sound_text, to_bytes
+
+
+class TrainingOptions(TypedDict, total=False):
+    """The keywords of `BPETokenizer.train`, for type checkers."""
+
+    mode: str
+    pattern: str | None
+    special_tokens: Sequence[str] | None
+    min_frequency: int
+    max_token_length: int | None
+    tie_break: str
+    marker: str
+    unk_token: str
+    threads: int | None
+    progress: Callable[[int, int], None] | None
+    backend: str
+
 
 MOST_IDS = (1 << 21) - 1
 

@@ -20,6 +20,7 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> None:
             cuDNN's autotuner.
 
     Raises:
+        TypeError: the seed is no int.
         ValueError: the seed is negative.
 
     Example:
@@ -29,6 +30,8 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> None:
         >>> bool((first == torch.rand(2)).all())
         True
     """
+    if not hasattr(seed, "__index__"):
+        raise TypeError(f"seed must be an int, got {seed!r}")
     if seed < 0:
         raise ValueError(f"seed must not be negative, got {seed}")
     random.seed(seed)

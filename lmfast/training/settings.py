@@ -58,11 +58,11 @@ def check_model(model: nn.Module, recompute: bool, autocast: Any, own_loss: bool
         raise ValueError(f"autocast must be torch.bfloat16 or None, got {autocast}")
 
 
-def check_batches(model: nn.Module, batches: Batches | None, own_loss: bool) -> None:
+def check_batches(model: nn.Module, batches: Batches, own_loss: bool) -> None:
     """Raise TypeError for what are no batches, ValueError for a state the model does not have."""
-    if batches is not None and not hasattr(batches, "next_batch"):
+    if not hasattr(batches, "next_batch"):
         raise TypeError(f"batches must be Batches of lmfast.training, got {type(batches).__name__}")
-    if batches is not None and batches.carries_state:
+    if batches.carries_state:
         start = model.new_state(1) if hasattr(model, "advance") else None  # type: ignore[operator]
         if not own_loss or not isinstance(start, Tensor):
             raise ValueError(

@@ -146,7 +146,7 @@ class Trainer:
         )
         settings.check_saving(save_every, patience, output_dir, evaluation, eval_every)
         settings.check_model(model, recompute, autocast, loss is model_loss)
-        for given in (batches, evaluation):
+        for given in (batches,) if evaluation is None else (batches, evaluation):
             settings.check_batches(model, given, loss is model_loss)
         self._processes = Processes.current()
         settings.check_processes(self._processes, shard, optimizer)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from lmfast import _extension
+from lmfast._dispatch import against_engine
 from lmfast.generation.engine.cell_runner import CellRunner
 from lmfast.generation.engine.cells import CellPlan, recurrent_plan
 from lmfast.generation.engine.from_lmfast import decoder_plan
@@ -70,6 +71,8 @@ def make_engine(
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     if not _extension.cpu.loaded:
         raise CannotPack(str(_extension.cpu.reason))
+    if (reason := against_engine()) is not None:
+        raise CannotPack(reason)
     if is_recurrent(model):
         cells = _planner(recurrent_plan, model)
         if isinstance(weights, QuantisedWeights):
