@@ -207,7 +207,7 @@ def test_train_input_that_cannot_be_used(place, tmp_path, capsys):
     out = ["--out", str(tmp_path / "run"), *SMALL]
     fails(capsys, ["train", *out], "--data is needed")
     fails(capsys, ["train", *out, "--data", str(tmp_path / "no.txt")], "no.txt: No such file")
-    fails(capsys, ["train", *out, "--data", str(tmp_path)], "Is a directory")
+    fails(capsys, ["train", *out, "--data", str(tmp_path)], "is a directory")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     fails(
         capsys,
