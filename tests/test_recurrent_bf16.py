@@ -53,8 +53,8 @@ def arguments(cell: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Ten
 
 def call(cell: str, tensors: list[Tensor], **options: Any) -> list[Tensor]:
     op, _, fixed = CELLS[cell]
-    x, h, *weights = tensors
-    state = (h, weights.pop()) if cell == "lstm" else h
+    x, h, weights = tensors[0], tensors[1], tensors[2:6]
+    state = (h, tensors[6]) if cell == "lstm" else h
     return torch.utils._pytree.tree_leaves(op(x, state, weights, **fixed, **options))
 
 

@@ -65,6 +65,8 @@ def test_compiles_in_one_graph(name: str, needs_cpu_kernels: None) -> None:
 def test_steps_and_what_torchs_layer_runs_compile_in_one_graph(
     mode: str, dtype: torch.dtype, needs_cpu_kernels: None
 ) -> None:
+    if (mode, dtype) == ("LSTM", torch.float64) and torch.__version__.startswith("2.11."):
+        pytest.skip("PyTorch 2.11 gives a compiled nn.LSTM's final states one dimension too many")
     torch._dynamo.reset()
     layer = getattr(lmfast.nn, mode)(5, 7, 2, dtype=dtype)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

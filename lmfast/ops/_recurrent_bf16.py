@@ -135,7 +135,10 @@ class _Layer(torch.autograd.Function):
             wide,
         )
         kept = (x16, y16, gates, cells) if keep and wide else (gates, cells)
-        return (y if wide else y16, h_n.to(x.dtype), c_n.to(x.dtype), *kept)
+        # As they are where nothing has to be converted: PyTorch 2.11 loses the gradient of a result
+        # that is made twice in a compiled forward.
+        finals = (h_n, c_n) if wide else (h_n.to(x.dtype), c_n.to(x.dtype))
+        return (y if wide else y16, *finals, *kept)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
