@@ -163,7 +163,8 @@ class _KeepRowFixed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].index_fill(0, torch.tensor(ctx.row, device=grads[0].device), 0), None
+        above, fixed, below = grads[0].tensor_split((ctx.row, ctx.row + 1))
+        return torch.cat((above, torch.zeros_like(fixed), below)), None
 
 
 def keep_row_fixed(weight: Tensor, row: int | None) -> Tensor:
