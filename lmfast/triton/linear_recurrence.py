@@ -92,7 +92,8 @@ def _linear_recurrence_bwd_kernel(
         # Steps before the first leave the gradient as it is, so g is that of step 0.
         at = batch * width + col
         first = batch * steps * width + col
-        a = tl.load(a_ptr + first, mask=(col < width) & (steps > 0), other=0.0).to(tl.float32)
+        there = col < tl.where(steps > 0, width, 0)
+        a = tl.load(a_ptr + first, mask=there, other=0.0).to(tl.float32)
         tl.store(dstate_ptr + at, (g * a).to(dstate_ptr.dtype.element_ty), mask=col < width)
 
 

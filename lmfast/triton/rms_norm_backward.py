@@ -124,7 +124,7 @@ def _rms_norm_bwd_loop_kernel(
     eps = tl.full([], eps, tl.float32)
     for step in range(0, steps):
         row = step * tl.num_programs(0) + program
-        inside = row < rows
+        end = tl.where(row < rows, width, 0)
         x_row = x_ptr + row_offset(row, size1, size2, x0, x1, x2, NDIM)
         dy_row = dy_ptr + row_offset(row, size1, size2, g0, g1, g2, NDIM)
         dx_row = dx_ptr + row_offset(row, size1, size2, d0, d1, d2, NDIM)
@@ -132,7 +132,7 @@ def _rms_norm_bwd_loop_kernel(
         products = tl.zeros([BLOCK], tl.float32)
         for start in range(0, width, BLOCK):
             col = start + tl.arange(0, BLOCK)
-            mask = inside & (col < width)
+            mask = col < end
             x = tl.load(x_row + col, mask=mask, other=0.0).to(tl.float32)
             dy = tl.load(dy_row + col, mask=mask, other=0.0).to(tl.float32)
             if weight_ptr is not None:
@@ -143,7 +143,7 @@ def _rms_norm_bwd_loop_kernel(
         slope = scale * tl.sum(products, axis=0) / width
         for start in range(0, width, BLOCK):
             col = start + tl.arange(0, BLOCK)
-            mask = inside & (col < width)
+            mask = col < end
             x = tl.load(x_row + col, mask=mask, other=0.0).to(tl.float32) * scale
             dy = tl.load(dy_row + col, mask=mask, other=0.0).to(tl.float32)
             if partial_ptr is not None:
