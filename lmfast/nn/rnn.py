@@ -33,9 +33,8 @@ _CELLS = {
 
 
 def _fits(t: object, shape: tuple[int, ...], like: Tensor) -> bool:
-    return isinstance(t, Tensor) and t.shape == shape and t.dtype == like.dtype and t.device == (
-        like.device
-    )  # fmt: skip
+    alike = isinstance(t, Tensor) and t.dtype == like.dtype and t.device == like.device
+    return alike and t.shape == shape  # type: ignore[attr-defined]
 
 
 def _exports_onnx() -> bool:
@@ -186,8 +185,7 @@ class _FusedLayers(nn.RNNBase):
         unbatched = not packed and x.dim() == 2
         if isinstance(input, PackedSequence):
             sizes = input.batch_sizes
-            # In a graph no size may depend on numbers.
-            order = input.sorted_indices
+            order = input.sorted_indices  # in a graph no size may depend on numbers
             batch = int(sizes[0]) if order is None else order.shape[0]
         elif unbatched:
             batch = 1

@@ -84,8 +84,8 @@ def _forward_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _backward_fake(
     dy: Tensor, dh_n: Tensor, dc_n: Tensor, wanted: Sequence[bool], *args: Any
 ) -> list[Tensor]:
-    return [torch.empty_like(t, memory_format=torch.contiguous_format)
-            for t, w in zip(args[:7], wanted, strict=True) if w]  # fmt: skip
+    leaves = [t for t, w in zip(args[:7], wanted, strict=True) if w]
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in leaves]
 
 
 _ARGUMENTS = (
