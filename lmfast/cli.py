@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lmfast.commands.formatting import HelpFormatter
+from lmfast.commands.typed import typed_options
 
 # The module of a command is imported when it is the one that runs.
 _COMMANDS = {
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = vars(options).pop("parser")  # no option: a run keeps those in a file
     if unknown:
         _refuse(unknown, command)
+    options.typed = typed_options(command, arguments[1:])
     try:
         return options.run(options)
     except KeyboardInterrupt:

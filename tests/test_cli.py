@@ -16,7 +16,7 @@ from lmfast.tokenizer import BPETokenizer
 from lmfast.training import load_model, save_model
 
 TEXT = "".join(f"the cat number {i} sat on the mat number {i % 7}\n" for i in range(400))
-SMALL = ["--vocab-size", "300", "--emb-dim", "16", "--heads", "2", "--layers", "1", "--quiet"]
+SMALL = ["--vocab-size", "300", "--emb-dim", "16", "--layers", "1", "--quiet"]
 STEPS = ["--steps", "6", "--batch-size", "4", "--context", "8", "--save-every", "3"]
 
 

@@ -21,7 +21,7 @@ from lmfast.models import DecoderLanguageModel
 from lmfast.training import save_model
 
 CPU = torch.device("cpu")
-SIZES = ["--vocab-size", "50", "--emb-dim", "16", "--heads", "2", "--batch-size", "2"]
+SIZES = ["--vocab-size", "50", "--emb-dim", "16", "--batch-size", "2"]
 
 
 def model_of(**options: Any) -> ProfiledModel:
@@ -52,7 +52,9 @@ def test_tables_and_files(
 ) -> None:
     figures, trace = tmp_path / "figures.json", tmp_path / "trace.json"
     files = ["--json", str(figures), "--trace", str(trace)]
-    arguments = ["--kind", kind, "--mode", mode, *SIZES, "--steps", "1", "--new-tokens", "3"]
+    arguments = ["--kind", kind, "--mode", mode, *SIZES, "--steps", "1"]
+    arguments += ["--heads", "2"] if kind == "decoder" else []
+    arguments += ["--new-tokens", "3"] if mode == "generation" else []
     assert main(["profile", *arguments, *files]) == 0
     out = capsys.readouterr().out
     for word in ("tokens/s", "GFLOP/s", "GB/s", "peak memory", "layer, forward", "operators"):
@@ -81,7 +83,16 @@ def test_a_saved_model_has_its_own_sizes(
 ) -> None:
     for typed in (["--kind", "decoder"], ["--emb-dim", "128"]):
         assert main(["profile", "--model", str(tmp_path), *typed]) == 1
-        assert f"{typed[0]} is of a new model: it excludes --model" in capsys.readouterr().err
+        assert f"{' '.join(typed)} is of a new model: leave it out" in capsys.readouterr().err
+
+
+def test_options_without_effect_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for typed, told in (
+        (["--kind", "recurrent", "--heads", "8"], "--heads 8 is for --kind decoder"),
+        (["--new-tokens", "64"], "--new-tokens 64 is for --mode generation"),
+    ):
+        assert main(["profile", *typed]) == 1
+        assert told in capsys.readouterr().err
 
 
 def test_work_is_counted_by_operator_and_by_layer() -> None:
@@ -165,8 +176,8 @@ def test_a_model_of_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[s
     per_layer = 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24
     assert model.matrix_entries() == 2 * per_layer + 60 * 16
     assert (model.attention_width, model.cache_width, model.layers) == (16, 8, 2)
-    for mode in ("training", "generation"):
-        arguments = ["--mode", mode, "--steps", "1", "--new-tokens", "3", "--batch-size", "2"]
+    for mode in (["training"], ["generation", "--new-tokens", "3"]):
+        arguments = ["--steps", "1", "--batch-size", "2", "--mode", *mode]
         assert main(["profile", "--model", str(tmp_path), *arguments]) == 0
         assert "LlamaForCausalLM" in capsys.readouterr().out
 

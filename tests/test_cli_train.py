@@ -15,7 +15,7 @@ from lmfast.training import load_model
 from lmfast.training.steps import Stepper
 
 LINES = [f"the cat number {i} sat on the mat number {i % 7}" for i in range(400)]
-SMALL = ["--vocab-size", "300", "--emb-dim", "16", "--heads", "2", "--layers", "1", "--quiet"]
+SMALL = ["--vocab-size", "300", "--emb-dim", "16", "--layers", "1", "--quiet"]
 STEPS = ["--steps", "6", "--batch-size", "4", "--context", "8", "--save-every", "3"]
 
 
@@ -101,7 +101,10 @@ def test_what_may_be_other_when_a_run_goes_on(place, capsys):
     other = str(place / "text.jsonl")
     for typed, told in (
         (["--emb-dim", "20"], "--emb-dim 20 is not what"),
-        (["--data", other], f"--data ['{other}'] is not what"),
+        (["--emb-dim", "128"], "--emb-dim 128 is not what"),  # the default, typed all the same
+        (["--batch-size=64"], "--batch-size 64 is not what"),
+        (["--epochs", "1"], "--epochs 1.0 has no effect beside --steps 6"),
+        (["--data", other], f"--data {other} is not what"),
         (["--precision", "medium"], "was started with, highest: leave it out"),
         (["--steps", "5"], "--steps 5 is less than the 6 that"),
     ):
@@ -201,26 +204,29 @@ def test_options_that_exclude_each_other(place, capsys):
     (place / "empty.txt").write_text(" \n")
     (place / "text.gz").write_bytes(gzip.compress(b"a\n"))
     cases = [
-        ([*text, "--carry-state"], "--carry-state needs --model recurrent"),
+        ([*text, "--carry-state"], "--carry-state is for --model recurrent, not decoder"),
         ([*text, "--model", "recurrent", "--carry-state", "--stream"], "excludes --lines"),
         ([*jsonl, "--model", "recurrent", "--carry-state"], "reads one long text"),
-        ([*text, "--model", "recurrent", "--recompute"], "--recompute is for the blocks"),
-        ([*text, "--model", "recurrent", "--final-norm"], "--kv-heads and --final-norm are for"),
+        ([*text, "--model", "recurrent", "--recompute"], "--recompute is for --model decoder"),
+        ([*text, "--model", "recurrent", "--final-norm"], "--final-norm is for --model decoder"),
+        ([*text, "--model", "recurrent", "--heads", "8"], "--heads 8 is for --model decoder, not"),
         ([*text, "--stream", "--held-out", "0.1"], "--held-out needs the end of the text"),
-        ([*text, "--buffer", "9"], "--buffer is for --stream"),
+        ([*text, "--buffer", "9"], "--buffer 9 is for --stream"),
         ([*text, "--eval-data", "x", "--held-out", "0.1"], "exclude each other"),
         ([*text, "--patience", "2", "--eval-every", "0"], "--patience needs --eval-every"),
-        ([*text, "--patience", "2", "--held-out", "0"], "--patience needs texts to evaluate on"),
+        ([*text, "--patience", "2", "--held-out", "0"], "--patience 2 needs texts to evaluate on"),
+        ([*text, "--eval-every", "200", "--held-out", "0"], "--eval-every 200 needs texts"),
+        ([*text, "--keep", "2", "--save-every", "0"], "--keep 2 has no effect beside"),
         ([*text, "--min-learning-rate", "1e-5"], "needs --schedule linear or cosine"),
         (
             [*text, "--schedule", "linear", "--min-learning-rate", "1"],
             "--min-learning-rate 1 is above --learning-rate 0.001",
         ),
         ([*text, "--warmup", "99", "--steps", "9"], "--warmup 99 is longer than the run: 9 steps"),
-        ([*text, "--steps", "9", "--epochs", "2"], "--steps and --epochs exclude each other"),
-        ([*text, "--tokenizer", "x"], "--vocab-size is of a new tokenizer"),
-        ([*text, "--cell", "lstm"], "--cell is for --model recurrent"),
-        ([*text, "--text-field", "body"], "not of plain text"),
+        ([*text, "--steps", "9", "--epochs", "1"], "--epochs 1.0 has no effect beside --steps 9"),
+        ([*text, "--tokenizer", "x"], "--vocab-size 300 is of a new tokenizer"),
+        ([*text, "--cell", "lstm"], "--cell lstm is for --model recurrent"),
+        ([*text, "--text-field", "text"], "--text-field text is of JSON lines"),
         ([*text, "--held-out", "1e-9"], "--held-out 1e-09 of this text is nothing"),
         ([*text, "--eval-data", str(place / "empty.txt")], "there is no text in"),
         ([*out, "--data", str(place)], "is a directory of no data set"),

@@ -138,3 +138,5 @@ def test_demo_input_that_cannot_be_used(tmp_path, capsys):
         assert err.startswith("lmfast demo: error: ")
         assert message in err
         assert err.count("\n") == 1
+    assert main(["demo", "--steps", "40", *out]) == 1
+    assert "--steps 40 has no effect beside --quick" in capsys.readouterr().err

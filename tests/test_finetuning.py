@@ -193,5 +193,11 @@ def test_command_names_bad_lines(trained: Path, capsys: pytest.CaptureFixture[st
     assert main(command) == 1
     assert "data.jsonl has no example" in capsys.readouterr().err
     assert not out.exists()
-    assert main([*command, "--dropout", "0.1"]) == 1
-    assert "are of --lora" in capsys.readouterr().err
+    data.write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
+    for typed, told in (
+        (["--dropout", "0.1"], "--dropout 0.1 is of --lora RANK"),
+        (["--alpha", "16"], "--alpha 16.0 is of --lora RANK"),  # its default, typed all the same
+        (["--format", "chatml"], "--format chatml is of messages, and"),
+    ):
+        assert main([*command, *typed]) == 1
+        assert told in capsys.readouterr().err

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import replace
 
 from lmfast.commands.options import COUNT, NATURAL, typed_text
+from lmfast.commands.typed import refuse_typed
 from lmfast.demo.run import run_demo
 from lmfast.demo.settings import DemoSettings
 
@@ -66,6 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the demo; 1 if the two implementations do not learn the same."""
     if options.quick:
+        sizes = ["vocab_size", "steps", "batch_size", "context", "new_tokens", "precision"]
+        refuse_typed(options, sizes, "has no effect beside --quick: leave one of them out")
         settings = replace(DemoSettings().quick(), seed=options.seed)
     else:
         settings = replace(

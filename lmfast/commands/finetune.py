@@ -21,6 +21,7 @@ from lmfast.commands.options import (
     load_tokenizer,
     number,
 )
+from lmfast.commands.typed import refuse_typed
 from lmfast.tokenizer import BPETokenizer
 from lmfast.training import (
     CompletionBatches,
@@ -38,7 +39,6 @@ from lmfast.training import (
 )
 from lmfast.training.chat_format import CHAT_FORMATS, ChatFormat, save_chat_format
 
-_ALPHA = 16.0
 _EPILOG = (
     'Each line of FILE is an object: {"prompt": TEXT, "completion": TEXT}, or {"messages": '
     '[{"role": "user", "content": TEXT}, {"role": "assistant", ...}]}, of which every turn of the '
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--lora", type=COUNT, metavar="RANK", help="train low-rank updates only")
     parser.add_argument(
-        "--alpha", type=POSITIVE, default=_ALPHA, metavar="X", help="scales them by X / RANK"
+        "--alpha", type=POSITIVE, default=16.0, metavar="X", help="scales them by X / RANK"
     )
     parser.add_argument(
         "--targets", nargs="+", metavar="NAME", help="what they update (default: every layer)"
@@ -93,8 +93,8 @@ def run(options: argparse.Namespace) -> int:
     out = Path(options.out)
     if (out / "config.json").exists():
         raise ValueError(f"{out} holds a model already: name another directory")
-    if options.lora is None and (options.targets or options.dropout or options.alpha != _ALPHA):
-        raise ValueError("--targets, --alpha and --dropout are of --lora RANK")
+    if options.lora is None:
+        refuse_typed(options, ["targets", "alpha", "dropout"], "is of --lora RANK")
     device = apply_machine_options(options)
     seed_everything(options.seed)
     model = load_model(options.model, device=device)
@@ -106,6 +106,10 @@ def run(options: argparse.Namespace) -> int:
         chats += from_messages
     if not examples:
         raise DataError(f"{options.data} has no example")
+    if not chats:
+        refuse_typed(options, ["format"], f"is of messages, and {options.data} has none")
+    if chats == len(examples):
+        refuse_typed(options, ["separator"], f"is of prompts, and {options.data} has messages")
     pad_id = model.pad_idx or 0
     batches = CompletionBatches(examples, options.batch_size, pad_id=pad_id, seed=options.seed)
     steps = max(1, math.ceil(options.epochs * len(batches)))

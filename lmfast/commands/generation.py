@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lmfast.commands.options import COUNT, NATURAL, POSITIVE, SHARE, load_tokenizer, number
+from lmfast.commands.typed import refuse_typed
 from lmfast.generation import Generator, QuantisedWeights
 from lmfast.generation.options import end_ids
 from lmfast.generation.runner import WEIGHTS
@@ -161,8 +162,7 @@ def load_generator(
         ends = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     weights: Any = options.weights
     if options.quantised is not None:
-        if weights != "fp32" or options.group is not None:
-            raise ValueError("--quantised is in the place of --weights and --group: leave them out")
+        refuse_typed(options, ["weights", "group"], "has no effect beside --quantised")
         weights = QuantisedWeights.load(options.quantised)
     return Generator(model, weights=weights, group=options.group), tokenizer, ends
 

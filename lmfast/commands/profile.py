@@ -32,6 +32,7 @@ from lmfast.commands.profile_measure import (
 )
 from lmfast.commands.profile_model import ProfiledModel, profiled_model
 from lmfast.commands.profile_work import Work
+from lmfast.commands.typed import refuse_typed
 from lmfast.training.memory import peak_bytes, peak_device_bytes
 
 _SIZES = {"vocab_size": 32_011, "emb_dim": 128, "layers": 2, "heads": 8}
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="DIR", help="a saved model, of this package or transformers; else --kind"
     )
     parser.add_argument(
-        "--kind", choices=["decoder", "recurrent"], help="of a new model (default: decoder)"
+        "--kind", choices=["decoder", "recurrent"], default="decoder", help="of a new model"
     )
     parser.add_argument(
         "--mode", choices=["training", "generation"], default="training", help="what to run"
@@ -57,8 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             type=COUNT,
+            default=value,
             metavar="N",
-            help=f"of a new {'decoder' if name == 'heads' else 'model'} (default: {value})",
+            help=f"of a new {'decoder' if name == 'heads' else 'model'}",
         )
     parser.add_argument(
         "--batch-size", type=COUNT, metavar="N", help="rows (default: 128, in generation 1)"
@@ -90,11 +92,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Profile and print."""
-    for name, value in {"kind": "decoder", **_SIZES}.items():
-        if options.model is not None and getattr(options, name) is not None:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} is of a new model: it excludes --model")
-        setattr(options, name, getattr(options, name) or value)
+    if options.model is not None:
+        names = ["kind", *_SIZES]
+        refuse_typed(options, names, f"is of a new model: leave it out, or --model {options.model}")
+    elif options.kind == "recurrent":
+        refuse_typed(options, ["heads"], "is for --kind decoder, not recurrent: leave it out")
+    if options.mode == "training":
+        refuse_typed(options, ["new_tokens"], "is for --mode generation")
     device = apply_machine_options(options)
     lmfast.tune_allocator()
     model = profiled_model(options, device)

@@ -14,6 +14,7 @@ import torch
 from lmfast.commands import train_options
 from lmfast.commands.options import apply_machine_options
 from lmfast.commands.train_data import Data, load_data
+from lmfast.commands.typed import as_typed
 from lmfast.models import DecoderLanguageModel, LanguageModel, RecurrentLanguageModel
 from lmfast.tokenizer import BPETokenizer
 from lmfast.training import (
@@ -37,6 +38,7 @@ _PATHS = ("data", "eval_data")
 _THIS_TIME = (
     "run",
     "command",
+    "typed",
     "traceback",
     "out",
     "resume",
@@ -57,9 +59,6 @@ def run(options: argparse.Namespace) -> int:
         _restore(options, out)
     elif (out / "run.json").exists():
         raise ValueError(f"{out} holds a run already: continue it with --resume, or name another")
-    else:
-        train_options.check_typed(options)
-    train_options.fill_defaults(options)
     train_options.check(options)
     with process_group(options.device) as device:
         options.device = device
@@ -152,8 +151,8 @@ def _restore(options: argparse.Namespace, out: Path) -> None:
         raise ValueError(f"{out} holds no run to continue: no run.json") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{out / 'run.json'} is damaged: {error}") from None
-    steps = options.steps
     _refuse_others(options, settings, out)
+    steps = options.steps
     if steps is not None and steps < (done := _steps_done(out)):
         raise ValueError(f"--steps {steps} is less than the {done} that {out} has been trained for")
     for name, value in settings.items():
@@ -163,15 +162,13 @@ def _restore(options: argparse.Namespace, out: Path) -> None:
 
 def _refuse_others(options: argparse.Namespace, settings: dict[str, Any], out: Path) -> None:
     """Raise ValueError for an option that was typed and is not what the run was started with."""
-    defaults = argparse.ArgumentParser()
-    add_arguments(defaults)
-    for name, stored in settings.items():
-        typed = getattr(options, name, None)
-        if name in _PATHS and typed:
+    for name in sorted(options.typed & settings.keys() - {"steps"}):
+        typed, stored = getattr(options, name), settings[name]
+        if name in _PATHS:
             typed = [str(Path(path).resolve()) for path in typed]
-        if name != "steps" and typed != stored and typed != defaults.get_default(name):
+        if typed != stored:
             raise ValueError(
-                f"--{name.replace('_', '-')} {typed} is not what {out} was started with, {stored}: "
+                f"{as_typed(options, name)} is not what {out} was started with, {stored}: "
                 "leave it out, or begin another run"
             )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lmfast.commands.typed import refuse_typed
 from lmfast.tokenizer import BPETokenizer
 from lmfast.training import (
     SPECIAL_TOKENS,
@@ -66,8 +67,8 @@ def load_data(options: argparse.Namespace, stored_tokenizer: Path | None) -> Dat
         raise ValueError("--examples texts needs separate texts: --lines, JSON lines or a data set")
     if options.carry_state and separate:
         raise ValueError("--carry-state reads one long text: give it plain text files")
-    if options.text_field != "text" and isinstance(source, TextFiles):
-        raise ValueError("--text-field is of JSON lines and data sets, not of plain text")
+    if isinstance(source, TextFiles):
+        refuse_typed(options, ["text_field"], "is of JSON lines and data sets, not of plain text")
     packed = options.examples == "windows" or not (options.examples or options.lines)
     held_out: list[str] = []
     texts: Iterable[str] = source
@@ -91,8 +92,9 @@ def load_data(options: argparse.Namespace, stored_tokenizer: Path | None) -> Dat
     else:
         batches = make.in_memory(list(texts), shuffle=True)
     evaluation = make.in_memory(held_out, shuffle=False) if any(held_out) else None
-    if options.patience is not None and evaluation is None:
-        raise ValueError("--patience needs texts to evaluate on: --held-out or --eval-data")
+    if evaluation is None:
+        names = ["patience", "eval_every", "eval_batches"]
+        refuse_typed(options, names, "needs texts to evaluate on: --held-out or --eval-data")
     note = ""
     if packed and not options.stream:
         longest = next(iter(batches))[0].shape[1]
@@ -154,7 +156,7 @@ class _Maker:
             pack=self._packed,
             pad_id=self._pad_id,
             end_id=self._end_id,
-            buffer=options.buffer or 8192,
+            buffer=options.buffer,
             seed=options.seed,
             threads=options.workers,
         )

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from lmfast.commands.options import COUNT, NATURAL, POSITIVE, add_machine_options, number
+from lmfast.commands.typed import refuse_typed
 from lmfast.nn.stack import CELLS
 from lmfast.training.schedule import KINDS
 
-# Of options that exclude others: these can be told from what was typed.
-_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 8_000,
-    "mode": "byte",
-    "epochs": 1.0,
-    "cell": "elman",
+# Options of one kind of model.
+_OF_KIND = {
+    "decoder": ("heads", "kv_heads", "final_norm", "recompute"),
+    "recurrent": ("cell", "carry_state"),
 }
 
 _EPILOG = (
@@ -65,7 +63,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--layers", type=COUNT, default=2, metavar="N", help="blocks or recurrent layers"
     )
-    group.add_argument("--cell", choices=CELLS, help="of the recurrent model" + _default("cell"))
+    group.add_argument("--cell", choices=CELLS, default="elman", help="of the recurrent model")
     group.add_argument(
         "--heads", type=COUNT, default=8, metavar="N", help="query heads of the decoder"
     )
@@ -81,11 +79,12 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--vocab-size",
         type=COUNT,
+        default=8_000,
         metavar="N",
-        help="of a new tokenizer" + _default("vocab_size"),
+        help="of a new tokenizer",
     )
     group.add_argument(
-        "--mode", choices=["byte", "char"], help="of a new tokenizer" + _default("mode")
+        "--mode", choices=["byte", "char"], default="byte", help="of a new tokenizer"
     )
     group.add_argument(
         "--lines", action="store_true", help="each line of a text file is a text of its own"
@@ -123,8 +122,9 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--buffer",
         type=COUNT,
+        default=8192,
         metavar="N",
-        help="examples shuffled together in a stream (default: 8192)",
+        help="examples shuffled together in a stream",
     )
     group.add_argument(
         "--workers", type=COUNT, metavar="N", help="threads that encode (default: all CPUs)"
@@ -136,7 +136,7 @@ def _add_steps(group: argparse._ArgumentGroup) -> None:
         "--steps", type=COUNT, metavar="N", help="optimiser steps; instead of --epochs"
     )
     group.add_argument(
-        "--epochs", type=POSITIVE, metavar="X", help="passes over the text" + _default("epochs")
+        "--epochs", type=POSITIVE, default=1.0, metavar="X", help="passes over the text"
     )
     group.add_argument(
         "--batch-size", type=COUNT, default=64, metavar="N", help="examples per step"
@@ -206,54 +206,36 @@ def _add_evaluation(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _default(name: str) -> str:
-    return f" (default: {_DEFAULTS[name]})"
-
-
-def fill_defaults(options: argparse.Namespace) -> None:
-    """Give the options that were left out their values."""
-    for name, value in _DEFAULTS.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-
-
-def check_typed(options: argparse.Namespace) -> None:
-    """Raise ValueError for options of a new run of which one would have no effect."""
-    if options.steps is not None and options.epochs is not None:
-        raise ValueError("--steps and --epochs exclude each other")
-    for name in ("vocab_size", "mode"):
-        if options.tokenizer is not None and getattr(options, name) is not None:
-            option = name.replace("_", "-")
-            raise ValueError(
-                f"--{option} is of a new tokenizer, --tokenizer names one: leave one out"
-            )
-    if options.model == "decoder" and options.cell is not None:
-        raise ValueError("--cell is for --model recurrent")
-
-
 def check(options: argparse.Namespace) -> None:
-    """Raise ValueError for options that exclude each other."""
+    """Raise ValueError for options that exclude each other, or of which one has no effect."""
     if not options.data:
         raise ValueError("--data is needed: text files to train on (or --resume)")
-    if options.model == "recurrent" and (options.kv_heads or options.final_norm):
-        raise ValueError("--kv-heads and --final-norm are for --model decoder")
-    if options.model == "recurrent" and options.recompute:
-        raise ValueError("--recompute is for the blocks of --model decoder")
-    if options.carry_state:
-        if options.model != "recurrent":
-            raise ValueError("--carry-state needs --model recurrent: a decoder has no state")
-        if options.lines or options.examples == "texts" or options.stream:
-            raise ValueError(
-                "--carry-state reads one long text: it excludes --lines, --examples texts "
-                "and --stream"
-            )
+    if options.steps is not None:
+        refuse_typed(options, ["epochs"], f"has no effect beside --steps {options.steps}")
+    if options.tokenizer is not None:
+        refuse_typed(
+            options,
+            ["vocab_size", "mode"],
+            f"is of a new tokenizer: leave it out, or --tokenizer {options.tokenizer}",
+        )
+    for kind, names in _OF_KIND.items():
+        if kind != options.model:
+            reason = f"is for --model {kind}, not {options.model}: leave it out"
+            refuse_typed(options, names, reason)
+    separate = options.lines or options.examples == "texts" or options.stream
+    if options.carry_state and separate:
+        raise ValueError(
+            "--carry-state reads one long text: it excludes --lines, --examples texts and --stream"
+        )
     if options.stream:
         if options.held_out:
             raise ValueError("--held-out needs the end of the text, --stream does not: --eval-data")
-    elif options.buffer is not None:
-        raise ValueError("--buffer is for --stream: text in memory is shuffled as a whole")
+    else:
+        refuse_typed(options, ["buffer"], "is for --stream: text in memory is shuffled as a whole")
     if options.eval_data and options.held_out:
         raise ValueError("--eval-data and --held-out exclude each other")
+    if not options.save_every:
+        refuse_typed(options, ["keep"], "has no effect beside --save-every 0")
     if options.patience is not None and not options.eval_every:
         raise ValueError("--patience needs --eval-every above 0")
     if options.min_learning_rate is not None:
