@@ -64,6 +64,17 @@ def test_lines_are_examples_or_one_long_text(place):
     assert texts["tokens"] > windows["tokens"]
 
 
+def test_compressed_text_is_text(place):
+    for name in ("text.txt", "text.jsonl"):
+        (place / f"{name}.gz").write_bytes(gzip.compress((place / name).read_bytes()))
+    field = ["--text-field", "body", "--stream"]
+    for name, options in (("text.txt", []), ("text.jsonl", field)):
+        plain, packed = (run(place, f"{file}-run", file, *options) for file in (name, f"{name}.gz"))
+        assert packed["losses"] == plain["losses"]
+    out = ["--out", str(place / "text.jsonl.gz-run"), "--resume", "--quiet", "--steps", "8"]
+    assert main(["train", *out]) == 0
+
+
 def test_everything_at_once(place):
     options = ["--stream", "--workers", "1", "--schedule", "cosine", "--warmup", "2"]
     options += ["--min-learning-rate", "1e-4", "--accumulate", "3", "--clip-norm", "1"]
@@ -202,7 +213,8 @@ def test_options_that_exclude_each_other(place, capsys):
     text = [*out, "--data", str(place / "text.txt")]
     jsonl = [*out, "--data", str(place / "text.jsonl"), "--text-field", "body"]
     (place / "empty.txt").write_text(" \n")
-    (place / "text.gz").write_bytes(gzip.compress(b"a\n"))
+    (place / "text.zst").write_bytes(b"\x28\xb5\x2f\xfd\x00")
+    (place / "text.gz").write_bytes(gzip.compress(b"a\n" * 99)[:-9])
     cases = [
         ([*text, "--carry-state"], "--carry-state is for --model recurrent, not decoder"),
         ([*text, "--model", "recurrent", "--carry-state", "--stream"], "excludes --lines"),
@@ -230,7 +242,8 @@ def test_options_that_exclude_each_other(place, capsys):
         ([*text, "--held-out", "1e-9"], "--held-out 1e-09 of this text is nothing"),
         ([*text, "--eval-data", str(place / "empty.txt")], "there is no text in"),
         ([*out, "--data", str(place)], "is a directory of no data set"),
-        ([*out, "--data", str(place / "text.gz")], "is compressed: unpack it first, with gunzip"),
+        ([*out, "--data", str(place / "text.zst")], "compressed: unpack it first, with unzstd"),
+        ([*out, "--data", str(place / "text.gz")], "text.gz is compressed and damaged: "),
         ([*text, "--add-eos"], "--add-eos needs separate texts"),
         ([*text, "--examples", "texts"], "--examples texts needs separate texts"),
         ([*text, "--data", str(place / "text.txt"), str(place / "text.jsonl")], "of one kind"),

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from lmfast._compressed import open_text
 from lmfast.commands.options import (
     COUNT,
     NATURAL,
@@ -158,7 +159,7 @@ def _examples(
     options: argparse.Namespace, tokenizer: BPETokenizer, chat: ChatFormat
 ) -> Iterator[tuple[CompletionExample, bool]]:
     """Examples, and of each whether it is a turn of a conversation."""
-    with open(options.data, "rb") as lines:
+    with open_text(options.data) as lines:
         for index, line in enumerate(lines, 1):
             if not line.strip():
                 continue

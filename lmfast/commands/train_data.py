@@ -93,7 +93,7 @@ def load_data(options: argparse.Namespace, stored_tokenizer: Path | None) -> Dat
         batches = make.in_memory(list(texts), shuffle=True)
     evaluation = make.in_memory(held_out, shuffle=False) if any(held_out) else None
     if evaluation is None:
-        names = ["patience", "eval_every", "eval_batches"]
+        names = ["patience", "eval_batches", *(["eval_every"] if options.eval_every else [])]
         refuse_typed(options, names, "needs texts to evaluate on: --held-out or --eval-data")
     note = ""
     if packed and not options.stream:

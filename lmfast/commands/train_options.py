@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         nargs="+",
         metavar="FILE",
-        help="UTF-8 text, .jsonl, or a directory made by datasets' save_to_disk",
+        help="UTF-8 text, .jsonl, both also as .gz, .bz2 or .xz, or a directory made by "
+        "datasets' save_to_disk",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="run directory")
     parser.add_argument("--resume", action="store_true", help="continue the run in DIR")

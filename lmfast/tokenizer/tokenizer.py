@@ -142,8 +142,8 @@ class BPETokenizer(Coding):
 
         Args:
             corpus: a str or bytes (one text), a path (read in blocks of a few MB; whole where the
-                pattern is a regular expression or None), an iterable of those, or a mapping of
-                words to counts, see `count_words`.
+                pattern is a regular expression or None; unpacked if gzip, bzip2 or xz), an iterable
+                of those, or a mapping of words to counts, see `count_words`.
             vocab_size: number of ids to reach. In the byte mode special tokens and the 256 bytes
                 count; in the char mode symbols and merges count and special tokens come on top, so
                 that the merges are the textbook loop's. A sequence gives a list of tokenizers, one

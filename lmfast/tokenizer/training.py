@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from lmfast._compressed import open_text
+
 from .backend import default_threads, engine
 from .byte_alphabet import BYTE_ORDER
 from .cuts import safe_cut_bytes
@@ -70,7 +72,7 @@ def _file_blocks(path: os.PathLike, pattern: Pattern) -> Iterator[bytes]:
 
     Without a named pattern no boundary is certain before the end: the file is one block.
     """
-    with open(path, "rb") as file:
+    with open_text(path) as file:
         waiting: list[bytes] = []
         while block := file.read(_BLOCK):
             cut = safe_cut_bytes(block, pattern, _TAIL)

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import os
 import shutil
 import stat
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from lmfast._compressed import DAMAGED
 from lmfast.training.sources import DataError
 
 _DAMAGED: tuple[type[Exception], ...] = (
     tarfile.TarError,
     zipfile.BadZipFile,
-    zlib.error,
-    gzip.BadGzipFile,
-    EOFError,
+    *DAMAGED,
     RuntimeError,  # what zipfile says of an encrypted member
     NotImplementedError,  # and of a compression it does not know
 )
-try:
-    from lzma import LZMAError
-except ImportError:  # a Python built without it reads no xz
-    pass
-else:
-    _DAMAGED += (LZMAError,)
 
 
 class _Member(NamedTuple):

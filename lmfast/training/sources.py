@@ -18,13 +18,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lmfast.training.text import unpacked_by
+from lmfast._compressed import BlockReader
 
 Position = dict[str, int]
 
 BLOCK_BYTES = 1 << 20
 _BLOCK_ROWS = 1024
 _JSON_LINES = (".jsonl", ".ndjson")
+_COMPRESSED = (".gz", ".bz2", ".xz")
 _DIGITS = re.compile(r"\d+")
 
 
@@ -106,6 +107,7 @@ class _Files(TextSource):
             raise ValueError("paths must name at least one file, got none")
         for path in filter(Path.is_dir, self.paths):
             raise IsADirectoryError(f"{path} is a directory of no data set: name the files in it")
+        self._readers = [BlockReader(path) for path in self.paths]
         self._stamps = [_stamp(path) for path in self.paths]
         self._identity = [_file_identity(path) for path in self.paths]
 
@@ -116,17 +118,13 @@ class _Files(TextSource):
         index, offset, line = position["file"], position["offset"], position["line"]
         path = self.paths[index]
         self._check_unchanged(index)
-        with path.open("rb") as file:
-            file.seek(offset)
-            data = file.read(BLOCK_BYTES)
-            if data:
-                data += file.readline()
-            if offset == 0:
-                if (unpack := unpacked_by(data)) is not None:
-                    raise DataError(f"{path} is compressed: unpack it first, with {unpack}")
-                data = data.removeprefix(codecs.BOM_UTF8)
-            end = file.tell()
-            last = not file.read(1)
+        try:
+            data, last = self._readers[index].block(offset, BLOCK_BYTES)
+        except ValueError as error:
+            raise DataError(str(error)) from None
+        end = offset + len(data)
+        if offset == 0:
+            data = data.removeprefix(codecs.BOM_UTF8)
         texts = self._replaced(self._texts(path, data, line, last))
         if not last:
             return texts, {"file": index, "offset": end, "line": line + data.count(b"\n")}
@@ -172,7 +170,7 @@ class TextFiles(_Files):
     """Plain text files.
 
     Args:
-        paths: UTF-8 files, read in this order.
+        paths: UTF-8 files, also compressed by gzip, bzip2 or xz, read in this order.
         lines: each line that is not blank is a text of its own; otherwise each file is one long
             text, given in blocks that end with a line.
         bad_lines: at a line that is not UTF-8, "error" or "skip".
@@ -220,7 +218,7 @@ class JsonLines(_Files):
     """Files with one JSON object per line, a text in one of its fields.
 
     Args:
-        paths: UTF-8 files, read in this order.
+        paths: UTF-8 files, also compressed by gzip, bzip2 or xz, read in this order.
         field: where the text is.
         bad_lines: at a line that is not UTF-8, not JSON, or has no text there, "error" or "skip".
         digits: takes the place of every run of digits in a text.
@@ -351,8 +349,9 @@ def open_texts(
     """Return the source for what is at some paths: all text, all JSON lines, or one data set.
 
     Args:
-        paths: files ending in .jsonl or .ndjson; or other files, taken as plain text; or one
-            directory that `datasets.Dataset.save_to_disk` wrote.
+        paths: files ending in .jsonl or .ndjson; or other files, taken as plain text; both also
+            compressed by gzip, bzip2 or xz (.jsonl.gz); or one directory that
+            `datasets.Dataset.save_to_disk` wrote.
         lines, field, bad_lines, digits: as in `TextFiles`, `JsonLines` and `DatasetTexts`.
 
     Raises:
@@ -380,7 +379,8 @@ def open_texts(
 def _kind(path: Path) -> str:
     if (path / "dataset_info.json").is_file():
         return "a data set"
-    return "JSON lines" if path.suffix in _JSON_LINES else "text"
+    name = path.stem if path.suffix in _COMPRESSED else path.name
+    return "JSON lines" if name.endswith(_JSON_LINES) else "text"
 
 
 def _stamp(path: Path) -> tuple[int, int]:

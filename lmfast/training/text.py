@@ -10,20 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmfast._compressed import open_text
+
 # The ids of a new tokenizer begin with these; padding has id 0.
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<eos>")
-
-_MAGIC = {
-    b"\x1f\x8b": "gunzip -k",
-    b"\x28\xb5\x2f\xfd": "unzstd",
-    b"\xfd7zXZ": "unxz -k",
-    b"PK\x03\x04": "unzip",
-}
-
-
-def unpacked_by(data: bytes) -> str | None:
-    """Return the command that unpacks a file which begins so; None if it is not compressed."""
-    return next((command for magic, command in _MAGIC.items() if data.startswith(magic)), None)
 
 
 class Tokenizer(Protocol):
@@ -34,11 +24,11 @@ class Tokenizer(Protocol):
 
 
 def read_text(path: str | Path) -> str:
-    """Read a UTF-8 text file.
+    """Read a UTF-8 text file, also one compressed by gzip, bzip2 or xz.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is compressed, or not UTF-8; names the file and the place.
+        ValueError: it is damaged, an archive, or not UTF-8; names the file and the place.
 
     Example:
         >>> import pathlib, tempfile
@@ -47,9 +37,8 @@ def read_text(path: str | Path) -> str:
         >>> read_text(path)
         'one line'
     """
-    data = Path(path).read_bytes()
-    if (unpack := unpacked_by(data)) is not None:
-        raise ValueError(f"{path} is compressed: unpack it first, with {unpack}")
+    with open_text(path) as file:
+        data = file.read()
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
