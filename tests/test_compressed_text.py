@@ -45,6 +45,10 @@ def test_compressed_text_is_read(packed):
         assert copy.block(position["offset"], 512) == packed_reader.block(position["offset"], 512)
 
 
+def test_one_path_is_a_list_of_one(packed):
+    assert list(TextFiles(str(packed))) == list(open_texts(packed)) == list(TextFiles([packed]))
+
+
 def test_threads_share_a_source(packed):
     source = TextFiles([packed], lines=True)
     found = [[] for _ in range(4)]

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
+
+Special = Literal["all"] | Collection[str]
+
+
+class BatchOptions(TypedDict, total=False):
+    """The keywords of `encode_batch` that do not change what it returns, for type checkers."""
+
+    threads: int | None
+    allowed_special: Special | None
+    disallowed_special: Special | None
+    add_special_tokens: bool
 
 
 def check_text(text: object, name: str = "text") -> None:

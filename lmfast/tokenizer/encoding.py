@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import numpy as np
 
 from .added_tokens import AddedTokens
 from .backend import default_threads
 from .batches import framed, with_rows
-from .call_arguments import check_text, checked_special, checked_texts
-from .cuts import safe_cut
+from .call_arguments import BatchOptions, Special, check_text, checked_special, checked_texts
 from .decoding import Decoding
 from .dropout import check_dropout, first_state, piece_ends
 from .invalid import encode_invalid
@@ -23,8 +22,10 @@ from .spans import character_spans, located_spans
 from .streaming import Appender
 from .template import NOTHING, Template
 from .training_arguments import checked_threads, whole
+from .truncation import truncated
 
-Special = Literal["all"] | Collection[str]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Allowed(NamedTuple):
@@ -202,6 +203,25 @@ class Coding(Decoding):
             return more + self._encoder.count(text, specials.matcher)
         return more + len(self._encode_by_python(text, specials))
 
+    @overload
+    def encode_batch(
+        self,
+        texts: Iterable[str | bytes],
+        *,
+        flat: Literal[False] = False,
+        **options: Unpack[BatchOptions],
+    ) -> list[np.ndarray]: ...
+
+    @overload
+    def encode_batch(
+        self, texts: Iterable[str | bytes], *, flat: Literal[True], **options: Unpack[BatchOptions]
+    ) -> tuple[np.ndarray, np.ndarray]: ...
+
+    @overload
+    def encode_batch(
+        self, texts: Iterable[str | bytes], *, flat: bool, **options: Unpack[BatchOptions]
+    ) -> list[np.ndarray] | tuple[np.ndarray, np.ndarray]: ...
+
     def encode_batch(
         self,
         texts: Iterable[str | bytes],
@@ -211,7 +231,7 @@ class Coding(Decoding):
         allowed_special: Special | None = None,
         disallowed_special: Special | None = None,
         add_special_tokens: bool = True,
-    ) -> Any:
+    ) -> list[np.ndarray] | tuple[np.ndarray, np.ndarray]:
         """Encode many texts, on several threads and without the GIL.
 
         Args:
@@ -370,29 +390,7 @@ class Coding(Decoding):
             "add_special_tokens": False,
         }
         self._allowed(text, special["allowed_special"], special["disallowed_special"])
-        for head in self._heads(text, max_tokens):
-            ids, where = self.offsets(head, **special)
-            if len(ids) > max_tokens:
-                break
-        else:
-            return text
-        for keep in range(max_tokens, 0, -1):
-            end = where[keep - 1][1]
-            # A token that ends inside a character would count it for both neighbours.
-            if where[keep][0] >= end and self.count(text[:end], **special) <= max_tokens:
-                return text[:end]
-        return ""
-
-    def _heads(self, text: str, tokens: int) -> Iterator[str]:
-        """Longer and longer beginnings of a text, whose ids are the first of the whole text's; the
-        last is the text."""
-        size = 8 * tokens + 64
-        while size < len(text) and self._model.has_certain_ends:
-            cut = safe_cut(text[:size], self._model.pattern, self._model.joined_pairs)
-            if cut:
-                yield text[:cut]
-            size *= 4
-        yield text
+        return truncated(self, text, max_tokens, special)
 
     def appender(self, text: str = "") -> Appender:
         """An encoding that grows as text arrives; see `Appender`."""

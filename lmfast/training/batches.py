@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmfast.tokenizer.training_arguments import whole
+
 
 def _checked(ids: object) -> Tensor:
     """A text's ids (N,) as int32; TypeError or ValueError for anything else."""
@@ -292,8 +294,7 @@ class PaddedBatches(MemoryBatches):
         shuffle: bool = True,
         seed: int = 0,
     ) -> None:
-        if max_length < 2:
-            raise ValueError(f"max_length must be at least 2, got {max_length}")
+        whole("max_length", max_length, 2)
         cut = [torch.as_tensor(s, dtype=torch.int32)[:max_length] for s in sequences]
         self._sequences = [ids for ids in cut if len(ids) > 1]
         self._pad_id = pad_id
@@ -312,10 +313,9 @@ class PaddedBatches(MemoryBatches):
 
 
 def check_positive(**sizes: int) -> None:
-    """Raise ValueError for a named size below 1."""
+    """Raise ValueError for a named size below 1, TypeError for what is no int."""
     for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        whole(name, value, 1)
 
 
 def check_identity(here: dict[str, Any], state: dict[str, Any]) -> None:

@@ -5,15 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lmfast.tokenizer.training_arguments import whole
 
 LossFunction = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
 
 
 def model_loss(model: nn.Module, ids: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     """Return the mean loss by the model's own `loss` method."""
+    if not hasattr(model, "loss"):
+        name = type(model).__name__
+        raise TypeError(f"model must have loss(ids, targets), or loss= be given; {name} has none")
     return model.loss(ids, targets, ignore_index=ignore_index)  # type: ignore[operator]
 
 
@@ -77,6 +83,10 @@ def evaluate(
     Returns:
         The evaluation; without any token loss and perplexity are NaN.
 
+    Raises:
+        TypeError: an argument, or a batch, is of a wrong type; names it.
+        ValueError: `max_batches` is below 1.
+
     Example:
         >>> from lmfast.models import RecurrentLanguageModel
         >>> model = RecurrentLanguageModel(50, 8, 1, 0)
@@ -85,19 +95,35 @@ def evaluate(
         >>> round(evaluate(model, [(ids, ids)]).perplexity, 4)
         50.0
     """
-    device = next(model.parameters()).device
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be an iterable of (inputs, targets), got {batches!r}")
+    ignore_index = whole("ignore_index", ignore_index, -(2**63))
+    most = None if max_batches is None else whole("max_batches", max_batches, 1)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     running = RunningLoss()
     was_training = model.training
     model.eval()
-    for count, (inputs, targets) in enumerate(batches):
-        if max_batches is not None and count >= max_batches:
-            break
-        tokens = int((targets != ignore_index).sum())
-        value = loss(model, inputs.to(device), targets.to(device), ignore_index)
-        running.add(value, tokens)
-    model.train(was_training)
+    try:
+        for count, batch in enumerate(batches):
+            if count == most:
+                break
+            inputs, targets = _pair(batch, count)
+            tokens = int((targets != ignore_index).sum())
+            value = loss(model, inputs.to(device), targets.to(device), ignore_index)
+            running.add(value, tokens)
+    finally:
+        model.train(was_training)
     mean = running.mean()
     return Evaluation(mean, exp_or_inf(mean), running.tokens)
+
+
+def _pair(batch: Any, index: int) -> tuple[Tensor, Tensor]:
+    if isinstance(batch, (tuple, list)) and [isinstance(t, Tensor) for t in batch] == [True, True]:
+        return batch[0], batch[1]
+    kind = type(batch).__name__
+    raise TypeError(f"batches must give pairs of tensors (inputs, targets); [{index}] is a {kind}")
 
 
 def perplexity(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lmfast.tokenizer.training_arguments import whole
+
 KINDS = ("constant", "linear", "cosine")
 
 
@@ -41,8 +43,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if self.total_steps < 1:
-            raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
+        whole("total_steps", self.total_steps, 1)
         if not 0 <= self.warmup_steps <= self.total_steps:
             raise ValueError(
                 f"warmup_steps must be in 0..total_steps ({self.total_steps}), "

@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lmfast.tokenizer.training_arguments import whole
 from lmfast.training.batches import Batches
 from lmfast.training.processes import Processes
+from lmfast.training.schedule import Schedule
 
 
 def check_numbers(
     counts: dict[str, int | None], intervals: dict[str, int], bounds: dict[str, float | None]
 ) -> None:
-    """Raise ValueError for a count below 1 (None will do), a negative interval, or a bound of 0."""
+    """Raise ValueError for a count below 1 (None will do), a negative interval, or a bound of 0;
+    TypeError for what is no number."""
     for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+        if count is not None:
+            whole(name, count, 1)
     for name, interval in intervals.items():
-        if interval < 0:
+        if whole(name, interval, -sys.maxsize) < 0:
             raise ValueError(f"{name} must be 0 (never) or more, got {interval}")
     for name, bound in bounds.items():
-        if bound is not None and not bound > 0:
+        if bound is None:
+            continue
+        if not isinstance(bound, (int, float)):
+            raise TypeError(f"{name} must be a number or None, got {bound!r}")
+        if not bound > 0:
             raise ValueError(f"{name} must be above 0 or None, got {bound}")
+
+
+def check_parts(loss: Any, optimizer: Any, schedule: Any, logs: Any) -> None:
+    """Raise TypeError for what cannot take its part in a step."""
+    if not callable(loss):
+        raise TypeError(
+            f"loss must be a function of (model, ids, targets, ignore_index), got {loss!r}"
+        )
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"optimizer must be one of torch.optim or None, got {optimizer!r}")
+    if not isinstance(schedule, Schedule | None):
+        raise TypeError(f"schedule must be a Schedule or None, got {schedule!r}")
+    if isinstance(logs, str) or not all(hasattr(log, "open") for log in logs):
+        raise TypeError(f"logs must be a list of Log, got {logs!r}")
 
 
 def check_saving(

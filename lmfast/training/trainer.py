@@ -144,6 +144,7 @@ class Trainer:
             {"eval_every": eval_every, "save_every": save_every},
             {"clip_norm": clip_norm, "clip_value": clip_value},
         )
+        settings.check_parts(loss, optimizer, schedule, logs)
         settings.check_saving(save_every, patience, output_dir, evaluation, eval_every)
         settings.check_model(model, recompute, autocast, loss is model_loss)
         for given in (batches,) if evaluation is None else (batches, evaluation):
@@ -163,8 +164,7 @@ class Trainer:
         self.keep = keep
         self.ignore_index = ignore_index
         self.logs = logs
-        self.progress = progress
-        self.description = description
+        self.progress, self.description = progress, description
         self.report, self._saved_step = TrainingReport(), 0
         self._empty_copy = unsharded_copy(model) if shard else None
         self._stepper = Stepper(
