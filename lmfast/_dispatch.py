@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from lmfast import _measured
+from lmfast import _measured, _variables
 from lmfast._sharding import prepare_sharding
 from lmfast._transforms import transform_of
 
@@ -123,33 +123,40 @@ def implementation(op: str, backend: str) -> Implementation:
     return _ops[op].implementations[backend]
 
 
-def _parse(request: str, where: str = "") -> dict[str, str]:
+def _parse(request: str) -> dict[str, str]:
     """'triton' or 'rms_norm=triton,attention=torch' -> {op or '*': backend}."""
     wanted: dict[str, str] = {}
     for part in filter(None, (p.strip() for p in request.split(","))):
         op, _, backend = part.rpartition("=")
         op, backend = op.strip() or _ALL_OPS, backend.strip()
         if backend not in BACKENDS:
-            raise ValueError(
-                f"{where}backend must be one of {BACKENDS}, got {backend!r} in {request!r}"
-            )
+            raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r} in {request!r}")
         wanted[op] = backend
     return wanted
 
 
 # What use_backend() or LMFAST_BACKEND ask for; replaced as a whole, never changed in place.
-_requested: dict[str, str] = _parse(os.environ.get("LMFAST_BACKEND", ""), "LMFAST_BACKEND: ")
+_requested: dict[str, str] = {}
 
 
-def _check_ops(wanted: dict[str, str], where: str) -> None:
+def _check_ops(wanted: dict[str, str]) -> None:
     for op in wanted:
         if op != _ALL_OPS and op not in _ops:
-            raise ValueError(f"{where}no op named {op!r}; the ops are {', '.join(sorted(_ops))}")
+            raise ValueError(f"no op named {op!r}; the ops are {', '.join(sorted(_ops))}")
 
 
-def check_variable() -> None:
-    """ValueError if LMFAST_BACKEND names an op that does not exist; once all are registered."""
-    _check_ops(_requested, "LMFAST_BACKEND: ")
+def read_variable() -> None:
+    """Follow LMFAST_BACKEND from here on, once all ops are registered.
+
+    Raises:
+        ValueError: an unknown backend or op.
+    """
+    global _requested
+    try:
+        _requested = _parse(os.environ.get("LMFAST_BACKEND", ""))
+        _check_ops(_requested)
+    except ValueError as error:
+        _variables.refuse(f"LMFAST_BACKEND: {error}")
 
 
 @contextmanager
@@ -176,7 +183,7 @@ def use_backend(request: str) -> Iterator[None]:
     if not isinstance(request, str):
         raise TypeError(f"request must be a str such as 'torch' or 'rope=torch', got {request!r}")
     wanted = _parse(request)
-    _check_ops(wanted, "")
+    _check_ops(wanted)
     before = _requested
     _requested = {**before, **wanted} if _ALL_OPS not in wanted else wanted
     try:

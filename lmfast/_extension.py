@@ -18,6 +18,8 @@ from types import ModuleType
 
 import torch
 
+from lmfast import _variables
+
 _PACKAGE = Path(__file__).parent
 
 
@@ -34,7 +36,7 @@ _not_built = _build_report()
 CPU_ISA_LEVELS = ("default", "avx2", "avx512", "amx")
 
 if os.environ.get("LMFAST_CPU_ISA", "default") not in ("", *CPU_ISA_LEVELS):
-    raise ValueError(
+    _variables.refuse(
         f"LMFAST_CPU_ISA must be one of {', '.join(CPU_ISA_LEVELS)}, "
         f"got {os.environ['LMFAST_CPU_ISA']!r}"
     )

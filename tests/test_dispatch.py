@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +109,22 @@ def test_environment_variable() -> None:
     assert wrong.returncode != 0
     assert "backend must be one of" in wrong.stderr
     assert "no op named 'rms'" in python(code, LMFAST_BACKEND="rms=torch").stderr
+
+
+@pytest.mark.parametrize("name", ["LMFAST_BACKEND", "LMFAST_CPU_ISA"])
+def test_the_command_tells_a_wrong_variable_in_one_line(name: str, tmp_path: Path) -> None:
+    script = tmp_path / "lmfast"  # as pip writes it
+    script.write_text("import sys\nfrom lmfast.cli import main\nsys.exit(main())\n")
+    for command in (["-m", "lmfast", "info"], [str(script), "info"]):
+        done = subprocess.run(
+            [sys.executable, *command],
+            env={**os.environ, name: "fast", "PYTHONPATH": str(Path(lmfast.__file__).parents[1])},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2
+        assert re.fullmatch(rf"lmfast: error: {name}.* got 'fast'.*\n", done.stderr)
 
 
 def test_isa_variable_lowers_and_never_raises_the_level(needs_cpu_kernels: None) -> None:

@@ -7,7 +7,7 @@ operators take them (`lmfast/_sharding.py` says what runs without an exchange be
 
 import lmfast.ops._gpu
 import lmfast.triton  # noqa: F401  (like _gpu, registers implementations)
-from lmfast._dispatch import check_variable
+from lmfast._dispatch import read_variable
 from lmfast.ops.add_rms_norm import add_rms_norm
 from lmfast.ops.additive_attention import additive_attention
 from lmfast.ops.attention import attention
@@ -31,7 +31,7 @@ from lmfast.ops.sample import sample
 from lmfast.ops.selected_log_probs import selected_log_probs
 from lmfast.ops.swiglu import swiglu
 
-check_variable()
+read_variable()
 
 __all__ = [
     "add_rms_norm",
