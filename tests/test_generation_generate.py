@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lmfast import ops
-from lmfast.generation import generate, sampling_probabilities
+from lmfast.generation import Generator, generate, sampling_probabilities
 from lmfast.models import DecoderLanguageModel, RecurrentLanguageModel
 from lmfast.models.textbook import TextbookDecoder, TextbookRecurrent, textbook_generate
 
@@ -219,3 +219,18 @@ def test_bad_arguments_are_named(ids, options, error, message):
     dtype = torch.int64 if error is ValueError else None
     with pytest.raises(error, match=message):
         generate(make("decoder"), torch.tensor(ids, dtype=dtype), **options)
+
+
+@both
+@pytest.mark.parametrize(
+    "options", [{}, {"do_sample": True}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}], ids=str
+)
+def test_logits_of_nan_are_told(kind, options):
+    model = make(kind)
+    with torch.no_grad():
+        model.embedding.weight[5] = torch.nan
+    assert generate(model, torch.tensor([[3, 4]]), 1, **options).shape == (1, 3)
+    with pytest.raises(RuntimeError, match="row 1 of logits has no distribution: it holds NaN"):
+        generate(model, torch.tensor([[3, 4], [4, 5]]), 4, **options)
+    with pytest.raises(RuntimeError, match="it holds NaN"):
+        Generator(model).batch().add([3, 5], max_new_tokens=2)

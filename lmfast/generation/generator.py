@@ -180,6 +180,7 @@ class Generator:
             TypeError: `ids` is no int64 tensor, or an option does not exist.
             ValueError: an empty prompt, an id outside the vocabulary, options that cannot be, or
                 more tokens than the model's context has.
+            RuntimeError: on a CPU, a model whose logits after the prompt hold NaN.
         """
         wanted = GenerationOptions.of_call(max_new_tokens, options)
         if wanted.best_of is not None:

@@ -14,7 +14,7 @@ from lmfast.generation import static_step
 from lmfast.generation.choices import ChoiceRows
 from lmfast.generation.greedy_runs import GreedyRuns
 from lmfast.generation.options import GenerationOptions
-from lmfast.generation.prefill import prefill
+from lmfast.generation.prefill import checked, prefill
 from lmfast.generation.prompts import Prompts, from_rows
 from lmfast.generation.runner import Runner
 from lmfast.generation.sampler import Sampler
@@ -67,6 +67,7 @@ class Job:
         logits, state = prefill(
             self.runner, prompts, capacity, options.prefill_chunk_size, options.prefix
         )
+        logits = checked(logits)
         if self.copies > 1:
             rows = torch.arange(len(prompts.lengths), device=logits.device)
             rows = rows.repeat_interleave(self.copies)

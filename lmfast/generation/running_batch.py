@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lmfast.generation.loop import Job, need_rows
-from lmfast.generation.prefill import Prefix, check_prefix, feed
+from lmfast.generation.prefill import Prefix, check_prefix, checked, feed
 from lmfast.generation.runner import Runner
 from lmfast.generation.sampler import Sampler
 from lmfast.generation.stopping import StopOfRow
@@ -119,6 +119,7 @@ class RunningBatch:
             logits, state = self._prefix.logits, self._prefix.state.fork()
             if rest.lengths[0]:
                 logits, state = feed(self._runner, rest, state, chunk)
+        logits = checked(logits)
         key = self._next_key
         self._next_key += 1
         sampler = Sampler(job.options, job.prompts, self._runner.vocab_size, job.eos_ids)
