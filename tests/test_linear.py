@@ -145,6 +145,15 @@ def test_few_rows_propagate_nan_and_infinity() -> None:
             )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_no_rows(dtype: torch.dtype) -> None:
+    weight = torch.randn(128, 256, dtype=dtype, requires_grad=True)
+    y = ops.linear(torch.randn(0, 3, 256, dtype=dtype), weight, relu=True)
+    y.sum().backward()
+    assert y.shape == (0, 3, 128)
+    assert not weight.grad.any()
+
+
 def test_messages() -> None:
     with pytest.raises(ValueError, match=r"weight must be \(N, K\).*got \(3, 5\) for x \(2, 4\)"):
         ops.linear(torch.ones(2, 4), torch.ones(3, 5))

@@ -301,6 +301,21 @@ def test_gradcheck(reduction, settings):
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
+def test_smoothing_keeps_what_logits_do_not_share(isa: str) -> None:
+    """A bias of 1e6 leaves fp32 one digit; that of the mean logit must not be in the loss."""
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randint(-2, 3, (64, 16), generator=generator).float()
+    weight = torch.randint(-4, 5, (1001, 16), generator=generator) / 4
+    bias = torch.randint(-8, 9, (1001,), generator=generator) / 16 + 1e6
+    targets = torch.randint(1001, (64,), generator=generator)
+    exact = F.cross_entropy(
+        hidden.double() @ weight.double().t() + bias.double(), targets, label_smoothing=0.3
+    )
+    loss = linear_cross_entropy(hidden, weight, targets, bias=bias, label_smoothing=0.3)
+    # Every logit is exact in fp32; one digit less of the mean were 0.3 / 32.
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_a_loss_scale_keeps_float16_gradients_in_range(backend: str) -> None:
     """A probability over the number of rows is below float16's smallest normal number, 6e-5."""

@@ -129,8 +129,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
   LMFAST_CHECK(p.weight_row_stride == 1 || p.weight_column_stride == 1,
                "weight must have stride 1 in one of its dimensions");
   p.bias = float_vector(bias, p.classes, "bias");
-  p.mean_weight = float_vector(mean, p.width + 1, "mean");
-  p.mean_bias = p.mean_weight == nullptr ? 0.0f : p.mean_weight[p.width];
+  p.mean_weight = float_vector(mean, p.width + 2, "mean");
+  p.mean_bias = 0.0;
+  if (p.mean_weight != nullptr) {
+    p.mean_bias = double(p.mean_weight[p.width]) + double(p.mean_weight[p.width + 1]);
+  }
   LMFAST_CHECK((label_smoothing > 0) == (p.mean_weight != nullptr),
                "mean must be given with label_smoothing and only then");
   LMFAST_CHECK(label_smoothing == 0 || softcap == 0, "no label_smoothing with softcap");

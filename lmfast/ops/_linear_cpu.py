@@ -97,7 +97,7 @@ def fp32_product(a: Tensor, b: Tensor, bias: Tensor | None = None, chunk: int = 
 def few_rows(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` has a kernel of its own for the rows of x, which are few."""
     size = weight.numel()
-    return _LEAST_WEIGHT <= size and x.numel() <= _FEW_ROWS.get(x.dtype, 0) * weight.shape[1]
+    return _LEAST_WEIGHT <= size and x.numel() <= _FEW_ROWS.get(x.dtype, -1) * weight.shape[1]
 
 
 def worth_asking(x: Tensor, weight: Tensor) -> bool:

@@ -251,7 +251,9 @@ def _fake(
 
 
 # Rows and targets flattened; bias, dloss and mean in fp32. dloss: (N,) or for a scalar loss (1,),
-# None for ones. mean: with label_smoothing, of weight's rows, the mean bias behind it. Returns the
+# None for ones. mean: with label_smoothing, of weight's rows, the mean bias behind it, in two parts
+# of which the second is what fp32 leaves of the first (a bias of 1e6 has one digit behind the
+# point, and what is common to all logits does not cancel without the others). Returns the
 # loss and the gradients wanted, empty tensors for the others.
 _op = define(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, "
@@ -288,9 +290,12 @@ def launcher(op: Any, takes_mean: bool) -> Callable[..., Any]:
         rows = hidden.reshape(-1, hidden.shape[-1])
         mean = None
         if takes_mean and label_smoothing:
-            nothing = rows.new_zeros((), dtype=torch.float32)
-            mean_bias = nothing if bias is None else bias.float().mean()
-            mean = torch.cat((weight.mean(0, dtype=torch.float32), mean_bias[None]))
+            mean_bias = rows.new_zeros((), dtype=torch.float64)
+            if bias is not None:
+                mean_bias = bias.mean(dtype=torch.float64)
+            low = (mean_bias - mean_bias.float()).nan_to_num()  # not of an infinite mean
+            parts = torch.stack((mean_bias, low)).float()
+            mean = torch.cat((weight.mean(0, dtype=torch.float32), parts))
         loss, dhidden, dweight, dbias = op(
             rows,
             weight,

@@ -23,7 +23,7 @@ struct LceProblem {
   int64_t weight_column_stride;
   const float* bias;         // (V,) or null
   const float* mean_weight;  // (E,) mean over classes; only with smoothing
-  float mean_bias;
+  double mean_bias;
   float smoothing, z_loss, softcap;  // 0: none; no smoothing together with a cap
   double* loss;                      // token -> its loss
   void* dhidden;                     // (rows, E) contiguous, hidden's dtype; null: not wanted
