@@ -256,10 +256,14 @@ def test_ragged_steps_equal_single_rows(golden_model):
 def test_sizes_and_shapes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"pad_idx must be in 0\.\.10 or None, got 11"):
         DecoderLanguageModel(11, 8, 2, 2, 11)
-    with pytest.raises(
-        ValueError, match="num_blocks and num_heads must be at least 1, got 0 and 2"
-    ):
+    with pytest.raises(ValueError, match="num_blocks must be at least 1, got 0"):
         DecoderLanguageModel(11, 8, 2, 0, 0)
+    with pytest.raises(ValueError, match=r"head_dim must be even for rotary pairs.*, got 3"):
+        DecoderLanguageModel(11, 6, 2, 1, 0)
+    with pytest.raises(TypeError, match=r"ids must be a tensor \(B, T\) of ids, got list"):
+        DecoderLanguageModel(11, 8, 2, 1, 0)([[1, 2]])
+    with pytest.raises(TypeError, match=r"targets must be a tensor of ids, got list"):
+        DecoderLanguageModel(11, 8, 2, 1, 0).loss(IDS, [[1, 2]])
     with pytest.raises(ValueError, match="targets must have the shape of ids"):
         DecoderLanguageModel(11, 8, 2, 1, 0).loss(IDS, TARGETS[:, :-1])
     with pytest.raises(ValueError, match=r"mlp must be one of relu, .*, geglu, got 'tanh'"):

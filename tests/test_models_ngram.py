@@ -79,6 +79,17 @@ def test_training_twice_adds_counts(model):
     assert model.totals[("a",)] == 3
 
 
+def test_ids_of_tensors_are_ids():
+    model = CountLanguageModel(3)
+    model.train(torch.arange(5))
+    assert model.probability(torch.tensor(2), torch.tensor([0, 1])) == 1.0
+    assert model.probability(np.int64(2), np.array([0, 1])) == 1.0
+    with pytest.raises(TypeError, match=r"token must be one token, got tensor\(\[2\]\)"):
+        model.probability(torch.tensor([2]))
+    with pytest.raises(TypeError, match=r"context must have one dimension, got shape \(\)"):
+        model.predict(torch.tensor(1))
+
+
 def test_errors():
     with pytest.raises(ValueError, match="n must be at least 1, got 0"):
         CountLanguageModel(0)

@@ -253,7 +253,7 @@ def test_layer_rejects_sizes_that_do_not_fit():
         ({"softcap": -1}, ValueError, "softcap must be positive, got -1"),
         ({"window": 2.5}, TypeError, "window must be int or None, got float"),
         ({"scale": "a"}, TypeError, "scale must be a float, got str"),
-        ({"head_dim": -8}, ValueError, "head_dim must be at least 1 or None, got -8"),
+        ({"head_dim": -8}, ValueError, "head_dim must be at least 1, got -8"),
     ],
 )
 def test_layer_rejects_options(option, error, message):

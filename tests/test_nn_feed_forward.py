@@ -89,7 +89,11 @@ def test_a_block_passes_on_a_pair():
 def test_names_what_does_not_fit():
     with pytest.raises(ValueError, match=r"activation must be one of relu, .*, got 'tanh'"):
         MLP(8, activation="tanh")
-    with pytest.raises(ValueError, match="hidden_dim must be at least 1, got 8 and 0"):
+    with pytest.raises(ValueError, match=r"activation must be one of relu, .*, got \['relu'\]"):
+        MLP(8, activation=["relu"])
+    with pytest.raises(ValueError, match="approximate must be 'tanh' or 'none', got 'exact'"):
+        GeGLU(8, approximate="exact")
+    with pytest.raises(ValueError, match="hidden_dim must be at least 1, got 0"):
         SwiGLU(8, 0)
     with pytest.raises(TypeError, match="windw"):
         DecoderBlock(8, 2, windw=3)

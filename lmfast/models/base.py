@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lmfast import ops
 from lmfast._transforms import in_transform, transform_of
+from lmfast.nn import sizes
 from lmfast.nn.embedding import Embedding
 from lmfast.ops._autograd import apply
 from lmfast.ops._library import is_readable
@@ -83,6 +84,9 @@ class LanguageModel(nn.Module):
             >>> model.loss(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).shape
             torch.Size([])
         """
+        check_ids(ids)
+        if not isinstance(targets, Tensor):
+            raise TypeError(f"targets must be a tensor of ids, got {type(targets).__name__}")
         if targets.shape != ids.shape:
             raise ValueError(
                 f"targets must have the shape of ids {tuple(ids.shape)}, got {tuple(targets.shape)}"
@@ -179,19 +183,18 @@ def keep_row_fixed(weight: Tensor, row: int | None) -> Tensor:
 
 def check_sizes(vocab_size: int, emb_dim: int, pad_idx: int | None) -> None:
     """Raise TypeError or ValueError for sizes no model can have."""
-    for name, value in (("vocab_size", vocab_size), ("emb_dim", emb_dim), ("pad_idx", pad_idx)):
-        if not hasattr(value, "__index__") and not (name == "pad_idx" and value is None):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-    if vocab_size < 1 or emb_dim < 1:
-        raise ValueError(
-            f"vocab_size and emb_dim must be at least 1, got {vocab_size} and {emb_dim}"
-        )
-    if pad_idx is not None and not 0 <= pad_idx < vocab_size:
+    sizes.check_sizes(vocab_size=vocab_size, emb_dim=emb_dim)
+    if pad_idx is None:
+        return
+    sizes.check_ints(pad_idx=pad_idx)
+    if not 0 <= pad_idx < vocab_size:
         raise ValueError(f"pad_idx must be in 0..{vocab_size - 1} or None, got {pad_idx}")
 
 
 def check_ids(ids: Tensor) -> None:
-    """Raise ValueError unless ids are (B, T)."""
+    """Raise TypeError unless ids are a tensor, ValueError unless they are (B, T)."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"ids must be a tensor (B, T) of ids, got {type(ids).__name__}")
     if ids.dim() != 2:
         raise ValueError(f"ids must be (B, T), got {tuple(ids.shape)}")
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lmfast.generation.cache import KVCache, LayerCache
 from lmfast.models.base import LanguageModel, check_ids, check_sizes, keep_row_fixed
+from lmfast.nn import sizes
 from lmfast.nn.block import BlockOptions, DecoderBlock
 from lmfast.nn.embedding import Embedding
 from lmfast.nn.norm import RMSNorm
@@ -88,10 +89,7 @@ class DecoderLanguageModel(LanguageModel):
     ) -> None:
         super().__init__()
         check_sizes(vocab_size, emb_dim, pad_idx)
-        if num_blocks < 1 or num_heads < 1:
-            raise ValueError(
-                f"num_blocks and num_heads must be at least 1, got {num_blocks} and {num_heads}"
-            )
+        sizes.check_sizes(num_heads=num_heads, num_blocks=num_blocks)
         check_positive("logit_softcap", logit_softcap, float)
         if windows is None:
             windows = [block.get("window")] * num_blocks

@@ -111,7 +111,9 @@ class CountLanguageModel(Generic[Token]):
         """
         if not self.counts:
             raise ValueError("the model knows no tokens yet: call train first")
-        if not isinstance(token, Hashable):
+        if isinstance(token, (Tensor, np.ndarray)) and token.ndim == 0:
+            token = token.item()  # type: ignore[assignment]
+        if not isinstance(token, Hashable) or isinstance(token, Tensor):
             raise TypeError(f"token must be one token, got {token!r}")
         if self.mode == "interpolated":
             return self._interpolated(token, context)
@@ -219,7 +221,8 @@ class CountLanguageModel(Generic[Token]):
     def _contexts(self, context: Sequence[Token]) -> list[tuple[Token, ...]]:
         """Return the last n - 1, n - 2, ... 0 tokens, orders longer than the context left out."""
         # No more than matters is listed: a text may be long, and is asked for at each token.
-        tail = context[-self.n :] if hasattr(context, "__getitem__") else context
+        several = hasattr(context, "__getitem__") and getattr(context, "ndim", 1) == 1
+        tail = context[-self.n :] if several else context
         context = _listed("context", tail)
         longest = min(self.n - 1, len(context))
         # len - k and not -k: a slice from -0 would be the whole context.

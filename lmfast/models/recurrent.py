@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lmfast.models.base import LanguageModel, check_ids, check_sizes, keep_row_fixed
 from lmfast.models.output import loss_of, only_multiplies, output_layer
+from lmfast.nn import sizes
 from lmfast.nn.elman import ElmanRNN
 from lmfast.nn.embedding import Embedding
 from lmfast.nn.stack import make_stack
@@ -62,8 +63,7 @@ class RecurrentLanguageModel(LanguageModel):
     ) -> None:
         super().__init__()
         check_sizes(vocab_size, emb_dim, pad_idx)
-        if num_layers < 1:
-            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+        sizes.check_sizes(num_layers=num_layers)
         self.vocab_size = vocab_size
         self.emb_dim = emb_dim
         self.pad_idx = pad_idx

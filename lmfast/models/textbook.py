@@ -67,6 +67,10 @@ class TextbookAttention(nn.Module):
     def __init__(self, emb_dim: int, num_heads: int) -> None:
         super().__init__()
         head_dim = emb_dim // num_heads
+        if head_dim * num_heads != emb_dim or head_dim % 2:
+            raise ValueError(
+                f"emb_dim / num_heads must be even, for rotary pairs, got {emb_dim} / {num_heads}"
+            )
         self.heads = nn.ModuleList(TextbookHead(emb_dim, head_dim) for _ in range(num_heads))
         self.W_O = nn.Parameter(torch.empty(num_heads * head_dim, emb_dim))
         nn.init.xavier_uniform_(self.W_O)

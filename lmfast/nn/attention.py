@@ -12,6 +12,7 @@ from lmfast.nn.attend import as_visible, attend, is_causal_mask
 from lmfast.nn.norm import RMSNorm
 from lmfast.nn.packed import PackedParameters
 from lmfast.nn.rotary import RotaryEmbedding
+from lmfast.nn.sizes import check_sizes
 from lmfast.ops._attention_arguments import check_positive, check_scale
 
 if TYPE_CHECKING:
@@ -104,11 +105,7 @@ class MultiHeadAttention(PackedParameters):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if emb_dim < 1 or num_heads < 1 or num_kv_heads < 1:
-            raise ValueError(
-                "emb_dim, num_heads and num_kv_heads must be at least 1, got "
-                f"{emb_dim}, {num_heads} and {num_kv_heads}"
-            )
+        check_sizes(emb_dim=emb_dim, num_heads=num_heads, num_kv_heads=num_kv_heads)
         if head_dim is None:
             if emb_dim % num_heads:
                 raise ValueError(
@@ -116,11 +113,15 @@ class MultiHeadAttention(PackedParameters):
                     "or head_dim must be given"
                 )
             head_dim = emb_dim // num_heads
-        elif head_dim < 1:
-            raise ValueError(f"head_dim must be at least 1 or None, got {head_dim}")
+        else:
+            check_sizes(head_dim=head_dim)
         if num_heads % num_kv_heads:
             raise ValueError(
                 f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}"
+            )
+        if rope_dim is None and head_dim % 2:
+            raise ValueError(
+                f"head_dim must be even for rotary pairs, or rope_dim be given, got {head_dim}"
             )
         if rope_dim is not None and rope_dim > head_dim:
             raise ValueError(f"rope_dim must be at most head_dim {head_dim}, got {rope_dim}")

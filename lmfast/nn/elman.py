@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lmfast import ops
 from lmfast.nn.hooks import has_hooks
+from lmfast.nn.sizes import check_sizes
 from lmfast.ops._recurrent_batch import stack_forward
 from lmfast.ops._recurrent_reference import CELLS, Layer
 from lmfast.ops._recurrent_step import MAX_ROWS, is_plain, may_step, step_op
@@ -37,8 +38,7 @@ class ElmanUnit(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        if dim < 1:
-            raise ValueError(f"dim must be at least 1, got {dim}")
+        check_sizes(dim=dim)
         self.Uh = nn.Parameter(torch.empty(dim, dim))
         self.Wh = nn.Parameter(torch.empty(dim, dim))
         self.b = nn.Parameter(torch.empty(dim))
@@ -90,8 +90,7 @@ class ElmanRNN(nn.Module):
 
     def __init__(self, emb_dim: int, num_layers: int) -> None:
         super().__init__()
-        if num_layers < 1:
-            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+        check_sizes(emb_dim=emb_dim, num_layers=num_layers)
         self.emb_dim = emb_dim
         self.num_layers = num_layers
         self.rnn_units = nn.ModuleList(ElmanUnit(emb_dim) for _ in range(num_layers))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmfast import ops
+from lmfast.nn.sizes import check_sizes
 
 
 class _MinRNN(nn.Module):
@@ -16,10 +17,7 @@ class _MinRNN(nn.Module):
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool = True) -> None:
         super().__init__()
-        if input_size < 1 or hidden_size < 1:
-            raise ValueError(
-                f"input_size and hidden_size must be at least 1, got {input_size}, {hidden_size}"
-            )
+        check_sizes(input_size=input_size, hidden_size=hidden_size)
         self.input_size, self.hidden_size = input_size, hidden_size
         self.linear = nn.Linear(input_size, self.parts * hidden_size, bias=bias)
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from lmfast import ops
 from lmfast.nn.packed import PackedParameters
 from lmfast.nn.projection import Projections
+from lmfast.nn.sizes import check_sizes
+from lmfast.ops.geglu import check_approximate
 
 ACTIVATIONS = {
     "relu": lambda x: x,  # part of the product
@@ -16,13 +18,6 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
 }
-
-
-def _check_widths(emb_dim: int, hidden_dim: int) -> None:
-    if emb_dim < 1 or hidden_dim < 1:
-        raise ValueError(
-            f"emb_dim and hidden_dim must be at least 1, got {emb_dim} and {hidden_dim}"
-        )
 
 
 class MLP(Projections):
@@ -39,6 +34,7 @@ class MLP(Projections):
     Parameters `W_1` (E, hidden), `B_1` (hidden), `W_2` (hidden, E), `B_2` (E).
 
     Raises:
+        TypeError: a width is no int.
         ValueError: a width is not positive or there is no such activation.
 
     Backends: those of `lmfast.ops.linear`; bias and ReLU are part of the matrix product.
@@ -63,9 +59,10 @@ class MLP(Projections):
         bias: bool = True,
     ) -> None:
         super().__init__()
+        check_sizes(emb_dim=emb_dim)
         hidden_dim = 4 * emb_dim if hidden_dim is None else hidden_dim
-        _check_widths(emb_dim, hidden_dim)
-        if activation not in ACTIVATIONS:
+        check_sizes(hidden_dim=hidden_dim)
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise ValueError(
                 f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
             )
@@ -112,6 +109,7 @@ class SwiGLU(PackedParameters):
     places; a packed `W_GU` loads as well.
 
     Raises:
+        TypeError: a width is no int.
         ValueError: a width is not positive.
 
     Backends: those of `lmfast.ops.linear` and `lmfast.ops.swiglu`, which reads both halves of the
@@ -130,8 +128,9 @@ class SwiGLU(PackedParameters):
 
     def __init__(self, emb_dim: int, hidden_dim: int | None = None, *, bias: bool = False) -> None:
         super().__init__()
+        check_sizes(emb_dim=emb_dim)
         hidden_dim = -(-8 * emb_dim // 192) * 64 if hidden_dim is None else hidden_dim
-        _check_widths(emb_dim, hidden_dim)
+        check_sizes(hidden_dim=hidden_dim)
         self.hidden_dim = hidden_dim
         self.W_GU = nn.Parameter(torch.empty(emb_dim, 2 * hidden_dim))
         self.register_parameter("B_GU", nn.Parameter(torch.empty(2 * hidden_dim)) if bias else None)
@@ -177,7 +176,8 @@ class GeGLU(SwiGLU):
         approximate: "tanh" or "none", as in `lmfast.ops.geglu`.
 
     Raises:
-        ValueError: a width is not positive.
+        TypeError: a width is no int.
+        ValueError: a width is not positive, or `approximate` is something else.
 
     Backends: those of `lmfast.ops.linear` and `lmfast.ops.geglu`.
 
@@ -198,6 +198,7 @@ class GeGLU(SwiGLU):
         approximate: str = "tanh",
     ) -> None:
         super().__init__(emb_dim, hidden_dim, bias=bias)
+        check_approximate(approximate)
         self.approximate = approximate
 
     def _gated(self, packed: Tensor) -> Tensor:

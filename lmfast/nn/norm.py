@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lmfast import ops
 from lmfast.nn.hooks import has_hooks
+from lmfast.nn.sizes import check_sizes
 
 
 class RMSNorm(nn.Module):
@@ -45,10 +46,7 @@ class RMSNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not hasattr(dim, "__index__"):
-            raise TypeError(f"dim must be an int, got {dim!r}")
-        if dim < 1:
-            raise ValueError(f"dim must be at least 1, got {dim}")
+        check_sizes(dim=dim)
         self.dim = dim
         self.eps = eps
         self.scale = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))

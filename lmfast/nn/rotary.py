@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 
 from lmfast import ops
+from lmfast.nn.sizes import check_ints
 
 
 @functools.lru_cache(maxsize=32)
@@ -63,6 +64,7 @@ class RotaryEmbedding(nn.Module):
         scaling: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        check_ints(dim=dim)
         if dim < 2 or dim % 2:
             raise ValueError(f"dim must be even and at least 2 for rotary pairs, got {dim}")
         self.dim = dim

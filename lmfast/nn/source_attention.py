@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lmfast import ops
 from lmfast.nn.hooks import has_hooks
+from lmfast.nn.sizes import check_sizes
 
 SCORES = ("dot", "general", "scaled")
 
@@ -62,7 +63,7 @@ class BahdanauAttention(nn.Module):
 
     def __init__(self, query_dim: int, source_dim: int, attention_dim: int) -> None:
         super().__init__()
-        _check_sizes(query_dim=query_dim, source_dim=source_dim, attention_dim=attention_dim)
+        check_sizes(query_dim=query_dim, source_dim=source_dim, attention_dim=attention_dim)
         self.query = nn.Linear(query_dim, attention_dim, bias=False)
         self.key = nn.Linear(source_dim, attention_dim)
         self.v = nn.Parameter(torch.empty(attention_dim))
@@ -131,7 +132,7 @@ class LuongAttention(nn.Module):
 
     def __init__(self, query_dim: int, source_dim: int, score: str = "general") -> None:
         super().__init__()
-        _check_sizes(query_dim=query_dim, source_dim=source_dim)
+        check_sizes(query_dim=query_dim, source_dim=source_dim)
         if score not in SCORES:
             raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
         if score != "general" and query_dim != source_dim:
@@ -195,9 +196,3 @@ class LuongAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"score={self.score!r}"
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")

@@ -83,10 +83,15 @@ def geglu(
     return chosen.forward(*args)
 
 
-def _check(gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh") -> tuple[Any, ...]:
-    check_glu_arguments(gate, up)
+def check_approximate(approximate: object) -> None:
+    """Raise ValueError for another formula than the two there are."""
     if approximate not in ("tanh", "none"):
         raise ValueError(f"approximate must be 'tanh' or 'none', got {approximate!r}")
+
+
+def _check(gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh") -> tuple[Any, ...]:
+    check_glu_arguments(gate, up)
+    check_approximate(approximate)
     return gate, up, approximate == "tanh"
 
 
