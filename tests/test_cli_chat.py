@@ -37,6 +37,15 @@ def chat(monkeypatch, capsys, path, lines, *options):
     return capsys.readouterr()
 
 
+def test_unknown_characters_are_told(tmp_path, monkeypatch, capsys):
+    tokenizer = BPETokenizer.train(["the cat sat"], 20, mode="char")
+    save_model(tmp_path, DecoderLanguageModel(tokenizer.vocab_size, 16, 2, 1, None))
+    tokenizer.save(tmp_path / "tokenizer.json")
+    said = chat(monkeypatch, capsys, tmp_path, ["the Ω", "the cat"])
+    assert said.err.count("tokens of the line are unknown") == 1
+    assert "note: 1 of " in said.err
+
+
 def test_a_conversation_goes_on_from_what_was_said(tmp_path, monkeypatch, capsys):
     tokenizer = save(tmp_path / "run")
     said = chat(monkeypatch, capsys, tmp_path / "run", ["the cat", "sat"], "--stats")
@@ -198,7 +207,7 @@ def test_weights_as_integers(tmp_path, capsys):
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1]
     assert main([*run, "--weights", "int8", "--quantised", str(file)]) == 1
-    assert "--quantised is in the place of --weights" in capsys.readouterr().err
+    assert "--weights int8 has no effect beside --quantised" in capsys.readouterr().err
     assert main([*run, "--quantised", str(tmp_path / "none")]) == 1
     assert "none" in capsys.readouterr().err
 

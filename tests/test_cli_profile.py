@@ -88,6 +88,7 @@ def test_a_saved_model_has_its_own_sizes(
 
 def test_options_without_effect_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for typed, told in (
+        (["--device", "meta"], "--device meta cannot be used: its tensors hold no numbers"),
         (["--kind", "recurrent", "--heads", "8"], "--heads 8 is for --kind decoder"),
         (["--new-tokens", "64"], "--new-tokens 64 is for --mode generation"),
     ):

@@ -198,6 +198,13 @@ def test_cells_and_tied_weights_of_recurrent_models(place, capsys):
         assert "--context 9999 is longer than the text: examples of" in capsys.readouterr().err
 
 
+def test_a_batch_larger_than_the_text_is_told(place, capsys):
+    run(place, "lines", "text.txt", "--lines", "--held-out", "0.5", "--batch-size", "201")
+    assert "--batch-size 201 is more than the text's examples: 200" in capsys.readouterr().err
+    run(place, "enough", "text.txt", "--lines", "--held-out", "0.5", "--batch-size", "200")
+    assert "more than" not in capsys.readouterr().err
+
+
 def test_data_that_changed_is_told(place, capsys):
     for name, extra in (("memory", []), ("stream", ["--stream"])):
         run(place, name, "text.txt", *extra)

@@ -15,6 +15,7 @@ from lmfast.commands.generation import (
     before_end,
     generation_arguments,
     load_generator,
+    tell_unknown,
 )
 from lmfast.commands.options import add_machine_options, apply_machine_options, read_text
 from lmfast.generation import Prefix
@@ -59,6 +60,7 @@ def run(options: argparse.Namespace) -> int:
         line = line.rstrip("\n")
         if not line.strip():
             continue
+        tell_unknown(tokenizer, encode(tokenizer, line), "tokens of the line")
         ids = talk.ask(line)
         if not ids:
             print("note: the line has no tokens", file=sys.stderr)

@@ -14,6 +14,7 @@ from lmfast.commands.generation import (
     before_end,
     generation_arguments,
     load_generator,
+    tell_unknown,
 )
 from lmfast.commands.options import COUNT, add_machine_options, apply_machine_options, read_text
 from lmfast.generation.text import encode, until
@@ -46,10 +47,7 @@ def run(options: argparse.Namespace) -> int:
     ids = encode(tokenizer, text)
     if not ids:
         raise ValueError("the prompt is empty: a model continues at least one token")
-    unk_id = getattr(tokenizer, "unk_id", None)
-    unknown = 0 if unk_id is None else ids.count(unk_id)
-    if unknown:
-        print(f"note: {unknown} of {len(ids)} prompt tokens are unknown", file=sys.stderr)
+    tell_unknown(tokenizer, ids, "prompt tokens")
     arguments = generation_arguments(options, tokenizer, device)
     # Without drawing and beams all samples are the same: the prompt then stands in several rows.
     returned = options.samples if arguments["do_sample"] or options.beams > 1 else 1

@@ -167,6 +167,13 @@ def load_generator(
     return Generator(model, weights=weights, group=options.group), tokenizer, ends
 
 
+def tell_unknown(tokenizer: Any, ids: Sequence[int], what: str) -> None:
+    """Say how many of some ids stand for characters that the tokenizer does not know."""
+    unk_id = getattr(tokenizer, "unk_id", None)
+    if unknown := 0 if unk_id is None else list(ids).count(unk_id):
+        print(f"note: {unknown} of {len(ids)} {what} are unknown", file=sys.stderr)
+
+
 def before_end(ids: Sequence[int], ends: Sequence[int], start: int = 0) -> list[int]:
     """Cut ids before the first behind a place that ends a text."""
     stop = next((i for i in range(start, len(ids)) if ids[i] in ends), len(ids))

@@ -92,6 +92,8 @@ def apply_machine_options(options: argparse.Namespace) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {options.device} cannot be used: {reason}") from None
+    if device.type == "meta":
+        raise ValueError("--device meta cannot be used: its tensors hold no numbers")
     return device
 
 

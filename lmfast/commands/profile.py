@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -153,6 +154,8 @@ def run(options: argparse.Namespace) -> int:
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
+    else:  # PyTorch 2.13 says where the profiler starts and stops, above the level of its errors
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     # One cycle, and PyTorch 2.11 warns of what it would clear after one.
     with profile(activities=activities, acc_events=True) as recorded:
         call()

@@ -100,6 +100,10 @@ def load_data(options: argparse.Namespace, stored_tokenizer: Path | None) -> Dat
         longest = next(iter(batches))[0].shape[1]
         if longest < options.context:
             note = f"--context {options.context} is longer than the text: examples of {longest}"
+    if isinstance(batches, (PackedBatches, PaddedBatches)):
+        examples = batches.num_examples
+        if not note and examples < options.batch_size:
+            note = f"--batch-size {options.batch_size} is more than the text's examples: {examples}"
     return Data(tokenizer, batches, evaluation, sources, note)
 
 
