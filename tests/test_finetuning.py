@@ -94,6 +94,8 @@ def test_chat_messages_errors() -> None:
     assert chat.prompt(CONVERSATION[1:2]) == "USER: 2+2?\nASSISTANT: "
     with pytest.raises(ValueError, match="role must be one of system, user, assistant, got 'me'"):
         chat.prompt([{"role": "me", "content": "x"}])
+    with pytest.raises(ValueError, match="the first message must not be the assistant's"):
+        chat.examples(CONVERSATION[2:])
     with pytest.raises(ValueError, match="must have a turn of the assistant"):
         chat.examples(CONVERSATION[:2])
     with pytest.raises(ValueError, match="must have a role and content"):

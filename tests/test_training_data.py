@@ -99,6 +99,16 @@ def test_too_little_text_is_refused():
         PaddedBatches([[1, 2]], 1, max_length=1)
 
 
+@pytest.mark.parametrize("bad", [[1.5, 2.5], 7, "ab", [[1, 2], [3, 4]], ["a"], None], ids=str)
+def test_a_sequence_of_something_else_is_told(bad):
+    """1.5 became 1, and rows of rows went through."""
+    with pytest.raises(TypeError, match=r"sequences\[1\] must be ids \(N,\), got"):
+        PaddedBatches([[1, 2], bad], 1, max_length=9)
+    for good in (np.array([1, 2], dtype=np.uint16), torch.tensor([1, 2]), (1, 2)):
+        batches = PaddedBatches([[], good], 1, max_length=9)
+        assert batches.next_batch()[1].tolist() == [[2]]
+
+
 def test_text_that_is_not_utf8_names_file_and_place(tmp_path):
     path = tmp_path / "latin.txt"
     path.write_bytes(b"caf\xe9 au lait")

@@ -24,6 +24,18 @@ def _checked(ids: object) -> Tensor:
     return ids.to(torch.int32)
 
 
+def _row(index: int, sequence: Any) -> Tensor:
+    """A sequence's ids as int32; TypeError for anything else, which names its place."""
+    try:
+        ids = torch.as_tensor(sequence)
+    except (TypeError, ValueError, RuntimeError):
+        ids = None
+    empty = ids is not None and ids.numel() == 0  # of no dtype of its own
+    if ids is None or ids.ndim != 1 or (ids.dtype.is_floating_point and not empty):
+        raise TypeError(f"sequences[{index}] must be ids (N,), got {sequence!r}")
+    return ids.to(torch.int32)
+
+
 class Batches(ABC):
     """An endless, resumable stream of batches, and fixed passes for evaluation.
 
@@ -273,6 +285,7 @@ class PaddedBatches(MemoryBatches):
         shuffle, seed: order of the texts.
 
     Raises:
+        TypeError: a sequence holds no ids; names its place.
         ValueError: no text has 2 tokens, or a size is out of range.
 
     Example:
@@ -295,7 +308,7 @@ class PaddedBatches(MemoryBatches):
         seed: int = 0,
     ) -> None:
         whole("max_length", max_length, 2)
-        cut = [torch.as_tensor(s, dtype=torch.int32)[:max_length] for s in sequences]
+        cut = [_row(index, s)[:max_length] for index, s in enumerate(sequences)]
         self._sequences = [ids for ids in cut if len(ids) > 1]
         self._pad_id = pad_id
         self._ignore_index = ignore_index

@@ -69,6 +69,8 @@ class ChatFormat:
         found = []
         for place, message in enumerate(messages):
             if self._role(message) == "assistant":
+                if not place:
+                    raise ValueError("the first message must not be the assistant's")
                 found.append((self.prompt(messages[:place]), message["content"] + self.end))
         if not found:
             raise ValueError("messages must have a turn of the assistant to learn from")
