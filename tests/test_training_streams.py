@@ -292,6 +292,18 @@ def test_a_bad_line_far_into_a_stream_stops_it_there(tmp_path):
         list(iter(batches.next_batch, None))
 
 
+def test_other_things_than_sources_and_tokenizers_are_told(text_file):
+    with pytest.raises(TypeError, match=r"source must be TextFiles, .*, got list"):
+        StreamedBatches(["a text"], TOKENIZER, 8, context=3)
+    for use in (
+        lambda: StreamedBatches(TextFiles([text_file]), None, 8, context=3),
+        lambda: encode_text(None, "a"),
+        lambda: encode_texts(None, ["a"]),
+    ):
+        with pytest.raises(TypeError, match=r"tokenizer must have encode_batch.*; NoneType"):
+            use()
+
+
 def test_a_stream_without_text_is_refused(tmp_path):
     path = tmp_path / "empty.txt"
     path.write_text("\n \n")

@@ -21,7 +21,7 @@ from lmfast.training.batches import (
     shuffled,
 )
 from lmfast.training.sources import Position, TextSource
-from lmfast.training.text import Tokenizer, encode_texts
+from lmfast.training.text import Tokenizer, check_tokenizer, encode_texts
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,10 @@ class StreamedBatches(Batches):
         seed: int = 0,
         threads: int | None = None,
     ) -> None:
+        if not isinstance(source, TextSource):
+            kind = type(source).__name__
+            raise TypeError(f"source must be TextFiles, JsonLines or DatasetTexts, got {kind}")
+        check_tokenizer(tokenizer)
         check_positive(batch_size=batch_size, context=context, buffer=buffer)
         self.source = source
         self.batch_size = batch_size

@@ -23,6 +23,13 @@ class Tokenizer(Protocol):
         """Return the ids of each text."""
 
 
+def check_tokenizer(tokenizer: object) -> None:
+    """Raise TypeError for what cannot encode texts."""
+    if not hasattr(tokenizer, "encode_batch"):
+        kind = type(tokenizer).__name__
+        raise TypeError(f"tokenizer must have encode_batch, as BPETokenizer does; {kind} has none")
+
+
 def read_text(path: str | Path) -> str:
     """Read a UTF-8 text file, also one compressed by gzip, bzip2 or xz.
 
@@ -70,6 +77,7 @@ def split_text(text: str, held_out: float) -> tuple[str, str]:
 
 def encode_text(tokenizer: Tokenizer, text: str) -> Tensor:
     """Return the ids of a text as one int64 tensor (N,)."""
+    check_tokenizer(tokenizer)
     return torch.from_numpy(np.asarray(tokenizer.encode_batch([text])[0], dtype=np.int64))
 
 
@@ -94,6 +102,7 @@ def encode_texts(
         end_id: put behind each text.
         threads: None = all CPUs of the process.
     """
+    check_tokenizer(tokenizer)
     rows = tokenizer.encode_batch(texts, threads=threads)
     if end_id is None:
         return rows
