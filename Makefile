@@ -38,7 +38,7 @@ demo: install
 	$(BIN)/python -m lmfast demo
 
 test: install
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: install $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -130,8 +130,8 @@ def losses_of_training(kind: str, patch: bool) -> list[float]:
     return losses
 
 
-# Dynamo walks the code of an architecture: all of them. What AOTAutograd does with a graph depends on
-# the operators in it, and takes a third of the time: one architecture for each set of operators.
+# Dynamo walks the code of an architecture: all of them. What AOTAutograd does with a graph depends
+# on the operators in it, and takes a third of the time: one architecture for each set of them.
 THROUGH_AOT = ("bloom", "cohere", "codegen", "deepseek_v3", "falcon", "gemma2", "gpt2", "gpt_oss")
 THROUGH_AOT += ("llama", "mpt", "phi3", "qwen2_moe", "stablelm")
 
