@@ -46,6 +46,7 @@ LONGEST_FIRST = (
     "test_all_ops_traced.py",
     "test_cuda_on_host.py",
     "test_tokenizer_sanitizers.py",
+    "test_training_processes.py",
 )
 
 
