@@ -277,7 +277,9 @@ def test_gradcheck_twice(op: str, index: int, backend: str) -> None:
         return outputs(OPS[op].public(**substituted(arguments, leaves, tensors), backend=backend))
 
     assert torch.autograd.gradcheck(function, leaves)
-    assert torch.autograd.gradgradcheck(function, leaves)
+    # A kernel's second derivatives are those of the reference: tried once, by way of the kernel.
+    if backend == "cpu" or not runs(op, samples(op, torch.float64)[index]):
+        assert torch.autograd.gradgradcheck(function, leaves)
 
 
 @EVERY_OP
