@@ -7,7 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 TEST_WORKERS ?= 2
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# Python compiles what it imports: a small part of torch, transformers and the rest.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check -q install --no-compile
 SOURCES := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 export LMFAST_REQUIRE_EXT ?= 1
@@ -19,16 +20,16 @@ export PIP_NO_WARN_SCRIPT_LOCATION = 1
 # used to interpret and to compile kernels for a GPU that is elsewhere.
 $(VENV)/.deps: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt torch numpy setuptools cmake ninja pybind11
-	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install "triton==3.6.*" || true
+	$(INSTALL) -c constraints.txt torch numpy setuptools cmake ninja pybind11
+	$(BIN)/python -c "import triton" 2>/dev/null || $(INSTALL) "triton==3.6.*" || true
 	touch $@
 
 $(VENV)/.built: $(VENV)/.deps $(SOURCES)
-	$(PIP) install --no-build-isolation -c constraints.txt -e ".[test,plot]"
+	$(INSTALL) --no-build-isolation -c constraints.txt -e ".[test,plot]"
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.deps
-	$(PIP) install -c constraints.txt ruff clang-format mypy
+	$(INSTALL) -c constraints.txt ruff clang-format mypy
 	touch $@
 
 install: $(VENV)/.built
@@ -37,7 +38,7 @@ demo: install
 	$(BIN)/python -m lmfast demo
 
 test: install
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: install $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -46,7 +47,7 @@ lint: install $(VENV)/.lint
 	$(BIN)/mypy
 
 bench: install
-	$(PIP) install -c constraints.txt tokenizers tiktoken gigatoken transformers
+	$(INSTALL) -c constraints.txt tokenizers tiktoken gigatoken transformers
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only
 
 clean:

@@ -10,6 +10,7 @@ from importlib import metadata
 import torch
 
 from lmfast import _dispatch, _extension
+from lmfast._version import __version__
 
 
 def info() -> str:
@@ -34,8 +35,6 @@ def _version(package: str) -> str:
 
 
 def _versions() -> list[str]:
-    from lmfast import __version__
-
     cuda = torch.version.cuda or "none"
     return [
         f"lmfast {__version__}, torch {torch.__version__} (CUDA {cuda}), Python "

@@ -37,7 +37,22 @@ def pytest_configure(config: pytest.Config) -> None:
                 raise pytest.UsageError(f"LMFAST_REQUIRE_EXT=1 but {extension.reason}")
 
 
+# Files of minutes start first, so that none of them is what one worker does alone at the end.
+LONGEST_FIRST = (
+    "test_compile_only.py",
+    "test_all_ops.py",
+    "test_triton.py",
+    "test_patch_architectures.py",
+    "test_all_ops_traced.py",
+    "test_cuda_on_host.py",
+    "test_tokenizer_sanitizers.py",
+    "test_training_processes.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="no GPU that torch can use")
         for item in items:

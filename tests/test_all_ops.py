@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from op_checks import RecordCalls
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -63,32 +63,45 @@ def check_error(
     assert_within_error_rule(found, plain, exact, f"{op} {kind} {index}", largest, whole)
 
 
+@functools.cache
 def samples(op: str, dtype: torch.dtype) -> list[Sample]:
     return list(OPS[op].sample_inputs("cpu", dtype))
 
 
-def sample_ids(op: str) -> list[tuple[str, int]]:
-    return [(op, i) for i in range(len(samples(op, torch.float32)))]
+def runs(op: str, sample: Sample, backend: str = "cpu") -> bool:
+    """Whether a backend takes a sample."""
+    candidate = OPS[op].implementations.get(backend)
+    return (
+        candidate is not None
+        and candidate.supports(*OPS[op].check(*sample.args, **sample.kwargs)) is None
+    )
 
 
-EVERY_SAMPLE = pytest.mark.parametrize(
-    ("op", "index"),
-    [pair for op in OPS for pair in sample_ids(op)],
-    ids=lambda value: str(value).replace(" ", "_"),
+# Only what a kernel takes: thousands of tests that skip themselves would cost seconds.
+KERNEL_CASES = [
+    pytest.param(op, index, dtype, id=f"{op}-{index}-{kind}")
+    for op in OPS
+    for dtype, kind in zip(DTYPES, DTYPE_IDS, strict=True)
+    for index, sample in enumerate(samples(op, dtype))
+    if runs(op, sample)
+]
+EVERY_CASE = pytest.mark.parametrize(("op", "index", "dtype"), KERNEL_CASES)
+EVERY_CASE_WITH_GRADIENTS = pytest.mark.parametrize(
+    ("op", "index", "dtype"), [c for c in KERNEL_CASES if OPS[str(c.values[0])].differentiable]
 )
 EVERY_OP = pytest.mark.parametrize("op", list(OPS))
-EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 
 
-def with_kernel(op: str, sample: Sample | None = None) -> None:
-    """Skips where there is no kernel, or, given a sample, none for it."""
+def with_kernel(op: str) -> None:
+    """Skips where there is no kernel."""
     if "cpu" not in OPS[op].implementations:
         pytest.skip(f"{op} has no C++ kernel")
-    if sample is not None:
-        candidate = OPS[op].implementations["cpu"]
-        reason = candidate.supports(*OPS[op].check(*sample.args, **sample.kwargs))
-        if reason is not None:
-            pytest.skip(reason)
+
+
+def test_kernels_take_samples(needs_cpu_kernels: None) -> None:
+    """Of every op and dtype, so that no test below has nothing to do unnoticed."""
+    found = {(op, dtype) for op, _, dtype in (case.values for case in KERNEL_CASES)}
+    assert found >= {(op, dtype) for op in OPS for dtype in DTYPES[:3]}
 
 
 def outputs(value: Any) -> tuple[Tensor, ...]:
@@ -166,39 +179,40 @@ def upstream(result: Tensor) -> Tensor:
     return torch.randn(result.shape, generator=generator).to(result.dtype)
 
 
-@EVERY_DTYPE
-@EVERY_SAMPLE
+@functools.cache  # the same at every instruction-set level
+def peers_values(op: str, index: int, dtype: torch.dtype) -> list[tuple[Sample, Any, Any]]:
+    """(sample, PyTorch's results, exact ones) of every draw."""
+    return [
+        (drawn, call_peer(op, named_arguments(op, drawn)), call(op, drawn.to_fp64(), "torch"))
+        for drawn in redraws(op, "output", samples(op, dtype)[index], dtype)
+    ]
+
+
+@EVERY_CASE
 def test_values(op: str, index: int, dtype: torch.dtype, cpu_isa: str) -> None:
-    sample = samples(op, dtype)[index]
-    with_kernel(op, sample)
-    draws = []
-    for drawn in redraws(op, "output", sample, dtype):
-        found = call(op, drawn, "cpu")
-        plain = call_peer(op, named_arguments(op, drawn))
-        draws.append((found, plain, call(op, drawn.to_fp64(), "torch")))
-    check_pooled(op, "output", draws)
+    expected = peers_values(op, index, dtype)
+    check_pooled(op, "output", [(call(op, s, "cpu"), *values) for s, *values in expected])
 
 
-@EVERY_DTYPE
-@EVERY_SAMPLE
-def test_gradients(op: str, index: int, dtype: torch.dtype, cpu_isa: str) -> None:
-    differentiable(op)
-    sample = samples(op, dtype)[index]
-    with_kernel(op, sample)
+@functools.cache
+def peers_gradients(op: str, index: int, dtype: torch.dtype) -> list[tuple[Sample, Any, Any]]:
+    """(sample, PyTorch's gradients, exact ones) of every draw."""
     draws = []
-    for drawn in redraws(op, "gradient", sample, dtype):
-        found = gradients(op, drawn, "cpu")
+    for drawn in redraws(op, "gradient", samples(op, dtype)[index], dtype):
         arguments, leaves = with_gradients(op, drawn)
-        results = call_peer(op, arguments)
-        plain = torch.autograd.grad(results, leaves, [upstream(r) for r in results])
+        plain = gradients_of(call_peer(op, arguments), leaves)
         # The upstream gradient is rounded to the dtype first, then widened: the same numbers.
         arguments, leaves = with_gradients(op, drawn.to_fp64())
         results = outputs(OPS[op].public(**arguments, backend="torch"))
         given = [upstream(r.to(dtype)).double() for r in results]
-        draws.append((found, plain, torch.autograd.grad(results, leaves, given)))
-    if not draws[0][0]:
-        return
-    check_pooled(op, "gradient", draws)
+        draws.append((drawn, plain, torch.autograd.grad(results, leaves, given) if leaves else []))
+    return draws
+
+
+@EVERY_CASE_WITH_GRADIENTS
+def test_gradients(op: str, index: int, dtype: torch.dtype, cpu_isa: str) -> None:
+    expected = peers_gradients(op, index, dtype)
+    check_pooled(op, "gradient", [(gradients(op, s, "cpu"), *values) for s, *values in expected])
 
 
 def check_pooled(op: str, kind: str, draws: list[tuple[Any, Any, Any]]) -> None:
@@ -234,55 +248,38 @@ def redrawn(op: str, sample: Sample, seed: int) -> Sample:
     return Sample(sample.name, (), arguments)
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
-@EVERY_SAMPLE
+def has_few_leaves(op: str, sample: Sample) -> bool:
+    """Whether finite differences can be had of a sample: of many numbers they take minutes, and
+    smaller samples cover the formula."""
+    _, leaves = with_gradients(op, sample)
+    return (
+        sum(t.numel() for t in sample.tensors()) <= 600
+        and leaves != []
+        and all(leaf.numel() > 0 and leaf.dtype == torch.float64 for leaf in leaves)
+    )
+
+
+@pytest.mark.parametrize(
+    ("op", "index", "backend"),
+    [
+        (op, index, backend)
+        for op in OPS
+        for index, sample in enumerate(samples(op, torch.float64))
+        if has_few_leaves(op, sample)
+        for backend in ("torch", "cpu")
+        if runs(op, sample, backend)
+    ],
+)
 def test_gradcheck_twice(op: str, index: int, backend: str) -> None:
-    differentiable(op)
-    sample = samples(op, torch.float64)[index]
-    if backend == "cpu":
-        with_kernel(op, sample)
-    if sum(t.numel() for t in sample.tensors()) > 600:
-        pytest.skip("finite differences of many numbers; smaller samples cover the formula")
-    arguments, leaves = with_gradients(op, sample)
-    if any(leaf.numel() == 0 or leaf.dtype != torch.float64 for leaf in leaves):
-        pytest.skip("nothing to differentiate")
+    arguments, leaves = with_gradients(op, samples(op, torch.float64)[index])
 
     def function(*tensors: Tensor) -> Any:
         return outputs(OPS[op].public(**substituted(arguments, leaves, tensors), backend=backend))
 
     assert torch.autograd.gradcheck(function, leaves)
-    assert torch.autograd.gradgradcheck(function, leaves)
-
-
-@EVERY_SAMPLE
-def test_opcheck(op: str, index: int, needs_cpu_kernels: None) -> None:
-    sample = samples(op, torch.float32)[index]
-    with_kernel(op, sample)
-    with RecordCalls() as recorded:
-        gradients(op, sample, "cpu")
-    assert recorded.calls, "no lmfast operator was called"
-    for function, args, kwargs in recorded.calls:
-        detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-        torch.library.opcheck(function, detached, kwargs)
-
-
-@EVERY_OP
-def test_compiles_in_one_graph(op: str, needs_cpu_kernels: None) -> None:
-    with_kernel(op)
-    for sample in samples(op, torch.float32)[:12:3]:
-        torch._dynamo.reset()
-        arguments, leaves = with_gradients(op, sample)
-        results = outputs(OPS[op].public(**arguments))
-        expected = [*results, *written(op, arguments), *gradients_of(results, leaves)]
-
-        function: Callable[..., Any] = torch.compile(
-            OPS[op].public, fullgraph=True, backend="aot_eager"
-        )
-        arguments, leaves = with_gradients(op, sample)
-        results = outputs(function(**arguments))
-        found = [*results, *written(op, arguments), *gradients_of(results, leaves)]
-        for f, e in zip(found, expected, strict=True):
-            torch.testing.assert_close(f, e)
+    # A kernel's second derivatives are those of the reference: tried once, by way of the kernel.
+    if backend == "cpu" or not runs(op, samples(op, torch.float64)[index]):
+        assert torch.autograd.gradgradcheck(function, leaves)
 
 
 @EVERY_OP
@@ -336,11 +333,7 @@ def test_same_result_for_any_number_of_threads(op: str, needs_cpu_kernels: None)
     threads = torch.get_num_threads()
     try:
         for sample in samples(op, torch.float32):
-            if (
-                OPS[op]
-                .implementations["cpu"]
-                .supports(*OPS[op].check(*sample.args, **sample.kwargs))
-            ):
+            if not runs(op, sample):
                 continue
             found = []
             for n in (1, 2, 3):

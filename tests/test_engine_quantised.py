@@ -17,10 +17,10 @@ from lmfast import Generator, QuantisedWeights, quantise
 from lmfast.generation.engine import CannotPack, make_engine
 from lmfast.generation.engine.make import plan_of
 from lmfast.generation.engine.plan_forward import PlanForward
-from lmfast.generation.engine.rounding import quantise_groups, quantise_rows
 from lmfast.generation.prefill import prefill
 from lmfast.generation.prompts import check_prompts
 from lmfast.models import DecoderLanguageModel, RecurrentLanguageModel
+from lmfast.ops._rounding import quantise_groups, quantise_rows
 
 pytestmark = pytest.mark.usefixtures("needs_cpu_kernels")
 

@@ -13,10 +13,10 @@ from lmfast import Generator, QuantisedWeights, quantise
 from lmfast.generation.engine import CannotPack, make_engine
 from lmfast.generation.engine.cell_forward import CellForward
 from lmfast.generation.engine.cells import recurrent_plan
-from lmfast.generation.engine.rounding import quantise_groups, quantise_rows
 from lmfast.generation.module_runner import ModuleRunner
 from lmfast.models import RecurrentLanguageModel
 from lmfast.nn.stack import CELLS
+from lmfast.ops._rounding import quantise_groups, quantise_rows
 
 pytestmark = pytest.mark.usefixtures("needs_cpu_kernels")
 

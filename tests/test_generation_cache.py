@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lmfast import ops
+from lmfast.cache._window import ROLLBACK, columns_for
 from lmfast.generation import KVCache
-from lmfast.generation._window import ROLLBACK, columns_for
 
 
 def numbered(batch, heads, steps, dim, start=0):

@@ -16,8 +16,9 @@ from transformers_models import ARCHITECTURES, IDS, LEFT, assert_close, make  # 
 
 import lmfast  # noqa: E402
 from lmfast.generation import Generator, static_step  # noqa: E402
-from lmfast.integrations import _experts, transformers_static  # noqa: E402
-from lmfast.integrations.transformers_runner import TransformersRunner  # noqa: E402
+from lmfast.generation.transformers import experts  # noqa: E402
+from lmfast.generation.transformers import static as transformers_static  # noqa: E402
+from lmfast.generation.transformers.runner import TransformersRunner  # noqa: E402
 
 # Not in one graph, says transformers: states or experts of their own.
 LOOPS = {k for k in ARCHITECTURES if transformers_static.why_not_static(make(k)) is not None}
@@ -142,7 +143,7 @@ def test_experts_are_known_and_convolutions_are_not(kind: str) -> None:
     model = make(kind)
     model.conv = torch.nn.Conv1d(4, 4, 3)
     named = {n: p for n, p in model.named_parameters() if ".experts." in n and p.ndim == 3}
-    assert {id(p) for p in _experts.expert_parameters(model)} == set(map(id, named.values()))
+    assert {id(p) for p in experts.expert_parameters(model)} == set(map(id, named.values()))
     assert model.config.get_text_config()._experts_implementation == "grouped_mm"
 
 
@@ -162,7 +163,7 @@ def test_experts_are_known_and_convolutions_are_not(kind: str) -> None:
 def test_where_experts_wait_for_the_host(
     implementation: str | None, dtype: torch.dtype, capability: tuple[int, int], waits: bool
 ) -> None:
-    assert (_experts.why_experts_wait(implementation, dtype, capability) is not None) == waits
+    assert (experts.why_experts_wait(implementation, dtype, capability) is not None) == waits
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from benchmarks import gpu, gpu_case
+from benchmarks import gpu, gpu_case, gpu_layer_cases
 from benchmarks.gpu_case import Case, run_once
 from benchmarks.gpu_cases import CASES
 from benchmarks.gpu_generation import decoder, generation_rows
@@ -40,6 +40,7 @@ def test_every_case_runs(
 ) -> None:
     """Arguments, shapes and gradients fit, by the reference and eager PyTorch."""
     monkeypatch.setattr(gpu_case, "GPU_BACKENDS", ("torch",))
+    monkeypatch.setattr(gpu_layer_cases, "STEPS", 3)  # the reference walks them one by one
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # no look at values
     with FakeTensorMode(allow_non_fake_inputs=True), OnCpu():
         names = []

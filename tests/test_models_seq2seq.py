@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmfast.generation.beam import beam_search
 from lmfast.models import Seq2Seq, Tagger
+from lmfast.models.beam import beam_search
 from lmfast.training import plot_attention
 
 PAD, BOS, EOS = 0, 1, 2

@@ -7,7 +7,7 @@ import torch
 from golden import fill
 from op_checks import LargestTensor
 
-from lmfast.generation.cache import KVCache
+from lmfast.cache import KVCache
 from lmfast.nn import MultiHeadAttention, RotaryEmbedding
 from lmfast.nn.attend import attend, is_causal_mask
 

@@ -130,6 +130,12 @@ def losses_of_training(kind: str, patch: bool) -> list[float]:
     return losses
 
 
+# Dynamo walks the code of an architecture: all of them. What AOTAutograd does with a graph depends
+# on the operators in it, and takes a third of the time: one architecture for each set of them.
+THROUGH_AOT = ("bloom", "cohere", "codegen", "deepseek_v3", "falcon", "gemma2", "gpt2", "gpt_oss")
+THROUGH_AOT += ("llama", "mpt", "phi3", "qwen2_moe", "stablelm")
+
+
 @pytest.mark.parametrize("kind", list(ARCHITECTURES))
 def test_compiles(kind: str) -> None:
     torch.compiler.reset()
@@ -137,7 +143,8 @@ def test_compiles(kind: str) -> None:
     with torch.no_grad():
         logits = model(IDS).logits
         lmfast.patch(model)
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        backend = "aot_eager" if kind in THROUGH_AOT else "eager"
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
         assert_close(compiled(IDS).logits, logits)
 
 

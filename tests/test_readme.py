@@ -16,7 +16,11 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 # Modules of optional dependencies, and those whose examples need a machine of their own.
 NOT_IMPORTED = tuple(
-    f"lmfast.{name}" for name in ("integrations", "triton", "__main__", "_bpe", "_cpu", "_cuda")
+    f"lmfast.{name}"
+    for name in (
+        *("integrations", "generation.transformers", "triton"),
+        *("__main__", "_bpe", "_cpu", "_cuda"),
+    )
 )
 MODULES = [
     name

@@ -8,6 +8,7 @@ to DIRECTORY/dtensors.json.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -135,6 +136,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Processes that wait for each other for ever say where, and end, before the test gives up.
+    faulthandler.dump_traceback_later(240, exit=True)
     main()
     # The caches of PyTorch's DTensors hold the process group past its end. Its threads would run on
     # while the interpreter is taken apart.

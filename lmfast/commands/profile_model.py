@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lmfast
-from lmfast.integrations._experts import expert_parameters
+from lmfast.generation.transformers.experts import expert_parameters
 from lmfast.models import DecoderLanguageModel, LanguageModel, RecurrentLanguageModel
 from lmfast.training import load_model
 

@@ -1,6 +1,6 @@
 """Generation: the key/value cache, sampling, searches, and the loop over tokens."""
 
-from lmfast.generation.cache import KVCache
+from lmfast.cache import KVCache
 from lmfast.generation.engine.quantised import QuantisedWeights
 from lmfast.generation.generator import Completion, Generator, generate
 from lmfast.generation.options import GenerationOptions

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfast.generation.beam import Beams, beam_search
 from lmfast.generation.loop import Job, need_rows
 from lmfast.generation.sampler import Sampler
 from lmfast.generation.stopping import completes
+from lmfast.models.beam import Beams, beam_search
 
 
 class _Hypotheses:

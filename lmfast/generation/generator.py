@@ -30,6 +30,7 @@ from lmfast.generation.prompts import check_prompts, fit, with_new
 from lmfast.generation.runner import Weights, make_runner
 from lmfast.generation.running_batch import RunningBatch
 from lmfast.generation.speculative import decode_speculatively
+from lmfast.generation.transformers.options import options_from_transformers
 
 
 class Completion(NamedTuple):
@@ -367,8 +368,6 @@ def generate(
         torch.Size([1, 7])
     """
     if "generation_config" in options:
-        from lmfast.integrations.transformers_generate import options_from_transformers
-
         config = options.pop("generation_config")
         ids, options = options_from_transformers(
             ids, config, max_new_tokens=max_new_tokens, **options

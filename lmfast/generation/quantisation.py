@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from lmfast.generation.engine.calibration import calibrated, calibrated_cells
 from lmfast.generation.engine.cells import CellPlan
 from lmfast.generation.engine.make import plan_of
-from lmfast.generation.engine.plan import Plan, Quantised
+from lmfast.generation.engine.packing import check_group
+from lmfast.generation.engine.plan import Plan
 from lmfast.generation.engine.quantised import QuantisedWeights, with_matrices
-from lmfast.generation.engine.rounding import check_group, quantise_groups, quantise_rows
 from lmfast.generation.text import encode
+from lmfast.ops._rounding import Quantised, quantise_groups, quantise_rows
 
 
 @torch.no_grad()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from lmfast.generation.engine import CannotPack, make_engine
+from lmfast.generation.engine.quantised import QuantisedWeights
 from lmfast.generation.module_runner import ModuleRunner
-
-if TYPE_CHECKING:
-    from lmfast.generation.engine.quantised import QuantisedWeights
 
 Weights = Literal["fp32", "bf16", "int8", "int4"]
 WEIGHTS = ("fp32", "bf16", "int8", "int4")
@@ -103,8 +102,6 @@ def make_runner(
         ValueError: unknown weights, or weights other than "fp32" for a model that the engine
             cannot pack.
     """
-    from lmfast.generation.engine.quantised import QuantisedWeights
-
     if not isinstance(weights, QuantisedWeights) and weights not in WEIGHTS:
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     runner, reason = _engine(model, weights, group)
@@ -114,7 +111,7 @@ def make_runner(
         wrong = repr(weights) if isinstance(weights, str) else "quantised ones"
         raise ValueError(f"weights must be 'fp32' for this model, got {wrong}: {reason}")
     if hasattr(model, "config") and hasattr(model, "get_input_embeddings"):
-        from lmfast.integrations.transformers_runner import TransformersRunner
+        from lmfast.generation.transformers.runner import TransformersRunner
 
         return TransformersRunner(model), reason
     return ModuleRunner(model), reason
@@ -123,9 +120,6 @@ def make_runner(
 def _engine(
     model: Any, weights: Weights | QuantisedWeights, group: int | None
 ) -> tuple[Runner | None, str | None]:
-    # Models stand on this package's cache, and the engine knows the models.
-    from lmfast.generation.engine import CannotPack, make_engine
-
     try:
         return make_engine(model, weights, group=group), None
     except CannotPack as error:

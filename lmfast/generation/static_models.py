@@ -1,7 +1,7 @@
 """Models whose state lies in tensors that never move, for a step that is captured once.
 
 Two kinds are here: decoders on an `lmfast.KVCache`, whose lengths become a tensor, and recurrent
-models, whose state is one. Those of transformers are in `lmfast.integrations.transformers_static`.
+models, whose state is one. Those of transformers are in `lmfast.generation.transformers`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lmfast import ops
-from lmfast.generation import _whole_step
-from lmfast.generation._blocks import BlockTable
-from lmfast.generation._storage import Storage, on_device
-from lmfast.generation.cache import KVCache
+from lmfast.cache import KVCache, _whole_step
+from lmfast.cache._blocks import BlockTable
+from lmfast.cache._storage import Storage, on_device
 from lmfast.generation.states import RecurrentState
+from lmfast.models.decoder import DecoderLanguageModel
+from lmfast.models.recurrent import RecurrentLanguageModel
 
 
 class StaticModel(Protocol):
@@ -131,9 +132,6 @@ class StaticRecurrent:
 
 def why_not_static(model: Any) -> str | None:
     """Why a model has no step on static buffers, or None."""
-    from lmfast.models.decoder import DecoderLanguageModel  # they stand on the cache
-    from lmfast.models.recurrent import RecurrentLanguageModel
-
     if isinstance(model, RecurrentLanguageModel):
         return None
     if not isinstance(model, DecoderLanguageModel):

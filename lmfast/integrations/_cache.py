@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lmfast.generation import KVCache
-from lmfast.integrations.transformers_runner import ATTENDING
+from lmfast.generation.transformers.runner import ATTENDING
 
 
 class _Layer(CacheLayerMixin):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lmfast.generation.cache import KVCache, LayerCache
+from lmfast.cache import KVCache, LayerCache
 from lmfast.models.base import LanguageModel, check_ids, check_sizes, keep_row_fixed
 from lmfast.nn import sizes
 from lmfast.nn.block import BlockOptions, DecoderBlock

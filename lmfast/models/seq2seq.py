@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lmfast.generation.beam import beam_search
+from lmfast.models.beam import beam_search
 from lmfast.models.encoder_decoder import ATTENTIONS, Decoder, DecoderState, Encoder, Memory
 from lmfast.models.output import loss_of
 from lmfast.ops._library import is_readable

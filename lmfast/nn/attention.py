@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from lmfast.cache import LayerCache
 from lmfast.nn.attend import as_visible, attend, is_causal_mask
 from lmfast.nn.norm import RMSNorm
 from lmfast.nn.packed import PackedParameters
 from lmfast.nn.rotary import RotaryEmbedding
 from lmfast.nn.sizes import check_sizes
 from lmfast.ops._attention_arguments import check_positive, check_scale
-
-if TYPE_CHECKING:
-    from lmfast.generation.cache import LayerCache
 
 
 class AttentionOptions(TypedDict, total=False):

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from lmfast.cache import LayerCache
 from lmfast.nn.attention import AttentionOptions, MultiHeadAttention
 from lmfast.nn.mlp import ACTIVATIONS, MLP, GeGLU, SwiGLU
 from lmfast.nn.norm import RMSNorm
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from lmfast.generation.cache import LayerCache
 
 # The feed-forward layers by name: gated ones, and activations of `MLP`.
 _GATED = {"swiglu": SwiGLU, "geglu": GeGLU}

@@ -5,8 +5,7 @@ says which implementation a call would use. DTensors, whole and divided, are tak
 operators take them (`lmfast/_sharding.py` says what runs without an exchange between processes).
 """
 
-import lmfast.ops._gpu
-import lmfast.triton  # noqa: F401  (like _gpu, registers implementations)
+import lmfast.ops._gpu  # noqa: F401  (registers implementations)
 from lmfast._dispatch import read_variable
 from lmfast.ops.add_rms_norm import add_rms_norm
 from lmfast.ops.additive_attention import additive_attention

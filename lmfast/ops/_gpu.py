@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 import lmfast.ops.add_rms_norm
-import lmfast.ops.cached_attention
-import lmfast.ops.rope  # noqa: F401  (these register the ops extended below)
+import lmfast.ops.cached_attention  # noqa: F401  (these register the ops extended below)
 from lmfast import _extension
 from lmfast._dispatch import implementation, register
 from lmfast.ops._cached_attention_reference import CacheOptions
-from lmfast.ops._library import needs_grad
 from lmfast.ops._storage import FLOAT8
 from lmfast.ops.decode_attention import launch as launch_decode_attention
+from lmfast.ops.rope import unsupported_by_kernels as rope_unsupported_by
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,13 +39,9 @@ def _norm_unsupported(x: Tensor, weight: Tensor | None) -> str | None:
     return unsupported(x, weight)
 
 
-def _rope_unsupported(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> str | None:
-    if needs_grad(cos, sin):
-        return "cos or sin requires a gradient, which only the torch backend computes"
-    inplace = rest[-1]
-    if inplace and (q.stride(-1) != 1 or k.stride(-1) != 1) and q.shape[-1] > 1:
-        return "in place needs head dimensions that are neighbours in memory"
-    return unsupported(q, k, cos, sin)
+def _rope_unsupported(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *options: Any) -> str | None:
+    reason = rope_unsupported_by(q, k, cos, sin, *options)
+    return reason or unsupported(q, k, cos, sin)
 
 
 # Query rows per key head, tokens x heads of a group: with more, the matrix units win (Triton). Two

@@ -20,6 +20,7 @@ from lmfast.ops._library import (
     unsupported_by_cpu_kernels,
     with_unit_last_stride,
 )
+from lmfast.ops._rounding import quantise_groups, quantise_rows
 from lmfast.testing import Sample
 
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -56,9 +57,6 @@ def quantise_weight(weight: Tensor, bits: int = 8, *, group: int = 32) -> tuple[
         >>> codes.tolist()
         [[127, -64]]
     """
-    # The engine's rounding; imported here because generation stands on the operators.
-    from lmfast.generation.engine.packing import quantise_groups, quantise_rows
-
     if check_tensor("weight", weight).dim() != 2:
         raise ValueError(f"weight must be (N, K), got {tuple(weight.shape)}")
     if bits == 8:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -260,53 +260,53 @@ class _Rope(torch.autograd.Function):
         return (*grads, *(None,) * 7)
 
 
-def _cpu_rotate(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    offset: int,
-    interleaved: bool,
-    inverse: bool,
-) -> tuple[Tensor, Tensor]:
-    positions = None if positions is None else positions.contiguous()
-    q, k = with_unit_last_stride(q), with_unit_last_stride(k)
-    return _op(q, k, cos.contiguous(), sin.contiguous(), positions, offset, interleaved, inverse)
+def launchers(op: Any, inplace_op: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The two operators of this file for tensors of any strides: (forward, rotation either way)."""
+
+    def rotate(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, *options: Any
+    ) -> tuple[Tensor, Tensor]:
+        q, k = with_unit_last_stride(q), with_unit_last_stride(k)
+        return op(q, k, *_tables(cos, sin, positions), *options)
+
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | None,
+        offset: int,
+        interleaved: bool,
+        inplace: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if not inplace:
+            return rotate(q, k, cos, sin, positions, offset, interleaved, False)
+        inplace_op(q, k, *_tables(cos, sin, positions), offset, interleaved)
+        return q, k
+
+    return forward, rotate
 
 
-def _cpu_forward(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    offset: int,
-    interleaved: bool,
-    inplace: bool,
-) -> tuple[Tensor, Tensor]:
-    if not inplace:
-        return _cpu_rotate(q, k, cos, sin, positions, offset, interleaved, False)
-    positions = None if positions is None else positions.contiguous()
-    _inplace_op(q, k, cos.contiguous(), sin.contiguous(), positions, offset, interleaved)
-    return q, k
+def _tables(
+    cos: Tensor, sin: Tensor, positions: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    return cos.contiguous(), sin.contiguous(), None if positions is None else positions.contiguous()
 
 
-def _cpu_supports(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    offset: int,
-    interleaved: bool,
-    inplace: bool,
+def unsupported_by_kernels(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *options: Any
 ) -> str | None:
+    """Why no kernel takes a call, or None."""
+    inplace = options[-1]
     if needs_grad(cos, sin):
         return "cos or sin requires a gradient, which only the torch backend computes"
     if inplace and (q.stride(-1) != 1 or k.stride(-1) != 1) and q.shape[-1] > 1:
         return "in place needs head dimensions that are neighbours in memory"
-    return unsupported_by_cpu_kernels(q, k)
+    return None
+
+
+def _cpu_supports(q: Tensor, k: Tensor, *others: Any) -> str | None:
+    return unsupported_by_kernels(q, k, *others) or unsupported_by_cpu_kernels(q, k)
 
 
 OP = register_op(
@@ -320,4 +320,4 @@ OP = register_op(
     )
 )
 
-register("rope", "cpu", ("cpu",), _cpu_forward, _cpu_rotate, _cpu_supports)
+register("rope", "cpu", ("cpu",), *launchers(_op, _inplace_op), _cpu_supports)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from typing import Any
-
 import torch
 from torch import nn
 
 from lmfast._dispatch import BACKENDS
 from lmfast.patching import layers, norms, recurrent, swap, textbook
+from lmfast.patching.libraries import integration_of
 from lmfast.patching.probe import verify
 from lmfast.patching.report import Entry, PatchReport
 from lmfast.patching.rules import Plan, Rule, options_of
@@ -81,7 +79,7 @@ def patch(model: nn.Module, *, backend: str | None = None) -> PatchReport:
             break
     report = PatchReport(type(model).__name__)
     worker = _Worker(model, backend, report)
-    integration = _integration(model)
+    integration = integration_of(model)
     refusal = None if integration is None else integration.refusal(model)
     if refusal is not None:
         report.notes.append(refusal)
@@ -115,23 +113,11 @@ def unpatch(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    integration = _integration(model)
+    integration = integration_of(model)
     if integration is not None:
         integration.unpatch(model)
     for module in swap.each_swapped(model):
         swap.undo(module)
-
-
-def _integration(model: nn.Module) -> Any:
-    """The part for transformers' models, if this is one."""
-    transformers = sys.modules.get("transformers")
-    if transformers is None:
-        return None
-    if not any(isinstance(m, transformers.PreTrainedModel) for m in model.modules()):
-        return None
-    from lmfast.integrations import transformers as integration
-
-    return integration
 
 
 class _Worker:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import copyreg
 import functools
-import importlib
 import inspect
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
+
+from lmfast.patching.libraries import load_all
 
 Options = tuple[tuple[str, Any], ...]
 
@@ -37,8 +38,8 @@ def recipe(name: str) -> Callable[[Callable[..., dict[str, Any]]], Callable[...,
 @functools.cache
 def subclass(original: Any, name: str, options: Options) -> type[nn.Module]:
     """The subclass of `original` with the forward of a recipe; one per recipe and options."""
-    if name not in _RECIPES:  # a pickle of a model of transformers
-        importlib.import_module("lmfast.integrations.transformers")
+    if name not in _RECIPES:  # a pickle of another library's model
+        load_all()
     settings = {key: value for key, value in options if key not in ("label", "note")}
     made = _RECIPES[name](original, **settings)
     if "forward" in made:

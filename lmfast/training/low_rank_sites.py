@@ -13,6 +13,7 @@ from lmfast.nn.low_rank import LowRank, LowRankLinear, LowRankParameter, Update
 from lmfast.nn.packed import PackedParameters
 from lmfast.nn.projection import Projections, low_rank_name, low_rank_of
 from lmfast.patching import swap
+from lmfast.training.conv1d import classes_in_use
 
 _LAYER = "low_rank"  # the submodule of a linear layer
 
@@ -153,8 +154,6 @@ def _own_class(module: nn.Module) -> type:
 
 def _layer_classes() -> dict[type, type]:
     """Linear layer -> the class of one with updates. transformers' layers, if it is in use."""
-    from lmfast.integrations.conv1d import classes_in_use
-
     return {nn.Linear: LowRankLinear, **classes_in_use()}
 
 

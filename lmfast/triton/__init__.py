@@ -18,7 +18,6 @@ import lmfast.ops.add_rms_norm
 import lmfast.ops.geglu
 import lmfast.ops.lora_linear
 import lmfast.ops.quantised_linear
-import lmfast.ops.rope
 import lmfast.ops.sample
 import lmfast.ops.swiglu  # noqa: F401  (these define the operators twinned below)
 from lmfast._dispatch import register
@@ -36,6 +35,8 @@ from lmfast.ops.decode_attention import register_two_calls
 from lmfast.ops.linear import library_backward
 from lmfast.ops.linear_cross_entropy import launcher as linear_cross_entropy_launcher
 from lmfast.ops.linear_recurrence import launcher as linear_recurrence_launcher
+from lmfast.ops.rope import launchers as rope_launchers
+from lmfast.ops.rope import unsupported_by_kernels as rope_unsupported_by
 from lmfast.ops.rope_append import launcher as rope_append_launcher
 from lmfast.ops.rope_append import unsupported_by_kernels as append_unsupported_by
 from lmfast.triton._launch import DEVICES, twin, unsupported
@@ -47,8 +48,6 @@ MAX_WIDTH = 65536
 _rms_norm = twin("rms_norm", "rms_norm")
 _add_rms_norm_op = twin("add_rms_norm", "rms_norm")
 _rms_norm_backward = twin("rms_norm_backward", "rms_norm_backward")
-_rope = twin("rope", "rope")
-_rope_inplace = twin("rope_", "rope")
 
 
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -172,54 +171,9 @@ def _norm_unsupported(x: Tensor, weight: Tensor | None) -> str | None:
     return unsupported(x, weight)
 
 
-def _rope_rotate(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    offset: int,
-    interleaved: bool,
-    inverse: bool,
-) -> tuple[Tensor, Tensor]:
-    positions = None if positions is None else positions.contiguous()
-    q, k = with_unit_last_stride(q), with_unit_last_stride(k)
-    cos, sin = cos.contiguous(), sin.contiguous()
-    return _rope(q, k, cos, sin, positions, offset, interleaved, inverse)
-
-
-def _rope_forward(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    offset: int,
-    interleaved: bool,
-    inplace: bool,
-) -> tuple[Tensor, Tensor]:
-    if not inplace:
-        return _rope_rotate(q, k, cos, sin, positions, offset, interleaved, False)
-    positions = None if positions is None else positions.contiguous()
-    _rope_inplace(q, k, cos.contiguous(), sin.contiguous(), positions, offset, interleaved)
-    return q, k
-
-
-def _rope_unsupported(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    offset: int,
-    interleaved: bool,
-    inplace: bool,
-) -> str | None:
-    if needs_grad(cos, sin):
-        return "cos or sin requires a gradient, which only the torch backend computes"
-    if inplace and (q.stride(-1) != 1 or k.stride(-1) != 1) and q.shape[-1] > 1:
-        return "in place needs head dimensions that are neighbours in memory"
-    return unsupported(q, k, cos, sin)
+def _rope_unsupported(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *options: Any) -> str | None:
+    reason = rope_unsupported_by(q, k, cos, sin, *options)
+    return reason or unsupported(q, k, cos, sin)
 
 
 def _attention_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -274,7 +228,13 @@ register(
     _norm_backward,
     lambda x, residual, weight, eps: _norm_unsupported(x, weight),
 )
-register("rope", "triton", DEVICES, _rope_forward, _rope_rotate, _rope_unsupported)
+register(
+    "rope",
+    "triton",
+    DEVICES,
+    *rope_launchers(twin("rope", "rope"), twin("rope_", "rope")),
+    _rope_unsupported,
+)
 register(
     "attention", "triton", DEVICES, _attention_forward, _attention_backward, _attention_unsupported
 )

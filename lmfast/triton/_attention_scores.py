@@ -28,6 +28,38 @@ def row_start(offset, offsets_ptr, lengths_ptr, batch, length, keys, AFTER_LENGT
 
 
 @triton.jit
+def rows_of(ptr, batch, head, token, stride0, stride1, stride2, d):
+    """Pointers to the rows of tokens, (tokens, head size); a head each, or one for all."""
+    at = batch * stride0 + head.to(tl.int64) * stride1 + token.to(tl.int64) * stride2
+    return ptr + at[:, None] + d[None, :]
+
+
+@triton.jit
+def keys_for(
+    start,
+    first,
+    length,
+    limit,
+    window,
+    GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """(first, end) of the keys that some row of a tile, which begins at row `first`, may see."""
+    last_token = tl.minimum((first + BLOCK_M - 1) // GROUP, length - 1)
+    low, high = limit * 0, limit
+    if CAUSAL:
+        high = tl.minimum(high, start + last_token + 1)
+    if WINDOW:
+        low = tl.maximum(0, start + first // GROUP - window + 1) // BLOCK_N * BLOCK_N
+        if not CAUSAL:
+            high = tl.minimum(high, start + last_token + window)
+    return low, high
+
+
+@triton.jit
 def scores_of(
     q,
     k,

@@ -29,7 +29,14 @@ from torch import Tensor
 
 from lmfast.ops._attention_reference import Options
 from lmfast.ops._cached_attention_reference import TABLE_BLOCK, CacheOptions, attention_options
-from lmfast.triton._attention_scores import arguments, mask_strides, row_start, scores_of
+from lmfast.triton._attention_scores import (
+    arguments,
+    keys_for,
+    mask_strides,
+    row_start,
+    rows_of,
+    scores_of,
+)
 from lmfast.triton._launch import multiprocessors, next_power_of_2, on_device
 
 # More rows than this fill the multiprocessors without cutting the keys into parts.
@@ -127,9 +134,8 @@ def _attention_fwd_kernel(
     position = start + token
     d = tl.arange(0, BLOCK_D)
     inside = (row < rows)[:, None]
-    q_at = head.to(tl.int64) * q1 + token.to(tl.int64) * q2
     q_mask = inside & (d < HEAD_DIM)[None, :]
-    q = tl.load(q_ptr + batch * q0 + q_at[:, None] + d[None, :], mask=q_mask, other=0.0)
+    q = tl.load(rows_of(q_ptr, batch, head, token, q0, q1, q2, d), mask=q_mask, other=0.0)
     if DOT_FP32:
         q = q.to(tl.float32)
     slope = None
@@ -141,14 +147,9 @@ def _attention_fwd_kernel(
         mask_row = mask_ptr + mask_at[:, None]
 
     # The keys some row of the tile may see, and of those this part's share.
-    last_token = tl.minimum((first + BLOCK_M - 1) // GROUP, length - 1)
-    low, high = 0, limit
-    if CAUSAL:
-        high = tl.minimum(high, start + last_token + 1)
-    if WINDOW:
-        low = tl.maximum(0, start + first // GROUP - window + 1) // BLOCK_N * BLOCK_N
-        if not CAUSAL:
-            high = tl.minimum(high, start + last_token + window)
+    low, high = keys_for(
+        start, first, length, limit, window, GROUP, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
+    )
     if PARTS:
         per_part = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), BLOCK_N), splits) * BLOCK_N
         low = low + part * per_part
@@ -167,8 +168,8 @@ def _attention_fwd_kernel(
             entry = tl.load(table_ptr + batch * table0 + begin // _TABLE_BLOCK)
             known = (entry >= 0) & (entry < stored_rows)
             stored = tl.where(known, entry, 0).to(tl.int64)
-        at = stored * k0 + kv_head.to(tl.int64) * k1 + key.to(tl.int64) * k2
-        k = tl.load(k_ptr + at[:, None] + d[None, :], mask=kv_mask, other=0.0).to(q.dtype)
+        k = tl.load(rows_of(k_ptr, stored, kv_head, key, k0, k1, k2, d), mask=kv_mask, other=0.0)
+        k = k.to(q.dtype)
         key_scale = None
         if key_scales_ptr is not None:
             at = stored * ks0 + kv_head.to(tl.int64) * ks1 + key
@@ -197,8 +198,8 @@ def _attention_fwd_kernel(
         new_top = tl.maximum(top, tl.max(s, axis=1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp2(s - shift[:, None])
-        at = stored * v0 + kv_head.to(tl.int64) * v1 + key.to(tl.int64) * v2
-        v = tl.load(v_ptr + at[:, None] + d[None, :], mask=kv_mask, other=0.0).to(q.dtype)
+        v = tl.load(rows_of(v_ptr, stored, kv_head, key, v0, v1, v2, d), mask=kv_mask, other=0.0)
+        v = v.to(q.dtype)
         correction = tl.exp2(top - shift)
         if value_scales_ptr is not None:
             at = stored * vs0 + kv_head.to(tl.int64) * vs1 + key
@@ -232,8 +233,7 @@ def _attention_fwd_kernel(
         acc = tl.where(seen[:, None], acc / tl.where(seen, total, 1.0)[:, None], 0.0)
         lse = tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("inf"))
         tl.store(lse_ptr + lse_at, lse, mask=row < rows)
-        o_at = head.to(tl.int64) * o1 + token.to(tl.int64) * o2
-        o_ptr = out_ptr + batch * o0 + o_at[:, None] + d[None, :]
+        o_ptr = rows_of(out_ptr, batch, head, token, o0, o1, o2, d)
         tl.store(o_ptr, acc.to(out_ptr.dtype.element_ty), mask=q_mask)
 
 

@@ -18,7 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lmfast.ops._attention_reference import Options
-from lmfast.triton._attention_scores import arguments, mask_strides, row_start, scores_of
+from lmfast.triton._attention_scores import (
+    arguments,
+    keys_for,
+    mask_strides,
+    row_start,
+    rows_of,
+    scores_of,
+)
 from lmfast.triton._launch import next_power_of_2, on_device
 
 
@@ -92,12 +99,9 @@ def _attention_dq_kernel(
     d = tl.arange(0, BLOCK_D)
     inside = there[:, None]
     row_mask = inside & (d < HEAD_DIM)[None, :]
-    at = batch * q0 + head * q1 + token.to(tl.int64) * q2
-    q = tl.load(q_ptr + at[:, None] + d[None, :], mask=row_mask, other=0.0)
-    at = batch * g0 + head * g1 + token.to(tl.int64) * g2
-    dout = tl.load(dout_ptr + at[:, None] + d[None, :], mask=row_mask, other=0.0)
-    at = batch * o0 + head * o1 + token.to(tl.int64) * o2
-    out = tl.load(out_ptr + at[:, None] + d[None, :], mask=row_mask, other=0.0)
+    q = tl.load(rows_of(q_ptr, batch, head, token, q0, q1, q2, d), mask=row_mask, other=0.0)
+    dout = tl.load(rows_of(dout_ptr, batch, head, token, g0, g1, g2, d), mask=row_mask, other=0.0)
+    out = tl.load(rows_of(out_ptr, batch, head, token, o0, o1, o2, d), mask=row_mask, other=0.0)
     sum_at = (batch * HEADS + head) * length + token
     lse = tl.load(lse_ptr + sum_at, mask=there, other=float("inf"))
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
@@ -111,22 +115,15 @@ def _attention_dq_kernel(
     if mask_ptr is not None:
         mask_row = mask_ptr + (batch * m0 + head * m1 + token.to(tl.int64) * m2)[:, None]
 
-    last_token = tl.minimum((first + BLOCK_M - 1) // GROUP, length - 1)
-    low, high = 0, limit
-    if CAUSAL:
-        high = tl.minimum(high, start + last_token + 1)
-    if WINDOW:
-        low = tl.maximum(0, start + first // GROUP - window + 1) // BLOCK_N * BLOCK_N
-        if not CAUSAL:
-            high = tl.minimum(high, start + last_token + window)
+    low, high = keys_for(
+        start, first, length, limit, window, GROUP, CAUSAL, WINDOW, BLOCK_M, BLOCK_N
+    )
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for begin in range(low, high, BLOCK_N):
         key = begin + tl.arange(0, BLOCK_N)
         kv_mask = (key < limit)[:, None] & (d < HEAD_DIM)[None, :]
-        at = batch * k0 + kv_head * k1 + key.to(tl.int64) * k2
-        k = tl.load(k_ptr + at[:, None] + d[None, :], mask=kv_mask, other=0.0)
-        at = batch * v0 + kv_head * v1 + key.to(tl.int64) * v2
-        v = tl.load(v_ptr + at[:, None] + d[None, :], mask=kv_mask, other=0.0)
+        k = tl.load(rows_of(k_ptr, batch, kv_head, key, k0, k1, k2, d), mask=kv_mask, other=0.0)
+        v = tl.load(rows_of(v_ptr, batch, kv_head, key, v0, v1, v2, d), mask=kv_mask, other=0.0)
         if DOT_FP32:
             k, v = k.to(tl.float32), v.to(tl.float32)
         s, slope_of_cap = scores_of(
@@ -153,9 +150,8 @@ def _attention_dq_kernel(
         if SOFTCAP:
             ds *= slope_of_cap
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="tf32x3")
-    at = batch * d0 + head * d1 + token.to(tl.int64) * d2
     dq = (acc * scale).to(dq_ptr.dtype.element_ty)
-    tl.store(dq_ptr + at[:, None] + d[None, :], dq, mask=row_mask)
+    tl.store(rows_of(dq_ptr, batch, head, token, d0, d1, d2, d), dq, mask=row_mask)
 
 
 @triton.jit(do_not_specialize=["offset", "length", "keys", "window"])
@@ -223,10 +219,8 @@ def _attention_dkv_kernel(
     key = first_key + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     kv_mask = (key < limit)[:, None] & (d < HEAD_DIM)[None, :]
-    at = batch * k0 + kv_head * k1 + key.to(tl.int64) * k2
-    k = tl.load(k_ptr + at[:, None] + d[None, :], mask=kv_mask, other=0.0)
-    at = batch * v0 + kv_head * v1 + key.to(tl.int64) * v2
-    v = tl.load(v_ptr + at[:, None] + d[None, :], mask=kv_mask, other=0.0)
+    k = tl.load(rows_of(k_ptr, batch, kv_head, key, k0, k1, k2, d), mask=kv_mask, other=0.0)
+    v = tl.load(rows_of(v_ptr, batch, kv_head, key, v0, v1, v2, d), mask=kv_mask, other=0.0)
     if DOT_FP32:
         k, v = k.to(tl.float32), v.to(tl.float32)
 
@@ -251,10 +245,10 @@ def _attention_dkv_kernel(
         position = start + token
         inside = there[:, None]
         row_mask = inside & (d < HEAD_DIM)[None, :]
-        at = batch * q0 + head * q1 + token.to(tl.int64) * q2
-        q = tl.load(q_ptr + at[:, None] + d[None, :], mask=row_mask, other=0.0)
-        at = batch * g0 + head * g1 + token.to(tl.int64) * g2
-        dout = tl.load(dout_ptr + at[:, None] + d[None, :], mask=row_mask, other=0.0)
+        q = tl.load(rows_of(q_ptr, batch, head, token, q0, q1, q2, d), mask=row_mask, other=0.0)
+        dout = tl.load(
+            rows_of(dout_ptr, batch, head, token, g0, g1, g2, d), mask=row_mask, other=0.0
+        )
         if DOT_FP32:
             q, dout = q.to(tl.float32), dout.to(tl.float32)
         sum_at = (batch * HEADS + head) * length + token
@@ -292,11 +286,10 @@ def _attention_dkv_kernel(
             ds *= slope_of_cap
         dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision="tf32x3")
     kv_mask = (key < keys)[:, None] & (d < HEAD_DIM)[None, :]
-    at = batch * dk0 + kv_head * dk1 + key.to(tl.int64) * dk2
     dk = (dk * scale).to(dk_ptr.dtype.element_ty)
-    tl.store(dk_ptr + at[:, None] + d[None, :], dk, mask=kv_mask)
-    at = batch * dv0 + kv_head * dv1 + key.to(tl.int64) * dv2
-    tl.store(dv_ptr + at[:, None] + d[None, :], dv.to(dv_ptr.dtype.element_ty), mask=kv_mask)
+    tl.store(rows_of(dk_ptr, batch, kv_head, key, dk0, dk1, dk2, d), dk, mask=kv_mask)
+    dv = dv.to(dv_ptr.dtype.element_ty)
+    tl.store(rows_of(dv_ptr, batch, kv_head, key, dv0, dv1, dv2, d), dv, mask=kv_mask)
 
 
 def _tile(q: Tensor) -> dict[str, int]:

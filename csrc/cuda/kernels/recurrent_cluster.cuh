@@ -48,6 +48,39 @@ __device__ __forceinline__ void fill_rows(T* copies, int row_count, int stride, 
   }
 }
 
+// What a block works on: a few hidden units of a group of the batch's rows. Its warps leave their
+// parts of the product, R rows each, in shared memory.
+template <int R>
+struct RecurrentBlock {
+  float* partial;
+  int unit0, units;  // a cluster may have blocks to spare, without units
+  int group0;        // the group's first row
+  int stride, warps, gates;
+
+  explicit __device__ RecurrentBlock(const RecurrentShape& s)
+      : partial(static_cast<float*>(dynamic_shared())),
+        unit0(blockIdx.x * s.units),
+        group0(blockIdx.y * s.group_rows),
+        stride(s.at_once + 1),
+        warps(blockDim.x / 32),
+        gates(gates_of(s.cell)) {
+    const int there = s.units < s.hidden - unit0 ? s.units : s.hidden - unit0;
+    units = there > 0 ? there : 0;
+  }
+
+  // How many rows of its group run in a step.
+  __device__ __forceinline__ int rows_of(const RecurrentShape& s, const RecurrentStep& step) const {
+    return step.rows - group0 < s.group_rows ? step.rows - group0 : s.group_rows;
+  }
+
+  // The product's row `row` for batch row n, in a fixed order.
+  __device__ __forceinline__ float sum(int row, int n) const {
+    float total = 0.0f;
+    for (int v = 0; v < warps; ++v) total += partial[(v * R + row) * stride + n];
+    return total;
+  }
+};
+
 // gridDim = (blocks of a cluster, groups of the batch), threads: 32 x warps of the plan. Shared:
 // the products' parts, then two copies of h.
 template <typename T, int R, int D>
@@ -55,13 +88,9 @@ __global__ void __launch_bounds__(kRecurrentMaxWarps * 32, 1)
     recurrent_cluster_fwd_kernel(const __grid_constant__ RecurrentFwd p) {
 #ifdef LMFAST_CLUSTERS
   const RecurrentShape& s = p.s;
-  float* partial = static_cast<float*>(dynamic_shared());
-  const int warps = blockDim.x / 32, stride = s.at_once + 1, gates = gates_of(s.cell);
-  T* copies = reinterpret_cast<T*>(partial + s.partial_size);
-  const int hidden = s.hidden, unit0 = blockIdx.x * s.units;
-  const int there = s.units < hidden - unit0 ? s.units : hidden - unit0;
-  const int units = there > 0 ? there : 0;  // a cluster may have blocks to spare
-  const int group0 = blockIdx.y * s.group_rows;
+  const RecurrentBlock<R> block(s);
+  const int hidden = s.hidden, unit0 = block.unit0, units = block.units, group0 = block.group0;
+  T* copies = reinterpret_cast<T*>(block.partial + s.partial_size);
 
   RecurrentProduct<T, R, D> product;
   product.load_weights(ForwardRows<T>(s, unit0, units));
@@ -74,22 +103,21 @@ __global__ void __launch_bounds__(kRecurrentMaxWarps * 32, 1)
 
   for (int number = 0; number < s.steps; ++number) {
     const RecurrentStep step = step_of(s, number, s.reverse);
-    const int last = step.rows - group0 < s.group_rows ? step.rows - group0 : s.group_rows;
+    const int last = block.rows_of(s, step);
     const T* now = copies + number % 2 * s.group_rows * s.row_stride;
     T* next = copies + (number + 1) % 2 * s.group_rows * s.row_stride;
     for (int b0 = 0; b0 < last; b0 += s.at_once) {
       const int count = last - b0 < s.at_once ? last - b0 : s.at_once;
       product.template multiply<FromShared>(
-          [&](int n) -> const T* { return now + (b0 + n) * s.row_stride; }, count, hidden, partial,
-          stride);
+          [&](int n) -> const T* { return now + (b0 + n) * s.row_stride; }, count, hidden,
+          block.partial, block.stride);
       __syncthreads();
       for (int i = threadIdx.x; i < units * count; i += blockDim.x) {
         const int u = i % units, n = i / units;
         float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
         for (int g = 0; g < 4; ++g) {
-          if (g >= gates) continue;
-          for (int v = 0; v < warps; ++v) sum[g] += partial[(v * R + g * s.units + u) * stride + n];
+          if (g < block.gates) sum[g] = block.sum(g * s.units + u, n);
         }
         const float h = forward_unit<T>(p, step, group0 + b0 + n, unit0 + u, sum);
         next[(b0 + n) * s.row_stride + unit0 + u] = from_float<T>(h);
@@ -114,14 +142,10 @@ __global__ void __launch_bounds__(kRecurrentMaxWarps * 32, 1)
     recurrent_cluster_bwd_kernel(const __grid_constant__ RecurrentBwd p) {
 #ifdef LMFAST_CLUSTERS
   const RecurrentShape& s = p.s;
-  float* partial = static_cast<float*>(dynamic_shared());
-  const int warps = blockDim.x / 32, stride = s.at_once + 1, gates = gates_of(s.cell);
-  T* copies = reinterpret_cast<T*>(partial + s.partial_size);
-  const int hidden = s.hidden, unit0 = blockIdx.x * s.units;
-  const int there = s.units < hidden - unit0 ? s.units : hidden - unit0;
-  const int units = there > 0 ? there : 0;
-  const int group0 = blockIdx.y * s.group_rows;
-  const int gradients = gates == 1 ? 1 : 4;
+  const RecurrentBlock<R> block(s);
+  const int hidden = s.hidden, unit0 = block.unit0, units = block.units, group0 = block.group0;
+  T* copies = reinterpret_cast<T*>(block.partial + s.partial_size);
+  const int gates = block.gates, gradients = gates == 1 ? 1 : 4;
   // The gradients that meet the matrix, each `gate_stride` behind the other; a GRU's fourth does
   // not.
   const int gate_stride = s.gate_stride, depth = (gates - 1) * gate_stride + hidden;
@@ -139,19 +163,18 @@ __global__ void __launch_bounds__(kRecurrentMaxWarps * 32, 1)
   for (int number = 0; number < s.steps; ++number) {
     const RecurrentStep step = step_of(s, number, !s.reverse);
     const EarlierStep earlier = earlier_step(s, step.t);
-    const int last = step.rows - group0 < s.group_rows ? step.rows - group0 : s.group_rows;
+    const int last = block.rows_of(s, step);
     const T* now = copies + number % 2 * s.group_rows * s.row_stride;
     T* next = copies + (number + 1) % 2 * s.group_rows * s.row_stride;
     for (int b0 = 0; b0 < last; b0 += s.at_once) {
       const int count = last - b0 < s.at_once ? last - b0 : s.at_once;
       product.template multiply<FromShared>(
-          [&](int n) -> const T* { return now + (b0 + n) * s.row_stride; }, count, depth, partial,
-          stride);
+          [&](int n) -> const T* { return now + (b0 + n) * s.row_stride; }, count, depth,
+          block.partial, block.stride);
       __syncthreads();
       for (int i = threadIdx.x; i < units * count; i += blockDim.x) {
         const int u = i % units, n = i / units, b = group0 + b0 + n;
-        float through = 0.0f;
-        for (int v = 0; v < warps; ++v) through += partial[(v * R + u) * stride + n];
+        const float through = block.sum(u, n);
         const int64_t out = (step.at + b) * gradients * hidden + unit0 + u;
         T* mine = next + (b0 + n) * s.row_stride + unit0 + u;
         backward_unit<T>(p, step, earlier, b, unit0 + u, through, [&](int gate, float value) {

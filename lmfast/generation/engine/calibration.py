@@ -21,9 +21,9 @@ from torch import Tensor
 
 from lmfast.generation.engine.cell_forward import CellForward
 from lmfast.generation.engine.cells import CellLayer, CellPlan
-from lmfast.generation.engine.plan import Bits, Linear, Plan, Quantised
+from lmfast.generation.engine.plan import Linear, Plan
 from lmfast.generation.engine.plan_forward import PlanForward, plain_products
-from lmfast.generation.engine.rounding import group_scales, nearest, quantise_rows
+from lmfast.ops._rounding import Bits, Quantised, group_scales, nearest, quantise_rows
 
 # Of the mean of diag H: directions in which the texts say nothing.
 _DAMPING = 0.01

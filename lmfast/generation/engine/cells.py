@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lmfast.generation.engine.packing import Matrix, Packer, Storage
-from lmfast.generation.engine.plan import CannotPack, Linear, Quantised, check_parameters
+from lmfast.generation.engine.plan import CannotPack, Linear, check_parameters
 from lmfast.generation.engine.program import (
     Packed,
     double_word,
@@ -18,12 +18,11 @@ from lmfast.generation.engine.program import (
     shape_of,
     stacked,
 )
+from lmfast.models.recurrent import RecurrentLanguageModel
 from lmfast.nn.elman import ElmanRNN
 from lmfast.nn.low_rank import LowRank
 from lmfast.nn.stack import GatedStack, MinStack
-
-if TYPE_CHECKING:  # whose caches are imported from here
-    from lmfast.models.recurrent import RecurrentLanguageModel
+from lmfast.ops._rounding import Quantised
 
 _MAGIC = 0x6C6D656E67433032
 _NONE = -1

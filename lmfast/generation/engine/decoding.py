@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmfast.generation._blocks import BlockTable
-from lmfast.generation.cache import KVCache
+from lmfast.cache import KVCache
+from lmfast.cache._blocks import BlockTable
 
 NO_TABLE = torch.empty((0, 0), dtype=torch.int32)
 

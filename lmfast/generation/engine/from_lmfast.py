@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -16,15 +16,13 @@ from lmfast.generation.engine.plan import (
     Rope,
     check_parameters,
 )
+from lmfast.models.decoder import DecoderLanguageModel
 from lmfast.nn.attention import MultiHeadAttention
 from lmfast.nn.block import DecoderBlock
 from lmfast.nn.low_rank import LowRank
 from lmfast.nn.mlp import MLP, GeGLU, SwiGLU
 from lmfast.nn.norm import RMSNorm
 from lmfast.nn.rotary import RotaryEmbedding
-
-if TYPE_CHECKING:  # whose cache is imported from here
-    from lmfast.models.decoder import DecoderLanguageModel
 
 
 def decoder_plan(model: DecoderLanguageModel) -> Plan:

@@ -14,11 +14,12 @@ from lmfast.generation.engine.cell_runner import CellRunner
 from lmfast.generation.engine.cells import CellPlan, recurrent_plan
 from lmfast.generation.engine.from_lmfast import decoder_plan
 from lmfast.generation.engine.from_transformers import plan_maker
-from lmfast.generation.engine.packing import WEIGHTS
+from lmfast.generation.engine.packing import WEIGHTS, check_group
 from lmfast.generation.engine.plan import CannotPack, Plan
 from lmfast.generation.engine.quantised import QuantisedWeights
-from lmfast.generation.engine.rounding import check_group
 from lmfast.generation.engine.runner import EngineRunner
+from lmfast.models.decoder import DecoderLanguageModel
+from lmfast.models.recurrent import RecurrentLanguageModel
 
 P = TypeVar("P", bound=Plan | CellPlan)
 
@@ -86,8 +87,6 @@ def make_engine(
 
 def is_recurrent(model: Any) -> bool:
     """Whether it is a recurrent language model of ours."""
-    from lmfast.models.recurrent import RecurrentLanguageModel
-
     return type(model) is RecurrentLanguageModel
 
 
@@ -109,9 +108,6 @@ def _check_hooks(model: Any) -> None:
 
 
 def _decoder_maker(model: Any) -> Callable[[Any], Plan]:
-    # Models stand on this package's cache.
-    from lmfast.models.decoder import DecoderLanguageModel
-
     make_plan = decoder_plan if type(model) is DecoderLanguageModel else plan_maker(model)
     if make_plan is None:
         raise CannotPack(f"a {type(model).__name__} is not a model the engine knows")

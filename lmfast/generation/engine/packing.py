@@ -22,11 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmfast.generation.engine.plan import Bits, Quantised
-from lmfast.generation.engine.rounding import quantise_groups, quantise_rows
+from lmfast.ops._rounding import INT4_GROUP, Bits, Quantised, quantise_groups, quantise_rows
 
 PANEL, BLOCK = 16, 4
 WEIGHTS = ("fp32", "bf16", "int8", "int4")
+GROUPS = (32, 64, 128)
 DEPTH_STEP = {"fp32": 1, "bf16": 2, "int8": 4, "int4": 8}
 _ALIGNMENT = 64
 _HUGE_PAGE = 2 << 20
@@ -69,6 +69,17 @@ def storage_of(weight: Tensor | Quantised, wanted: Storage) -> Storage:
     if isinstance(weight, Quantised):
         return Storage(f"int{weight.bits}", weight.group)
     return wanted
+
+
+def check_group(weights: str, group: int | None) -> int | None:
+    """The group of such weights; ValueError for one they cannot have."""
+    if group is None:
+        return INT4_GROUP if weights == "int4" else None
+    if weights not in ("int8", "int4"):
+        raise ValueError(f'group goes with weights "int8" and "int4", got {weights!r} and {group}')
+    if group not in GROUPS:
+        raise ValueError(f"group must be one of {', '.join(map(str, GROUPS))}, got {group!r}")
+    return group
 
 
 @dataclass(frozen=True)

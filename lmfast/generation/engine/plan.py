@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lmfast.ops._rounding import Quantised
+
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
-Bits = Literal[8, 4]
 Tables = Callable[[int], tuple[Tensor, Tensor]]
 
 
@@ -38,30 +39,6 @@ class Norm:
     weight: Tensor
     eps: float
     bias: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Quantised:
-    """Integers in the place of a matrix: ``weight[n, k] = codes[n, k] * scale``.
-
-    Attributes:
-        codes: (N, K) int8, from -127 to 127, or from -8 to 7 with 4 bits.
-        scales: (N,) float32, or with groups (N, K / group) float16.
-        bits: 8 or 4.
-        group: numbers of a row that share a scale; None: all.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    bits: Bits
-    group: int | None = None
-
-    def dequantised(self) -> Tensor:
-        """The matrix (N, K) in float32."""
-        codes = self.codes.float()
-        if self.group is None:
-            return codes * self.scales[:, None]
-        return codes * self.scales.float().repeat_interleave(self.group, 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from lmfast import ops
-from lmfast.generation.engine.plan import Layer, Linear, Norm, Plan, Quantised
+from lmfast.generation.engine.plan import Layer, Linear, Norm, Plan
+from lmfast.ops._rounding import Quantised
 
 # Takes the names of matrices that read the same rows, those matrices, and the rows (N, K); returns
 # a product for each.

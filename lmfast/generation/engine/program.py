@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lmfast.generation.engine.packing import PANEL, Matrix, Packer, Storage, storage_of
-from lmfast.generation.engine.plan import CannotPack, Layer, Linear, Norm, Plan, Quantised
-from lmfast.generation.engine.rounding import quantise_rows
+from lmfast.generation.engine.plan import CannotPack, Layer, Linear, Norm, Plan
+from lmfast.ops._rounding import Quantised, quantise_rows
 
 _MAGIC = 0x6C6D656E67303032
 _NONE = -1

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lmfast.generation.engine.cells import CellLayer, CellPlan
-from lmfast.generation.engine.plan import CannotPack, Layer, Linear, Plan, Quantised
+from lmfast.generation.engine.plan import CannotPack, Layer, Linear, Plan
+from lmfast.ops._rounding import Quantised
 
 _FORMAT = "lmfast quantised weights 1"
 # Of a layer; those of recurrent models are several, and numbered.

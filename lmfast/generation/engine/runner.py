@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmfast.generation import _whole_step
-from lmfast.generation.cache import KVCache
+from lmfast.cache import KVCache, _whole_step
 from lmfast.generation.engine.decoding import NO_TABLE, Lane
 from lmfast.generation.engine.operators import engine_greedy, engine_step
 from lmfast.generation.engine.plan import CannotPack, Plan

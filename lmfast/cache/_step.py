@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmfast.generation._storage import Storage, on_device
+from lmfast.cache._storage import Storage, on_device
 
 Padding = Literal["right", "left"]
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from lmfast.generation._step import NewTokens, Placement
-from lmfast.generation._storage import Storage, on_device
+from lmfast.cache._step import NewTokens, Placement
+from lmfast.cache._storage import Storage, on_device
 
 # Tokens behind the window that are kept so that as many of the last ones can be taken back, as
 # speculative decoding does.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
-from lmfast.integrations._experts import expert_parameters, why_experts_wait
+from lmfast.generation.transformers.experts import expert_parameters, why_experts_wait
 
 # Rotations whose tables follow from positions alone.
 _ROTATIONS = ("default", "linear", "llama3", "yarn", "proportional")

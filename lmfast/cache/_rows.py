@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmfast.generation._blocks import BlockTable
-from lmfast.generation._step import Placement, Step, check_integer, integers
-from lmfast.generation._storage import on_device
-from lmfast.generation._window import WindowedLayers
+from lmfast.cache._blocks import BlockTable
+from lmfast.cache._step import Placement, Step, check_integer, integers
+from lmfast.cache._storage import on_device
+from lmfast.cache._window import WindowedLayers
 from lmfast.ops._storage import STORAGE_DTYPES
 
 Group = BlockTable | WindowedLayers  # layers whose tokens lie in the same places

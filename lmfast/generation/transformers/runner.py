@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from lmfast.generation.module_runner import step_rows_with_tokens
-from lmfast.integrations import transformers_static
+from lmfast.generation.transformers import static
 
 # Types of layers that keep keys and values alone.
 ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -227,17 +227,15 @@ class TransformersRunner:
 
     def why_not_static(self) -> str | None:
         """Why the model has no step on static buffers, or None."""
-        return transformers_static.why_not_static(self._model)
+        return static.why_not_static(self._model)
 
     def may_be_static(self, state: TransformersState, steps: int) -> bool:
         """Whether a state can be brought onto static buffers, and there is memory for them."""
-        return transformers_static.may_be_static(state, steps)
+        return static.may_be_static(state, steps)
 
-    def static_model(
-        self, state: TransformersState, steps: int
-    ) -> transformers_static.StaticTransformer:
+    def static_model(self, state: TransformersState, steps: int) -> static.StaticTransformer:
         """The model on static buffers, with room for so many steps; the state is used up."""
-        return transformers_static.StaticTransformer(
+        return static.StaticTransformer(
             *(self._model, state, steps),
             takes_positions=self._positions,
             takes_last_only=self._last_only,

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lmfast.generation._blocks import BlockTable
-from lmfast.generation._step import NewTokens, Placement, new_tokens
-from lmfast.generation._storage import Storage
-from lmfast.generation.cache import KVCache
+from lmfast.cache._blocks import BlockTable
+from lmfast.cache._step import NewTokens, Placement, new_tokens
+from lmfast.cache._storage import Storage
+from lmfast.cache.kv_cache import KVCache
 
 
 @dataclass(slots=True)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from lmfast import ops
-from lmfast.generation._blocks import BLOCK, BlockPool, BlockTable
-from lmfast.generation._rows import CachedRows, Group, check_sizes, layer_windows
-from lmfast.generation._step import Padding, Placement, Step, check_integer, make_step, new_tokens
-from lmfast.generation._storage import Storage, on_device
-from lmfast.generation._window import WindowedLayers, columns_for
+from lmfast.cache._blocks import BLOCK, BlockPool, BlockTable
+from lmfast.cache._rows import CachedRows, Group, check_sizes, layer_windows
+from lmfast.cache._step import Padding, Placement, Step, check_integer, make_step, new_tokens
+from lmfast.cache._storage import Storage, on_device
+from lmfast.cache._window import WindowedLayers, columns_for
 
 _FIRST_CAPACITY = 64
 

@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from lmfast.generation.engine.plan import Bits, Quantised
-
+Bits = Literal[8, 4]
 INT4_GROUP = 32
-GROUPS = (32, 64, 128)
 _CLIPS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79)
+
+
+@dataclass(frozen=True, eq=False)
+class Quantised:
+    """Integers in the place of a matrix: ``weight[n, k] = codes[n, k] * scale``.
+
+    Attributes:
+        codes: (N, K) int8, from -127 to 127, or from -8 to 7 with 4 bits.
+        scales: (N,) float32, or with groups (N, K / group) float16.
+        bits: 8 or 4.
+        group: numbers of a row that share a scale; None: all.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    bits: Bits
+    group: int | None = None
+
+    def dequantised(self) -> Tensor:
+        """The matrix (N, K) in float32."""
+        codes = self.codes.float()
+        if self.group is None:
+            return codes * self.scales[:, None]
+        return codes * self.scales.float().repeat_interleave(self.group, 1)
 
 
 def quantise_rows(weight: Tensor) -> Quantised:
@@ -78,14 +103,3 @@ def nearest(w: Tensor, scale: Tensor, bits: Bits) -> Tensor:
     lowest, highest = (-8, 7) if bits == 4 else (-127, 127)
     inverse = torch.where(scale != 0, 1 / scale, 0.0)
     return (w * inverse).round_().clamp_(lowest, highest).to(torch.int8)
-
-
-def check_group(weights: str, group: int | None) -> int | None:
-    """The group of such weights; ValueError for one they cannot have."""
-    if group is None:
-        return INT4_GROUP if weights == "int4" else None
-    if weights not in ("int8", "int4"):
-        raise ValueError(f'group goes with weights "int8" and "int4", got {weights!r} and {group}')
-    if group not in GROUPS:
-        raise ValueError(f"group must be one of {', '.join(map(str, GROUPS))}, got {group!r}")
-    return group

@@ -15,8 +15,8 @@ from weakref import WeakSet
 import numpy as np
 import torch
 
-from lmfast.generation._step import NewTokens, Placement
-from lmfast.generation._storage import Storage, on_device
+from lmfast.cache._step import NewTokens, Placement
+from lmfast.cache._storage import Storage, on_device
 from lmfast.ops._cached_attention_reference import TABLE_BLOCK as BLOCK
 
 

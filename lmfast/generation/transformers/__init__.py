@@ -1,0 +1,1 @@
+"""Running models of Hugging Face transformers; `runner` and `static` import it."""
