@@ -57,6 +57,7 @@ _FLOPS: dict[str, Callable[..., float]] = {
     "recurrent_forward_stack": lambda x, wi, wh, *rest: (
         2.0 * x.numel() / x.shape[-1] * _entries([*wi, *wh])
     ),
+    "recurrent_backward_stack": lambda *a: 2.0 * a[3][0].shape[0] * _entries([*a[6], *a[7]]),
     "recurrent_step": lambda x, h, c, weights, *rest: 2.0 * x.shape[0] * _entries(weights),
 }
 

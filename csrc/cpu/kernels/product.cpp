@@ -71,15 +71,46 @@ void pack_panel(const ProductArgs& a, int64_t p, int64_t k, int64_t depth, float
 }
 
 // Where the numbers of an operand are that a unit reads next, and how many rows of them to ask for
-// at each tile, so that they arrive while it multiplies.
+// during each tile, so that they arrive while it multiplies.
 struct Next {
   const float* data;
   int64_t stride, rows, width, each;
 
-  void ask() {
-    for (int64_t i = 0; i < each && rows > 0; ++i, --rows, data += stride) {
+  void ask(int64_t count) {
+    for (int64_t i = 0; i < count && rows > 0; ++i, --rows, data += stride) {
       for (int64_t n = 0; n < width; n += 16) __builtin_prefetch(data + n, 0, 2);
       __builtin_prefetch(data + width - 1, 0, 2);
+    }
+  }
+};
+
+// How much to ask for before each segment of a tile: all of it in the first three quarters.
+struct Shares {
+  int64_t rows, next[2];
+
+  Shares(int64_t depth, const Next (&wanted)[2]) {
+    const int64_t segments = depth < 2 * kGemmSegment ? 1 : depth * 3 / (4 * kGemmSegment);
+    const auto share = [&](int64_t count) { return (count + segments - 1) / segments; };
+    rows = share(kGemmRows);
+    for (int i = 0; i < 2; ++i) next[i] = share(wanted[i].each);
+  }
+};
+
+// During a tile: its rows of c, which it writes at its end, and its part of what is next.
+struct TileAsk {
+  static constexpr bool kAsks = true;
+  const Shares& shares;
+  Next* next;
+  float* c;
+  int64_t c_stride, rows, lanes;
+
+  void operator()(int64_t k) const {
+    const int64_t segment = k / kGemmSegment, first = segment * shares.rows;
+    for (int64_t r = first; r < first + shares.rows && r < rows; ++r) {
+      for (int64_t v = 0; v < lanes; v += 16) __builtin_prefetch(c + r * c_stride + v, 1);
+    }
+    for (int i = 0; i < 2; ++i) {
+      if (segment * shares.next[i] < next[i].each) next[i].ask(shares.next[i]);
     }
   }
 };
@@ -88,17 +119,15 @@ struct Next {
 void multiply_block(const ProductArgs& a, const float* from, int64_t rows, int64_t lanes,
                     int64_t depth, const float* b, int64_t b_stride, float* c, int64_t c_stride,
                     const float* added, int64_t added_stride, Next (&next)[2]) {
-  const int64_t stride = a.a.by_columns ? kGemmRows : a.a.stride;
+  const bool packs = product_packs_a(a);
+  const int64_t stride = packs ? kGemmRows : a.a.stride;
+  const Shares shares(depth, next);
   for (int64_t m = 0; m < rows; m += kGemmRows) {
     const int64_t n = rows - m < kGemmRows ? rows - m : kGemmRows;
-    for (int64_t r = 0; r < n; ++r) {
-      for (int64_t v = 0; v < lanes; v += 16) __builtin_prefetch(c + r * c_stride + v, 1);
-    }
-    next[0].ask();
-    next[1].ask();
+    const TileAsk ask{shares, next, c, c_stride, n, lanes};
     const auto tile = [&](auto columns, auto adds) {
       gemm_f32<decltype(columns)::value, decltype(adds)::value>(
-          n, lanes, depth, from, stride, b, b_stride, c, c_stride, added, added_stride);
+          n, lanes, depth, from, stride, b, b_stride, c, c_stride, added, added_stride, ask);
     };
     using Yes = Constant<true>;
     using No = Constant<false>;
@@ -107,7 +136,7 @@ void multiply_block(const ProductArgs& a, const float* from, int64_t rows, int64
     } else {
       added != nullptr ? tile(No{}, Yes{}) : tile(No{}, No{});
     }
-    from += a.a.by_columns ? kGemmRows * depth : kGemmRows * a.a.stride;
+    from += kGemmRows * (packs ? depth : a.a.by_columns ? 1 : a.a.stride);
     c += kGemmRows * c_stride;
     if (added != nullptr) added += kGemmRows * added_stride;
   }
@@ -121,7 +150,7 @@ void multiply_unit(const ProductArgs& a, int64_t unit) {
   const int64_t all = (a.columns + kProductLanes - 1) / kProductLanes;
   const int64_t past = panel + a.group < all ? panel + a.group : all;
   float* packed_a = a.scratch;
-  float* packed_b = packed_a + (a.a.by_columns ? a.block * a.chunk : 0);
+  float* packed_b = packed_a + (product_packs_a(a) ? a.block * a.chunk : 0);
   // Sums of a last panel with an odd number of columns, whose whole vectors would run into the next
   // row of C, and its bias behind them.
   float* edge = packed_b + (a.packing == ProductPacking::kByUnit ? kProductLanes * a.chunk : 0);
@@ -135,8 +164,9 @@ void multiply_unit(const ProductArgs& a, int64_t unit) {
   int64_t k = 0;
   do {
     const int64_t depth = a.depth - k < a.chunk ? a.depth - k : a.chunk;
-    const float* from = a.a.data + first * a.a.stride + k;
-    if (a.a.by_columns) {
+    const float* from =
+        a.a.data + (a.a.by_columns ? first + k * a.a.stride : first * a.a.stride + k);
+    if (product_packs_a(a)) {
       pack_a(a, first, rows, k, depth, packed_a);
       from = packed_a;
     }

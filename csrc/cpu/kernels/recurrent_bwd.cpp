@@ -27,60 +27,61 @@ struct BwdRows {
 
 // Gradients of the gates from dh, the gradient of the state after the step, for one vector of
 // units; also what reaches the state before the step past the product.
-template <Cell kCell, int kRound>
+template <Cell kCell, int kRound, bool kFull>
 LMFAST_INLINE void cell_backward(const RecurrentBwdArgs& a, VecF dh, int64_t row, int64_t sequence,
-                                 const float* h, const float* c, int64_t unit, int lanes) {
+                                 const float* h, const float* c, int64_t unit,
+                                 const Lanes<kFull>& lanes) {
   const int64_t hidden = a.shape.hidden;
   const VecF one = VecF::set1(1.0f);
   float* out = a.dgates + row * gate_gradients_of(kCell) * hidden + unit;
   if constexpr (kCell == Cell::kTanh) {
-    const VecF y = VecF::load(a.y + row * hidden + unit, lanes);
-    (dh * (one - y * y)).store(out, lanes);
+    const VecF y = lanes.load(a.y + row * hidden + unit);
+    lanes.store(dh * (one - y * y), out);
   } else if constexpr (kCell == Cell::kRelu) {
     // y <= 0 ? 0 : dh, so that a NaN lets the gradient through as in PyTorch.
-    const VecF y = VecF::load(a.y + row * hidden + unit, lanes);
-    select_less(VecF::zero(), y, dh, select_less(y, one, VecF::zero(), dh)).store(out, lanes);
+    const VecF y = lanes.load(a.y + row * hidden + unit);
+    lanes.store(select_less(VecF::zero(), y, dh, select_less(y, one, VecF::zero(), dh)), out);
   } else if constexpr (kCell == Cell::kLstm) {
     const float* gates = a.gates + row * 4 * hidden + unit;
-    const VecF i = VecF::load(gates, lanes), f = VecF::load(gates + hidden, lanes);
-    const VecF g = VecF::load(gates + 2 * hidden, lanes), o = VecF::load(gates + 3 * hidden, lanes);
-    const VecF y = VecF::load(a.y + row * hidden + unit, lanes), tanh_c = y / o;
+    const VecF i = lanes.load(gates), f = lanes.load(gates + hidden);
+    const VecF g = lanes.load(gates + 2 * hidden), o = lanes.load(gates + 3 * hidden);
+    const VecF y = lanes.load(a.y + row * hidden + unit), tanh_c = y / o;
     float* carry = a.carry + sequence * hidden + unit;
-    const VecF dc = fmadd(dh * o, one - tanh_c * tanh_c, VecF::load(carry, lanes));
-    (dc * f).store(carry, lanes);
-    (dc * g * i * (one - i)).store(out, lanes);
-    (dc * load_or_zero(c, unit, lanes) * f * (one - f)).store(out + hidden, lanes);
-    (dc * i * (one - g * g)).store(out + 2 * hidden, lanes);
-    (dh * y * (one - o)).store(out + 3 * hidden, lanes);
+    const VecF dc = fmadd(dh * o, one - tanh_c * tanh_c, lanes.load(carry));
+    lanes.store(dc * f, carry);
+    lanes.store(dc * g * i * (one - i), out);
+    lanes.store(dc * lanes.load_or_zero(c, unit) * f * (one - f), out + hidden);
+    lanes.store(dc * i * (one - g * g), out + 2 * hidden);
+    lanes.store(dh * y * (one - o), out + 3 * hidden);
   } else if constexpr (kCell == Cell::kGruTextbook) {
     const float* gates = a.gates + row * 3 * hidden + unit;
     float* carry = a.carry + sequence * hidden + unit;
-    const VecF before = load_or_zero(h, unit, lanes), carried = VecF::load(carry, lanes);
+    const VecF before = lanes.load_or_zero(h, unit), carried = lanes.load(carry);
     if constexpr (kRound == 0) {
-      const VecF z = VecF::load(gates + hidden, lanes), n = VecF::load(gates + 2 * hidden, lanes);
+      const VecF z = lanes.load(gates + hidden), n = lanes.load(gates + 2 * hidden);
       dh = dh + carried;
-      (dh * (one - z)).store(carry, lanes);
-      (dh * (n - before) * z * (one - z)).store(out + hidden, lanes);
-      (dh * z * (one - n * n)).store(out + 2 * hidden, lanes);
+      lanes.store(dh * (one - z), carry);
+      lanes.store(dh * (n - before) * z * (one - z), out + hidden);
+      lanes.store(dh * z * (one - n * n), out + 2 * hidden);
     } else {  // dh is the gradient of r h'
-      const VecF r = VecF::load(gates, lanes);
-      fmadd(dh, r, carried).store(carry, lanes);
-      (dh * before * r * (one - r)).store(out, lanes);
+      const VecF r = lanes.load(gates);
+      lanes.store(fmadd(dh, r, carried), carry);
+      lanes.store(dh * before * r * (one - r), out);
     }
   } else {
     const float* gates = a.gates + row * 4 * hidden + unit;
-    const VecF r = VecF::load(gates, lanes), z = VecF::load(gates + hidden, lanes);
-    const VecF n = VecF::load(gates + 2 * hidden, lanes);
-    const VecF inner = VecF::load(gates + 3 * hidden, lanes);
+    const VecF r = lanes.load(gates), z = lanes.load(gates + hidden);
+    const VecF n = lanes.load(gates + 2 * hidden);
+    const VecF inner = lanes.load(gates + 3 * hidden);
     float* carry = a.carry + sequence * hidden + unit;
-    dh = dh + VecF::load(carry, lanes);
-    (dh * z).store(carry, lanes);
-    const VecF dz = dh * (load_or_zero(h, unit, lanes) - n) * z * (one - z);
+    dh = dh + lanes.load(carry);
+    lanes.store(dh * z, carry);
+    const VecF dz = dh * (lanes.load_or_zero(h, unit) - n) * z * (one - z);
     const VecF dn = dh * (one - z) * (one - n * n);
-    (dn * r).store(out, lanes);
-    (dn * inner * r * (one - r)).store(out + hidden, lanes);
-    dz.store(out + 2 * hidden, lanes);
-    dn.store(out + 3 * hidden, lanes);
+    lanes.store(dn * r, out);
+    lanes.store(dn * inner * r * (one - r), out + hidden);
+    lanes.store(dz, out + 2 * hidden);
+    lanes.store(dn, out + 3 * hidden);
   }
 }
 
@@ -88,40 +89,68 @@ LMFAST_INLINE void cell_backward(const RecurrentBwdArgs& a, VecF dh, int64_t row
 template <Cell kCell, int kRound>
 constexpr int64_t kFactors = rounds_of(kCell) == 1 ? gates_of(kCell) : 2 - kRound;
 
-// What the cells of a row will read; c: as of `BwdRows`.
-template <Cell kCell>
-LMFAST_INLINE void ask_for_row(const RecurrentBwdArgs& a, int64_t row, const float* c,
-                               int64_t unit) {
-  constexpr int kKept = kept_gates_of(kCell);
+// Asks for what the cells of a tile will read and write, a vector of units of a row at a time.
+template <Cell kCell, int kRows>
+struct BwdAsk {
+  static constexpr int64_t count = kRows * kBwdVecs;
+  const RecurrentBwdArgs& a;
+  const BwdRows& at;
+  int64_t unit;
+
+  LMFAST_INLINE void operator()(int64_t i) const {
+    constexpr int kKept = kept_gates_of(kCell), kGradients = gate_gradients_of(kCell);
+    const int64_t hidden = a.shape.hidden, r = i / kBwdVecs;
+    const int64_t row = at.row + r, first = unit + i % kBwdVecs * VecF::kWidth;
+    const int64_t here = row * hidden + first;
+    if (kKept != 0) ask_for<kKept>(a.gates + row * kKept * hidden + first, hidden);
+    if (kKept == 0 || kCell == Cell::kLstm) ask_for<1>(a.y + here, 0);
+    if (kCell == Cell::kLstm && at.c != nullptr) ask_for<1>(at.c + r * hidden + first, 0);
+    if (a.dy != nullptr) ask_for<1>(a.dy + here - a.part.row * hidden, 0);
+    ask_for<kGradients, true>(a.dgates + row * kGradients * hidden + first, hidden);
+  }
+};
+
+// The cells of a tile. Not unrolled, and `a` is a copy: vector stores may change whatever is in
+// memory, so that of the caller's arguments each number would be read again behind each of them.
+template <Cell kCell, int kRound, int kRows, bool kFull>
+LMFAST_INLINE void bwd_cells(const RecurrentBwdArgs& a, const VecF (*sum)[kBwdVecs], int64_t unit,
+                             const BwdRows& at) {
+  constexpr int W = VecF::kWidth;
   const int64_t hidden = a.shape.hidden;
-#pragma GCC unroll 4
-  for (int v = 0; v < kBwdVecs; ++v, unit += VecF::kWidth) {
-    const int64_t at = row * hidden + unit;
-    if (kKept != 0) ask_for<kKept>(a.gates + row * kKept * hidden + unit, hidden);
-    if (kKept == 0 || kCell == Cell::kLstm) ask_for<1>(a.y + at, 0);
-    if (kCell == Cell::kLstm && c != nullptr) ask_for<1>(c + unit, 0);
-    if (a.dy != nullptr) ask_for<1>(a.dy + at - a.part.row * hidden, 0);
+#pragma GCC unroll 1
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t row = at.row + r;
+    const float* h = at.h == nullptr ? nullptr : at.h + r * hidden;
+    const float* c = at.c == nullptr ? nullptr : at.c + r * hidden;
+    const float* dy = a.dy == nullptr ? nullptr : a.dy + (row - a.part.row) * hidden;
+#pragma GCC unroll 1
+    for (int v = 0; v < kBwdVecs; ++v) {
+      const int64_t first = unit + v * W;
+      const Lanes<kFull> lanes{lanes_at(first, hidden)};
+      if (!kFull && lanes.count == 0) break;
+      VecF dh = sum[r][v];
+      if (kRound == 0) dh = dh + lanes.load_or_zero(dy, first);
+      cell_backward<kCell, kRound>(a, dh, row, at.sequence + r, h, c, first, lanes);
+    }
   }
 }
 
 template <Cell kCell, int kRound, int kRows, bool kSmall>
-__attribute__((noinline)) void bwd_tile(const RecurrentBwdArgs& a, const float* panel, int64_t unit,
-                                        const BwdRows& at) {
+__attribute__((noinline)) void bwd_tile(const RecurrentBwdArgs& args, const float* panel,
+                                        int64_t unit, const BwdRows& rows) {
   constexpr int W = VecF::kWidth;
   constexpr int64_t kWidth = gate_gradients_of(kCell);
+  const RecurrentBwdArgs a = args;
+  const BwdRows at = rows;
   const int64_t hidden = a.shape.hidden;
   const float* factor = kRound == 0 ? at.later : a.dgates + (at.row * kWidth + kWidth - 1) * hidden;
   VecF sum[kRows][kBwdVecs];
-  for (int r = 0; r < kRows; ++r) {
-    ask_for_row<kCell>(a, at.row + r, at.c == nullptr ? nullptr : at.c + r * hidden, unit);
-  }
   if (factor != nullptr) {
     multiply<kRows, kBwdVecs, TileParts<kRows, kSmall>::value>(sum, factor, kWidth * hidden, panel,
-                                                               kFactors<kCell, kRound> * hidden);
+                                                               kFactors<kCell, kRound> * hidden,
+                                                               BwdAsk<kCell, kRows>{a, at, unit});
   } else {
-#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
       for (int v = 0; v < kBwdVecs; ++v) {
         const int64_t first = unit + v * W;
         const int64_t from = (at.sequence + r) * hidden + first;
@@ -129,20 +158,10 @@ __attribute__((noinline)) void bwd_tile(const RecurrentBwdArgs& a, const float* 
       }
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    const float* h = at.h == nullptr ? nullptr : at.h + r * hidden;
-    const float* c = at.c == nullptr ? nullptr : at.c + r * hidden;
-#pragma GCC unroll 4
-    for (int v = 0; v < kBwdVecs; ++v) {
-      const int64_t first = unit + v * W;
-      const int lanes = lanes_at(first, hidden);
-      if (lanes == 0) break;
-      VecF dh = sum[r][v];
-      if (kRound == 0)
-        dh = dh + load_or_zero(a.dy, (at.row + r - a.part.row) * hidden + first, lanes);
-      cell_backward<kCell, kRound>(a, dh, at.row + r, at.sequence + r, h, c, first, lanes);
-    }
+  if (unit + kBwdVecs * W <= hidden) {
+    bwd_cells<kCell, kRound, kRows, true>(a, sum, unit, at);
+  } else {
+    bwd_cells<kCell, kRound, kRows, false>(a, sum, unit, at);
   }
 }
 

@@ -33,117 +33,135 @@ struct FwdRows {
   const float* h;
 };
 
-template <Cell kCell, int kRound>
+template <Cell kCell, int kRound, bool kFull>
 LMFAST_INLINE void cell_forward(const RecurrentFwdArgs& a, const VecF* sum, int64_t row,
-                                int64_t sequence, const float* h, int64_t unit, int lanes) {
+                                int64_t sequence, const float* h, int64_t unit,
+                                const Lanes<kFull>& lanes) {
   const int64_t hidden = a.shape.hidden;
   float* y = a.y + row * hidden + unit;
   if constexpr (kCell == Cell::kTanh) {
-    gate_tanh(sum[0]).store(y, lanes);
+    lanes.store(gate_tanh(sum[0]), y);
   } else if constexpr (kCell == Cell::kRelu) {
-    max(VecF::zero(), sum[0]).store(y, lanes);  // NaN stays: it comes second
+    lanes.store(max(VecF::zero(), sum[0]), y);  // NaN stays: it comes second
   } else if constexpr (kCell == Cell::kLstm) {
     const VecF i = gate_sigmoid(sum[0]), f = gate_sigmoid(sum[1]);
     const VecF g = gate_tanh(sum[2]), o = gate_sigmoid(sum[3]);
     float* c_at = a.c + sequence * hidden + unit;
-    const VecF c = fmadd(f, VecF::load(c_at, lanes), i * g);
-    c.store(c_at, lanes);
-    (o * gate_tanh(c)).store(y, lanes);
+    const VecF c = fmadd(f, lanes.load(c_at), i * g);
+    lanes.store(c, c_at);
+    lanes.store(o * gate_tanh(c), y);
     if (a.gates != nullptr) {
       float* gates = a.gates + row * 4 * hidden + unit;
-      i.store(gates, lanes);
-      f.store(gates + hidden, lanes);
-      g.store(gates + 2 * hidden, lanes);
-      o.store(gates + 3 * hidden, lanes);
-      c.store(a.cells + row * hidden + unit, lanes);
+      lanes.store(i, gates);
+      lanes.store(f, gates + hidden);
+      lanes.store(g, gates + 2 * hidden);
+      lanes.store(o, gates + 3 * hidden);
+      lanes.store(c, a.cells + row * hidden + unit);
     }
   } else if constexpr (kCell == Cell::kGruTextbook && kRound == 0) {
     const VecF r = gate_sigmoid(sum[0]), z = gate_sigmoid(sum[1]);
-    const VecF reset = r * load_or_zero(h, unit, lanes);
+    const VecF reset = r * lanes.load_or_zero(h, unit);
     float* between = a.between + sequence * 2 * hidden + unit;
-    reset.store(between, lanes);
-    z.store(between + hidden, lanes);
+    lanes.store(reset, between);
+    lanes.store(z, between + hidden);
     if (a.gates != nullptr) {
       float* gates = a.gates + row * 3 * hidden + unit;
-      r.store(gates, lanes);
-      z.store(gates + hidden, lanes);
-      reset.store(a.cells + row * hidden + unit, lanes);
+      lanes.store(r, gates);
+      lanes.store(z, gates + hidden);
+      lanes.store(reset, a.cells + row * hidden + unit);
     }
   } else if constexpr (kCell == Cell::kGruTextbook) {
-    const VecF n = gate_tanh(sum[0]), before = load_or_zero(h, unit, lanes);
-    const VecF z = VecF::load(a.between + (sequence * 2 + 1) * hidden + unit, lanes);
-    fmadd(z, n - before, before).store(y, lanes);
-    if (a.gates != nullptr) n.store(a.gates + (row * 3 + 2) * hidden + unit, lanes);
+    const VecF n = gate_tanh(sum[0]), before = lanes.load_or_zero(h, unit);
+    const VecF z = lanes.load(a.between + (sequence * 2 + 1) * hidden + unit);
+    lanes.store(fmadd(z, n - before, before), y);
+    if (a.gates != nullptr) lanes.store(n, a.gates + (row * 3 + 2) * hidden + unit);
   } else {
     const VecF r = gate_sigmoid(sum[0]), z = gate_sigmoid(sum[1]);
-    const VecF input =
-        VecF::load(a.projected + ((row - a.part.row) * 3 + 2) * hidden + unit, lanes);
+    const VecF input = lanes.load(a.projected + ((row - a.part.row) * 3 + 2) * hidden + unit);
     const VecF n = gate_tanh(fmadd(r, sum[2], input));
-    fmadd(z, load_or_zero(h, unit, lanes) - n, n).store(y, lanes);
+    lanes.store(fmadd(z, lanes.load_or_zero(h, unit) - n, n), y);
     if (a.gates != nullptr) {
       float* gates = a.gates + row * 4 * hidden + unit;
-      r.store(gates, lanes);
-      z.store(gates + hidden, lanes);
-      n.store(gates + 2 * hidden, lanes);
-      sum[2].store(gates + 3 * hidden, lanes);
+      lanes.store(r, gates);
+      lanes.store(z, gates + hidden);
+      lanes.store(n, gates + 2 * hidden);
+      lanes.store(sum[2], gates + 3 * hidden);
     }
   }
 }
 
-// What the cells of a row will read, and the kept gates they will write.
-template <Cell kCell, int kRound>
-LMFAST_INLINE void ask_for_row(const RecurrentFwdArgs& a, int64_t row, int64_t unit) {
-  using S = FwdTile<kCell, kRound>;
-  constexpr int kKept = kept_gates_of(kCell);
-  const int64_t hidden = a.shape.hidden;
-  const int64_t from = row - a.part.row;
-  const float* read = a.projected + (from * gates_of(kCell) + 2 * kRound) * hidden + unit;
-#pragma GCC unroll 4
-  for (int u = 0; u < S::kUnits; ++u) ask_for<S::kGates>(read + u * VecF::kWidth, hidden);
-  if (kKept == 0 || a.gates == nullptr) return;
-  ask_for<kKept, true>(a.gates + row * kKept * hidden + unit, hidden);
-  if (keeps_cells(kCell)) ask_for<1, true>(a.cells + row * hidden + unit, 0);
-}
+// Asks for what the cells of a tile will read and the kept gates they will write, row by row.
+template <Cell kCell, int kRound, int kRows>
+struct FwdAsk {
+  static constexpr int64_t count = kRows;
+  const RecurrentFwdArgs& a;
+  const FwdRows& at;
+  int64_t unit;
 
-template <Cell kCell, int kRound, int kRows, bool kSmall>
-__attribute__((noinline)) void fwd_tile(const RecurrentFwdArgs& a, const float* panel, int64_t unit,
-                                        const FwdRows& at) {
+  LMFAST_INLINE void operator()(int64_t r) const {
+    using S = FwdTile<kCell, kRound>;
+    constexpr int kKept = kept_gates_of(kCell);
+    const int64_t hidden = a.shape.hidden, row = at.row + r;
+    const int64_t from = row - a.part.row;
+    const float* read = a.projected + (from * gates_of(kCell) + 2 * kRound) * hidden + unit;
+#pragma GCC unroll 4
+    for (int u = 0; u < S::kUnits; ++u) ask_for<S::kGates>(read + u * VecF::kWidth, hidden);
+    if (kKept == 0 || a.gates == nullptr) return;
+    ask_for<kKept, true>(a.gates + row * kKept * hidden + unit, hidden);
+    if (keeps_cells(kCell)) ask_for<1, true>(a.cells + row * hidden + unit, 0);
+  }
+};
+
+// The cells of a tile. Not unrolled, and `a` is a copy: vector stores may change whatever is in
+// memory, so that of the caller's arguments each number would be read again behind each of them.
+template <Cell kCell, int kRound, int kRows, bool kFull>
+LMFAST_INLINE void fwd_cells(const RecurrentFwdArgs& a, VecF (*sum)[FwdTile<kCell, kRound>::kVecs],
+                             int64_t unit, const FwdRows& at) {
   using S = FwdTile<kCell, kRound>;
-  constexpr int W = VecF::kWidth;
   const int64_t hidden = a.shape.hidden, from = at.row - a.part.row;
-  VecF sum[kRows][S::kVecs];
-  for (int r = 0; r < kRows; ++r) ask_for_row<kCell, kRound>(a, at.row + r, unit);
-  if (at.h != nullptr) {
-    const float* factor = kRound == 0 ? at.h : a.between + at.sequence * 2 * hidden;
-    multiply<kRows, S::kVecs, TileParts<kRows, kSmall>::value>(
-        sum, factor, kRound == 0 ? hidden : 2 * hidden, panel, hidden);
-  } else {
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < S::kVecs; ++v) sum[r][v] = VecF::zero();
-    }
-  }
-#pragma GCC unroll 8
+#pragma GCC unroll 1
   for (int r = 0; r < kRows; ++r) {
     const float* h = at.h == nullptr ? nullptr : at.h + r * hidden;
-#pragma GCC unroll 4
+    const float* projected = a.projected + ((from + r) * gates_of(kCell) + 2 * kRound) * hidden;
+#pragma GCC unroll 1
     for (int u = 0; u < S::kUnits; ++u) {
-      const int64_t first = unit + u * W;
-      const int lanes = lanes_at(first, hidden);
-      if (lanes == 0) break;
+      const int64_t first = unit + u * VecF::kWidth;
+      const Lanes<kFull> lanes{lanes_at(first, hidden)};
+      if (!kFull && lanes.count == 0) break;
       VecF* gates = sum[r] + u * S::kGates;
       // Added last: the partial sums of the product are smaller, and so are their roundings.
 #pragma GCC unroll 4
       for (int g = 0; g < S::kGates; ++g) {
-        const float* added =
-            kCell == Cell::kGru && g == 2
-                ? a.hidden_bias
-                : a.projected + ((from + r) * gates_of(kCell) + 2 * kRound + g) * hidden;
-        gates[g] = gates[g] + load_or_zero(added, first, lanes);
+        const float* added = kCell == Cell::kGru && g == 2 ? a.hidden_bias : projected + g * hidden;
+        gates[g] = gates[g] + lanes.load_or_zero(added, first);
       }
       cell_forward<kCell, kRound>(a, gates, at.row + r, at.sequence + r, h, first, lanes);
     }
+  }
+}
+
+template <Cell kCell, int kRound, int kRows, bool kSmall>
+__attribute__((noinline)) void fwd_tile(const RecurrentFwdArgs& args, const float* panel,
+                                        int64_t unit, const FwdRows& rows) {
+  using S = FwdTile<kCell, kRound>;
+  const RecurrentFwdArgs a = args;
+  const FwdRows at = rows;
+  const int64_t hidden = a.shape.hidden;
+  VecF sum[kRows][S::kVecs];
+  if (at.h != nullptr) {
+    const float* factor = kRound == 0 ? at.h : a.between + at.sequence * 2 * hidden;
+    multiply<kRows, S::kVecs, TileParts<kRows, kSmall>::value>(
+        sum, factor, kRound == 0 ? hidden : 2 * hidden, panel, hidden,
+        FwdAsk<kCell, kRound, kRows>{a, at, unit});
+  } else {
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < S::kVecs; ++v) sum[r][v] = VecF::zero();
+    }
+  }
+  if (unit + S::kUnits * VecF::kWidth <= hidden) {
+    fwd_cells<kCell, kRound, kRows, true>(a, sum, unit, at);
+  } else {
+    fwd_cells<kCell, kRound, kRows, false>(a, sum, unit, at);
   }
 }
 
