@@ -11,13 +11,14 @@
 // core keeps its own part: few weights (below L2) are used by all cores and the rows divided,
 // without any barrier; many are divided by units of the state, with one barrier per step.
 // What a cell adds to the product lies a row apart for each row of a tile; asked for before the
-// product it is there behind it (one core of Zen 4: LSTM of 64 steps, 32 rows, H = 128 3.9 -> 3.3
-// ms; 20 steps, 64 rows, H = 256: GRU 6.3 -> 5.3, Elman 2.0 -> 1.7).
+// product it is there behind it, and asked for a little at a time during the product it does not
+// hold it up either (`multiply` in recurrent_tile.h).
 // With gradients a layer is six products of one size, of which two are the loops'. LSTM of 128
-// rows, 30 steps, H = 128 on two cores of Zen 4: 0.5 GF each, 2.3 ms at the 219 GF/s of the product
-// over all steps. The loop takes 3.2 ms forward, 0.8 of them the five exponentials to a unit, 150
-// instructions to a vector. So a layer cannot take less than 14.8 of torch.nn's 18.1 ms; with
-// autograd and transposed copies of x and y it takes 17.8.
+// rows, 30 steps, H = 128 on one core of Zen 4: 0.5 GF each, 4.3 ms at the peak of 116 GF/s; the
+// loop takes 6.05 ms forward, 1.5 of them the five exponentials to a unit, and 4.95 backward, the
+// four products over all steps 4.7 to 4.9 each. A form with the input products inside the loop, in
+// L2, and the rows divided over threads through all layers took the same time with gradients and 3
+// % less without them: not worth a second way.
 // The state lives in y: step t reads the rows that step t - 1 wrote. The textbook's GRU needs all
 // of r before the product of n, so its steps are two rounds.
 #include "recurrent_cells.h"
