@@ -20,20 +20,65 @@ constexpr int kGemmVecs = 4;
 constexpr int kGemmVecs = 2;
 #endif
 
-// Called between pieces of a tile's depth, to ask for lines that are needed later: some at a time,
-// because more of them than the core has places for misses hold up the loads of the product itself.
-// Gradients of weights, 88 lines to a tile: 512 by 128 of depth 3840 on one core of Zen 4 5.3
-// -> 5.0 ms. Pieces of 16 cost as much as they gain where there is little to ask for.
+// What a tile asks for while it multiplies: lines that are needed later, some before each
+// kGemmSegment of its depth, because more of them than the core has places for misses hold up the
+// loads of the product itself. Gradients of weights, 88 lines to a tile: 512 by 128 of depth 3840
+// on one core of Zen 4 5.3 -> 5.0 ms. Segments of 16 cost as much as they gain where there is
+// little to ask for.
 constexpr int64_t kGemmSegment = 32;
+
+// Where a tile is in its depth: A's next numbers (of its first row), and the tile of C.
+template <int kRows, int kVecs>
+struct GemmPlace {
+  int64_t k, depth;
+  const float* a;
+  int64_t a_stride;
+  float* c;
+  int64_t c_stride;
+
+  // The rows of C, which are written at the end, in the first half of a depth of 192.
+  LMFAST_INLINE void ask_for_c() const {
+    constexpr int kEach = 2;
+    const int64_t first = k / kGemmSegment * kEach;
+    const int64_t past = depth < kGemmSegment * kRows / kEach ? kRows : first + kEach;
+    for (int64_t m = first; m < past && m < kRows; ++m) {
+      for (int v = 0; v < kVecs; ++v) __builtin_prefetch(c + m * c_stride + v * VecF::kWidth, 1);
+    }
+  }
+  // As much of the next rows of A, whose rows are contiguous.
+  LMFAST_INLINE void ask_for_next_a() const {
+    const float* next = a + kRows * a_stride;
+    for (int m = 0; m < kRows; ++m, next += a_stride) {
+      for (int64_t i = 0; i < kGemmSegment; i += 16) __builtin_prefetch(next + i);
+    }
+  }
+};
+
 struct AskNothing {
   static constexpr bool kAsks = false;
-  LMFAST_INLINE void operator()(int64_t) const {}
+  template <class Place>
+  LMFAST_INLINE void operator()(const Place&) const {}
+};
+
+// For operands that come from beyond L2: C, or C and rows of A.
+struct AskForC {
+  static constexpr bool kAsks = true;
+  template <class Place>
+  LMFAST_INLINE void operator()(const Place& place) const {
+    place.ask_for_c();
+  }
+};
+struct AskForBoth {
+  static constexpr bool kAsks = true;
+  template <class Place>
+  LMFAST_INLINE void operator()(const Place& place) const {
+    place.ask_for_c();
+    place.ask_for_next_a();
+  }
 };
 
 // With kAdd the products are summed before `added` is, which is C or, with a stride of zero, one
 // row for all of C: short chains of additions round less.
-//
-// `ask` is called with k before each kGemmSegment of the depth.
 //
 // A[m][k] is at a[m * stride + k], or with kColumns at a[k * stride + m].
 template <int kRows, int kVecs, bool kColumns, bool kAdd, class Ask>
@@ -49,7 +94,7 @@ inline __attribute__((noinline)) void gemm_tile(const float* a, int64_t a_stride
     for (int v = 0; v < kVecs; ++v) sum[m][v] = VecF::zero();
   }
   for (int64_t k = 0; k < depth;) {
-    ask(k);
+    ask(GemmPlace<kRows, kVecs>{k, depth, a, a_stride, c, c_stride});
     const int64_t past = !Ask::kAsks || depth - k < kGemmSegment ? depth : k + kGemmSegment;
     for (; k < past; ++k) {
       VecF row[kVecs];

@@ -2,11 +2,12 @@
 // of tokens at a time.
 //
 // Floor: three matrix products of N x E x V, 2 N E V flops each: 247 ms for 3712 x 128 x 32011 at
-// 370 GF/s, 391 ms at the 233 of two Zen 4 cores, which take 480 (456 at the rate of PyTorch's own
-// products). The fourth one, logits again for the weight gradient, is saved by keeping exp(logit)
-// of one block (V x 192 floats, 24 MB, which stays in the last-level cache): recomputing it
-// measured 82 ms more, and blocks of 64 tokens 30 ms more, as each block reads and writes dweight
-// once.
+// 370 GF/s, 391 ms at the 233 of two Zen 4 cores, which take 436 (456 at the rate of PyTorch's own
+// products). Before its tiles asked for the lines of probs, dweight and weight while they multiply,
+// it took 482; none of the three is in L2. The fourth one, logits again for the weight gradient, is
+// saved by keeping exp(logit) of one block (V x 192 floats, 24 MB, which stays in the last-level
+// cache): recomputing it measured 82 ms more, and blocks of 64 tokens 30 ms more, as each block
+// reads and writes dweight once.
 //
 // Layout: tokens are the lanes of every vector and the vocabulary is streamed, so softmax sums are
 // vertical, nothing is transposed but a block of hidden, and weight is only ever the operand that
@@ -20,6 +21,8 @@
 // without cancellation. Only a loss above 46 gets near overflow; such blocks are done again
 // relative to their largest logits.
 #include "linear_cross_entropy.h"
+
+#include <type_traits>
 
 #include "../gemm_f32.h"
 #include "../simd.h"
@@ -70,6 +73,10 @@ LMFAST_INLINE const float* weight_block(const LceProblem& p, int64_t first_class
   }
 }
 
+// Kept probs and, by rows, the weight come from the last-level cache or from beyond it.
+template <bool kTransposed>
+using Ask = std::conditional_t<kTransposed, AskForC, AskForBoth>;
+
 // logits[class][lane] of a chunk, without bias.
 template <class W, bool kTransposed>
 LMFAST_INLINE void chunk_logits(const LceBlockArgs& a, int64_t first, int64_t classes,
@@ -80,9 +87,11 @@ LMFAST_INLINE void chunk_logits(const LceBlockArgs& a, int64_t first, int64_t cl
     const float* w = weight_block<W, kTransposed>(a.p, first, classes, e, depth, buffer, &stride);
     const float* h = a.hidden_t + e * a.lanes;
     if (e == 0) {
-      gemm_f32<kTransposed, false>(classes, a.lanes, depth, w, stride, h, a.lanes, logits, a.lanes);
+      gemm_f32<kTransposed, false>(classes, a.lanes, depth, w, stride, h, a.lanes, logits, a.lanes,
+                                   logits, a.lanes, Ask<kTransposed>{});
     } else {
-      gemm_f32<kTransposed, true>(classes, a.lanes, depth, w, stride, h, a.lanes, logits, a.lanes);
+      gemm_f32<kTransposed, true>(classes, a.lanes, depth, w, stride, h, a.lanes, logits, a.lanes,
+                                  logits, a.lanes);
     }
   }
 }
@@ -260,7 +269,8 @@ void lce_block_dweight(const LceBlockArgs& a, int64_t begin, int64_t end) {
       const float* probs = a.probs + v * a.lanes;
       if (!a.accumulate && a.uniform == nullptr) {
         gemm_f32<false, false>(classes, a.padded_width, a.lanes, probs, a.lanes, a.hidden_scaled,
-                               a.padded_width, out, a.padded_width);
+                               a.padded_width, out, a.padded_width, out, a.padded_width,
+                               AskForBoth{});
         continue;
       }
       if (!a.accumulate) {
@@ -269,7 +279,7 @@ void lce_block_dweight(const LceBlockArgs& a, int64_t begin, int64_t end) {
         }
       }
       gemm_f32<false, true>(classes, a.padded_width, a.lanes, probs, a.lanes, a.hidden_scaled,
-                            a.padded_width, out, a.padded_width);
+                            a.padded_width, out, a.padded_width, out, a.padded_width, AskForBoth{});
     }
     add_targets(a, first, past);
   }

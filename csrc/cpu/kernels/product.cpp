@@ -87,35 +87,29 @@ struct Next {
   }
 };
 
-// How much to ask for before each segment of a tile: all of it in the first three quarters.
-struct Shares {
-  int64_t rows, next[2];
-
-  Shares(int64_t depth, const Next (&wanted)[2]) {
-    const int64_t segments = depth < 2 * kGemmSegment ? 1 : depth * 3 / (4 * kGemmSegment);
-    const auto share = [&](int64_t count) { return (count + segments - 1) / segments; };
-    rows = share(kGemmRows);
-    for (int i = 0; i < 2; ++i) next[i] = share(wanted[i].each);
-  }
-};
-
-// During a tile: its rows of c, which it writes at its end, and its part of what is next.
-struct TileAsk {
+// What a tile asks for: its rows of c, and its part of what is next, by three quarters of the
+// depth.
+class TileAsk {
+ public:
   static constexpr bool kAsks = true;
-  const Shares& shares;
-  Next* next;
-  float* c;
-  int64_t c_stride, rows, lanes;
 
-  void operator()(int64_t k) const {
-    const int64_t segment = k / kGemmSegment, first = segment * shares.rows;
-    for (int64_t r = first; r < first + shares.rows && r < rows; ++r) {
-      for (int64_t v = 0; v < lanes; v += 16) __builtin_prefetch(c + r * c_stride + v, 1);
-    }
+  TileAsk(int64_t depth, Next (&next)[2]) : next_(next) {
+    const int64_t segments = depth < 2 * kGemmSegment ? 1 : depth * 3 / (4 * kGemmSegment);
+    for (int i = 0; i < 2; ++i) share_[i] = (next[i].each + segments - 1) / segments;
+  }
+
+  template <class Place>
+  LMFAST_INLINE void operator()(const Place& place) const {
+    place.ask_for_c();
+    const int64_t segment = place.k / kGemmSegment;
     for (int i = 0; i < 2; ++i) {
-      if (segment * shares.next[i] < next[i].each) next[i].ask(shares.next[i]);
+      if (segment * share_[i] < next_[i].each) next_[i].ask(share_[i]);
     }
   }
+
+ private:
+  Next* next_;
+  int64_t share_[2];
 };
 
 // c (rows x lanes) = the chunk's products and what is `added`, a row for all of c or c itself.
@@ -124,10 +118,9 @@ void multiply_block(const ProductArgs& a, const float* from, int64_t rows, int64
                     const float* added, int64_t added_stride, Next (&next)[2]) {
   const bool packs = product_packs_a(a);
   const int64_t stride = packs ? kGemmRows : a.a.stride;
-  const Shares shares(depth, next);
+  const TileAsk ask(depth, next);
   for (int64_t m = 0; m < rows; m += kGemmRows) {
     const int64_t n = rows - m < kGemmRows ? rows - m : kGemmRows;
-    const TileAsk ask{shares, next, c, c_stride, n, lanes};
     const auto tile = [&](auto columns, auto adds) {
       gemm_f32<decltype(columns)::value, decltype(adds)::value>(
           n, lanes, depth, from, stride, b, b_stride, c, c_stride, added, added_stride, ask);
