@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <optional>
 #include <vector>
@@ -89,16 +88,12 @@ void run_steps(Args& a, int64_t units, int64_t bytes_per_weight, Kernel rows_ker
   }
   const bool by_rows = s.batch >= kUnitRows && weights * bytes_per_weight <= kMaxBatchSplitWeights;
   if (by_rows || panels == 1) {
-    // Taken one by one, the longest sequences first: a thread that loses its core, or has short
-    // sequences, does not hold up the others by more than one unit.
+    // The longest sequences come first: who has short ones takes over from the others.
     const int64_t per_unit =
         std::min(kUnitRows, std::max<int64_t>(1, (s.batch + threads - 1) / threads));
     const int64_t count = (s.batch + per_unit - 1) / per_unit;
-    std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, std::min(count, threads), 1, [&](int64_t, int64_t) {
-      for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) {
-        rows_kernel(a, i * per_unit, std::min(s.batch, (i + 1) * per_unit));
-      }
+    for_each_unit(count, 0, [&](void*, int64_t i) {
+      rows_kernel(a, i * per_unit, std::min(s.batch, (i + 1) * per_unit));
     });
     return;
   }
