@@ -29,9 +29,9 @@ inline ScratchMemory allocate_scratch(int64_t bytes) {
 // does not change the result. `grain`: the number of units worth a thread.
 //
 // Taken from one counter, whoever comes first, a unit's lines lie in the other core's cache half of
-// the time. Two cores of Zen 4, fp32 products of 2240 rows: 208 -> 216 GF/s where they share a last
-// level, 176 -> 207 where they do not (a copy runs at 36 and 60 GB/s then: a virtual machine may be
-// put in either place).
+// the time. Two virtual cores of Zen 4, fp32 products of 2240 rows: 208 -> 216 GF/s in one of two
+// states of the machine, 176 -> 207 in the other, in which a copy runs at 60 GB/s instead of 36: as
+// it would if its cores then had two last-level caches.
 template <class Run>
 void for_each_unit(int64_t units, int64_t scratch_bytes, const Run& run, int64_t grain = 1) {
   struct alignas(64) Share {
