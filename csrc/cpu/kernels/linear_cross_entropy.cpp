@@ -91,7 +91,7 @@ LMFAST_INLINE void chunk_logits(const LceBlockArgs& a, int64_t first, int64_t cl
                                    logits, a.lanes, Ask<kTransposed>{});
     } else {
       gemm_f32<kTransposed, true>(classes, a.lanes, depth, w, stride, h, a.lanes, logits, a.lanes,
-                                  logits, a.lanes);
+                                  logits, a.lanes, Ask<kTransposed>{});
     }
   }
 }

@@ -87,6 +87,7 @@ LMFAST_INLINE void multiply(VecF (&sum)[kRows][kVecs], const float* a, int64_t s
   constexpr int64_t kSegment = 16;
   const int64_t all = depth * 3 / 4;
   int64_t asked = 0;
+  // The first ones here: with one loop for all, inside, the compiled code takes 3 % longer.
   for (; asked * all < kSegment * ask.count && asked < ask.count; ++asked) ask(asked);
   for (int64_t first = 0; first < depth; first += kBlock) {
     VecF part[kParts][kRows][kVecs];
