@@ -41,7 +41,8 @@ struct GemmPlace {
     const int64_t each = depth < kGemmSegment * kRows / 2 ? kRows : 2;
     const int64_t first = k / kGemmSegment * each;
     for (int64_t m = first; m < first + each && m < kRows; ++m) {
-      for (int v = 0; v < kVecs; ++v) __builtin_prefetch(c + m * c_stride + v * VecF::kWidth, 1);
+      for (int i = 0; i < kVecs * VecF::kWidth; i += 16)
+        __builtin_prefetch(c + m * c_stride + i, 1);
     }
   }
   // As much of the next rows of A, whose rows are contiguous.

@@ -26,6 +26,16 @@ namespace {
 
 static_assert(kProductRows == kGemmRows);
 
+// Columns of a strip, which is as wide as a tile: a panel is one strip or several, and the depth of
+// a strip lies together. Strips of 16 columns a panel's width apart fell into a quarter of L1's
+// sets.
+constexpr int64_t kStrip = kGemmVecs * VecF::kWidth;
+static_assert(kProductLanes % kStrip == 0);
+
+// Whether kNone holds. Strips are read once for every six rows, and lines a power of two apart
+// throw each other out of L1: narrow ones are worth a copy to every unit.
+constexpr bool kReadsB = kStrip == kProductLanes;
+
 template <bool kValue>
 struct Constant {
   static constexpr bool value = kValue;
@@ -53,22 +63,28 @@ int64_t columns_of(const ProductArgs& a, int64_t p) {
   return left < kProductLanes ? left : kProductLanes;
 }
 
-// The depth [k, k + depth) of panel p.
+// The depth [k, k + depth) of panel p, strip by strip.
 void pack_panel(const ProductArgs& a, int64_t p, int64_t k, int64_t depth, float* out) {
   constexpr int W = VecF::kWidth;
-  const int64_t column = p * kProductLanes;
-  const int lanes = static_cast<int>(columns_of(a, p));
-  if (!a.b.by_columns) {
-    rows_to_lanes(a.b.data + column * a.b.stride + k, a.b.stride, lanes, static_cast<int>(depth),
-                  out, kProductLanes, static_cast<int>(kProductLanes));
-    return;
-  }
-  const float* in = a.b.data + column + k * a.b.stride;
-  for (int64_t i = 0; i < depth; ++i, in += a.b.stride, out += kProductLanes) {
-    int n = 0;
-    for (; n + W <= lanes; n += W) VecF::load(in + n).store(out + n);
-    for (; n < kProductLanes; n += W) {
-      (n < lanes ? VecF::load(in + n, lanes - n) : VecF::zero()).store(out + n);
+  const int64_t past = p * kProductLanes + columns_of(a, p);
+  for (int64_t s = 0; s < kProductLanes; s += kStrip, out += depth * kStrip) {
+    const int64_t column = p * kProductLanes + s;
+    const int lanes = static_cast<int>(past <= column           ? 0
+                                       : past - column < kStrip ? past - column
+                                                                : kStrip);
+    if (!a.b.by_columns) {
+      rows_to_lanes(a.b.data + column * a.b.stride + k, a.b.stride, lanes, static_cast<int>(depth),
+                    out, kStrip, static_cast<int>(kStrip));
+      continue;
+    }
+    const float* in = a.b.data + column + k * a.b.stride;
+    float* to = out;
+    for (int64_t i = 0; i < depth; ++i, in += a.b.stride, to += kStrip) {
+      int n = 0;
+      for (; n + W <= lanes; n += W) VecF::load(in + n).store(to + n);
+      for (; n < kStrip; n += W) {
+        (n < lanes ? VecF::load(in + n, lanes - n) : VecF::zero()).store(to + n);
+      }
     }
   }
 }
@@ -112,13 +128,18 @@ class TileAsk {
   int64_t share_[2];
 };
 
+// A chunk of a panel: a strip's rows are `stride` apart, the strips `step`.
+struct Panel {
+  const float* data;
+  int64_t stride, step;
+};
+
 // c (rows x lanes) = the chunk's products and what is `added`, a row for all of c or c itself.
-void multiply_block(const ProductArgs& a, const float* from, int64_t rows, int64_t lanes,
+void multiply_strip(const ProductArgs& a, const float* from, int64_t rows, int64_t lanes,
                     int64_t depth, const float* b, int64_t b_stride, float* c, int64_t c_stride,
-                    const float* added, int64_t added_stride, Next (&next)[2]) {
+                    const float* added, int64_t added_stride, const TileAsk& ask) {
   const bool packs = product_packs_a(a);
   const int64_t stride = packs ? kGemmRows : a.a.stride;
-  const TileAsk ask(depth, next);
   for (int64_t m = 0; m < rows; m += kGemmRows) {
     const int64_t n = rows - m < kGemmRows ? rows - m : kGemmRows;
     const auto tile = [&](auto columns, auto adds) {
@@ -138,6 +159,17 @@ void multiply_block(const ProductArgs& a, const float* from, int64_t rows, int64
   }
 }
 
+void multiply_panel(const ProductArgs& a, const float* from, int64_t rows, int64_t lanes,
+                    int64_t depth, const Panel& b, float* c, int64_t c_stride, const float* added,
+                    int64_t added_stride, Next (&next)[2]) {
+  const TileAsk ask(depth, next);
+  const float* strip = b.data;
+  for (int64_t s = 0; s < lanes; s += kStrip, strip += b.step) {
+    multiply_strip(a, from, rows, lanes - s < kStrip ? lanes - s : kStrip, depth, strip, b.stride,
+                   c + s, c_stride, added == nullptr ? nullptr : added + s, added_stride, ask);
+  }
+}
+
 void multiply_unit(const ProductArgs& a, int64_t unit) {
   constexpr int W = VecF::kWidth;
   const int64_t number = unit / a.groups, panel = unit % a.groups * a.group;
@@ -149,14 +181,15 @@ void multiply_unit(const ProductArgs& a, int64_t unit) {
   float* packed_b = packed_a + (product_packs_a(a) ? a.block * a.chunk : 0);
   // Sums of a last panel with an odd number of columns, whose whole vectors would run into the next
   // row of C, and its bias behind them.
-  float* edge = packed_b + (a.packing == ProductPacking::kByUnit ? kProductLanes * a.chunk : 0);
+  float* edge = packed_b + (a.packing != ProductPacking::kBefore ? kProductLanes * a.chunk : 0);
   float* edge_bias = edge + a.block * kProductLanes;
   const int64_t ragged = a.columns % W == 0 ? all : all - 1;
   if (ragged < past && a.bias != nullptr) {
     memset(edge_bias, 0, 4 * kProductLanes);
     memcpy(edge_bias, a.bias + ragged * kProductLanes, 4 * columns_of(a, ragged));
   }
-  const int64_t tiles = (rows + kGemmRows - 1) / kGemmRows * (past - panel);
+  const int64_t tiles =
+      (rows + kGemmRows - 1) / kGemmRows * (past - panel) * (kProductLanes / kStrip);
   int64_t k = 0;
   do {
     const int64_t depth = a.depth - k < a.chunk ? a.depth - k : a.chunk;
@@ -180,20 +213,18 @@ void multiply_unit(const ProductArgs& a, int64_t unit) {
     for (int64_t p = panel; p < past; ++p) {
       const int64_t column = p * kProductLanes;
       const int64_t lanes = (columns_of(a, p) + W - 1) / W * W;
-      const float* b = packed_b;
-      int64_t b_stride = kProductLanes;
+      Panel b{packed_b, kStrip, depth * kStrip};
       if (a.packing == ProductPacking::kBefore) {
-        b = a.packed_b + (p * a.depth + k) * kProductLanes;
-      } else if (a.packing == ProductPacking::kByUnit) {
-        pack_panel(a, p, k, depth, packed_b);
+        b = {a.packed_b + p * a.depth * kProductLanes + k * kStrip, kStrip, a.depth * kStrip};
+      } else if (kReadsB && a.packing == ProductPacking::kNone) {
+        b = {a.b.data + column + k * a.b.stride, a.b.stride, kStrip};
       } else {
-        b = a.b.data + column + k * a.b.stride;
-        b_stride = a.b.stride;
+        pack_panel(a, p, k, depth, packed_b);
       }
       float* c = p == ragged ? edge : a.c + first * a.columns + column;
       const int64_t c_stride = p == ragged ? kProductLanes : a.columns;
       const float* bias = a.bias == nullptr ? nullptr : p == ragged ? edge_bias : a.bias + column;
-      multiply_block(a, from, rows, lanes, depth, b, b_stride, c, c_stride, k == 0 ? bias : c,
+      multiply_panel(a, from, rows, lanes, depth, b, c, c_stride, k == 0 ? bias : c,
                      k == 0 ? 0 : c_stride, next);
     }
     k += a.chunk;

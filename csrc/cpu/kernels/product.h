@@ -52,7 +52,7 @@ inline bool product_packs_a(const ProductArgs& a) { return a.a.by_columns && a.a
 
 inline int64_t product_scratch_floats(const ProductArgs& a) {
   const int64_t of_a = product_packs_a(a) ? a.block * a.chunk : 0;
-  const int64_t of_b = a.packing == ProductPacking::kByUnit ? kProductLanes * a.chunk : 0;
+  const int64_t of_b = a.packing != ProductPacking::kBefore ? kProductLanes * a.chunk : 0;
   return of_a + of_b + (a.block + 1) * kProductLanes;
 }
 

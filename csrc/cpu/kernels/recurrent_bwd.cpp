@@ -146,9 +146,9 @@ __attribute__((noinline)) void bwd_tile(const RecurrentBwdArgs& args, const floa
   const float* factor = kRound == 0 ? at.later : a.dgates + (at.row * kWidth + kWidth - 1) * hidden;
   VecF sum[kRows][kBwdVecs];
   if (factor != nullptr) {
-    multiply<kRows, kBwdVecs, TileParts<kRows, kSmall>::value>(sum, factor, kWidth * hidden, panel,
-                                                               kFactors<kCell, kRound> * hidden,
-                                                               BwdAsk<kCell, kRows>{a, at, unit});
+    multiply<kRows, kBwdVecs, kSmall>(sum, factor, kWidth * hidden, panel,
+                                      kFactors<kCell, kRound> * hidden,
+                                      BwdAsk<kCell, kRows>{a, at, unit});
   } else {
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kBwdVecs; ++v) {

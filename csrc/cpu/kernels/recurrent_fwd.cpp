@@ -151,9 +151,8 @@ __attribute__((noinline)) void fwd_tile(const RecurrentFwdArgs& args, const floa
   VecF sum[kRows][S::kVecs];
   if (at.h != nullptr) {
     const float* factor = kRound == 0 ? at.h : a.between + at.sequence * 2 * hidden;
-    multiply<kRows, S::kVecs, TileParts<kRows, kSmall>::value>(
-        sum, factor, kRound == 0 ? hidden : 2 * hidden, panel, hidden,
-        FwdAsk<kCell, kRound, kRows>{a, at, unit});
+    multiply<kRows, S::kVecs, kSmall>(sum, factor, kRound == 0 ? hidden : 2 * hidden, panel, hidden,
+                                      FwdAsk<kCell, kRound, kRows>{a, at, unit});
   } else {
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < S::kVecs; ++v) sum[r][v] = VecF::zero();

@@ -9,13 +9,16 @@ namespace lmfast::LMFAST_ISA {
 namespace {
 
 // Vectors of a panel and rows of a tile: as many accumulators as the registers hold beside the
-// panel's vectors and one broadcast.
+// panel's vectors and one broadcast. Of 16 registers two rows of four vectors would be left, which
+// keep neither unit busy: four vectors are taken two at a time.
 template <int kVecs>
 struct TileRows {
 #if defined(__AVX512F__)
+  static constexpr int at_once = kVecs;
   static constexpr int value = kVecs >= 4 ? 6 : 8;
 #else
-  static constexpr int value = kVecs >= 4 ? 2 : kVecs == 3 ? 4 : 6;
+  static constexpr int at_once = kVecs >= 4 ? 2 : kVecs;
+  static constexpr int value = kVecs == 3 ? 4 : 6;
 #endif
 };
 
@@ -32,8 +35,9 @@ struct TileParts {
 #endif
 };
 
-// part[p][r][v] += sum over k of a[r * stride + k] * panel[k][v], k = p, p + kParts, ...
-template <int kRows, int kVecs, int kParts>
+// part[p][r][v] += sum over k of a[r * stride + k] * panel[k][v], k = p, p + kParts, ... A row of
+// the panel has kStep vectors.
+template <int kRows, int kVecs, int kStep, int kParts>
 LMFAST_INLINE void multiply_block(VecF (&part)[kParts][kRows][kVecs], const float* a,
                                   int64_t stride, const float* panel, int64_t depth) {
   constexpr int W = VecF::kWidth;
@@ -43,7 +47,7 @@ LMFAST_INLINE void multiply_block(VecF (&part)[kParts][kRows][kVecs], const floa
     for (int p = 0; p < kParts; ++p) {
       VecF row[kVecs];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) row[v] = VecF::load(panel + (p * kVecs + v) * W);
+      for (int v = 0; v < kVecs; ++v) row[v] = VecF::load(panel + (p * kStep + v) * W);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const VecF x = VecF::set1(a[r * stride + p]);
@@ -52,7 +56,7 @@ LMFAST_INLINE void multiply_block(VecF (&part)[kParts][kRows][kVecs], const floa
       }
     }
     a += kParts;
-    panel += kParts * kVecs * W;
+    panel += kParts * kStep * W;
   }
   for (; kParts > 1 && k < depth; ++k) {
 #pragma GCC unroll 8
@@ -64,21 +68,22 @@ LMFAST_INLINE void multiply_block(VecF (&part)[kParts][kRows][kVecs], const floa
       }
     }
     ++a;
-    panel += kVecs * W;
+    panel += kStep * W;
   }
 }
 
-// sum[r][v] = sum over k of a[r * stride + k] * panel[k][v]. In blocks: one chain of additions over
-// H = 512 has 1.5 times the error of PyTorch's product, chains of 128 have less than it. Without a
-// fused multiply-add there are twice as many roundings, and shorter chains.
+// sum[r][first + v] = sum over k of a[r * stride + k] * panel[k][first + v], v < kVecs. In blocks:
+// one chain of additions over H = 512 has 1.5 times the error of PyTorch's product, chains of 128
+// have less than it. Without a fused multiply-add there are twice as many roundings, and shorter
+// chains.
 //
 // ask(i), i < ask.count, asks for lines that the cells need behind the product; all are asked for
 // by three quarters of the depth. A tile of the LSTM's backward has 260 of them and a core two
 // dozen places for misses: all at its start held up the loads of the product itself (128 rows, 30
 // steps, H = 128 on one core of Zen 4: LSTM 5.9 ms so, 4.95 spread out; its forward 7.0 and 6.05).
-template <int kRows, int kVecs, int kParts, class Ask>
-LMFAST_INLINE void multiply(VecF (&sum)[kRows][kVecs], const float* a, int64_t stride,
-                            const float* panel, int64_t depth, const Ask& ask) {
+template <int kRows, int kVecs, int kParts, int kStep, class Ask>
+LMFAST_INLINE void multiply_vecs(VecF (&sum)[kRows][kStep], int at, const float* a, int64_t stride,
+                                 const float* panel, int64_t depth, const Ask& ask) {
 #if defined(__FMA__)
   constexpr int64_t kBlock = 128;
 #else
@@ -103,8 +108,9 @@ LMFAST_INLINE void multiply(VecF (&sum)[kRows][kVecs], const float* a, int64_t s
     for (int64_t k = first; k < past; k += kSegment) {
       const int64_t left = past - k;
       for (; asked * all < k * ask.count && asked < ask.count; ++asked) ask(asked);
-      multiply_block<kRows, kVecs, kParts>(part, a + k, stride, panel + k * kVecs * VecF::kWidth,
-                                           left < kSegment ? left : kSegment);
+      multiply_block<kRows, kVecs, kStep, kParts>(part, a + k, stride,
+                                                  panel + (k * kStep + at) * VecF::kWidth,
+                                                  left < kSegment ? left : kSegment);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -113,9 +119,27 @@ LMFAST_INLINE void multiply(VecF (&sum)[kRows][kVecs], const float* a, int64_t s
         VecF total = part[0][r][v];
 #pragma GCC unroll 4
         for (int p = 1; p < kParts; ++p) total = total + part[p][r][v];
-        sum[r][v] = first == 0 ? total : sum[r][v] + total;
+        sum[r][at + v] = first == 0 ? total : sum[r][at + v] + total;
       }
     }
+  }
+}
+
+struct AskNone {
+  static constexpr int64_t count = 0;
+  LMFAST_INLINE void operator()(int64_t) const {}
+};
+
+// sum = a panel, of as many vectors at once as the registers hold; one or two rows need all of
+// them to hide the latency of an addition.
+template <int kRows, int kVecs, bool kSmall, class Ask>
+LMFAST_INLINE void multiply(VecF (&sum)[kRows][kVecs], const float* a, int64_t stride,
+                            const float* panel, int64_t depth, const Ask& ask) {
+  constexpr int kParts = TileParts<kRows, kSmall>::value;
+  constexpr int kAtOnce = kSmall ? kVecs : TileRows<kVecs>::at_once;
+  multiply_vecs<kRows, kAtOnce, kParts>(sum, 0, a, stride, panel, depth, ask);
+  if constexpr (kAtOnce < kVecs) {
+    multiply_vecs<kRows, kVecs - kAtOnce, kParts>(sum, kAtOnce, a, stride, panel, depth, AskNone{});
   }
 }
 
