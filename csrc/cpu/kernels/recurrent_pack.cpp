@@ -1,8 +1,8 @@
 // Recurrent weights in the order the products read them, zeros behind the last unit.
 //
-// Forward: panel, k, unit vector, gate, lane. All gates of a unit meet in one register tile, which
-// applies them before anything is stored. Backward: panel, k over the gates' gradients, lane.
-// Copied once per call and read once per step.
+// Forward: panel, strip of vectors, k, unit vector, gate, lane. All gates of a unit meet in one
+// register tile, which applies them before anything is stored. Backward: panel, k over the gates'
+// gradients, lane. Copied once per call and read once per step.
 #include "../simd_transpose.h"
 #include "recurrent_cells.h"
 #include "recurrent_tile.h"
@@ -33,13 +33,14 @@ void pack_lanes(const RecurrentPackArgs& a, int64_t row, int lanes, float* out, 
 template <Cell kCell, int kRound = 0>
 void pack_fwd(const RecurrentPackArgs& a, int64_t begin, int64_t end) {
   using S = FwdTile<kCell, kRound>;
-  constexpr int W = VecF::kWidth;
+  constexpr int W = VecF::kWidth, kStrip = TileRows<S::kVecs>::at_once;
   for (int64_t p = begin; p < end; ++p) {
     float* panel = a.packed + (p * gates_of(kCell) + 2 * kRound) * S::kUnits * W * a.hidden;
     for (int v = 0; v < S::kVecs; ++v) {
       const int64_t unit = (p * S::kUnits + v / S::kGates) * W;
       const int64_t row = (2 * kRound + v % S::kGates) * a.hidden + unit;
-      pack_lanes(a, row, lanes_at(unit, a.hidden), panel + v * W, S::kVecs * W);
+      float* out = panel + (v / kStrip * a.hidden * kStrip + v % kStrip) * W;
+      pack_lanes(a, row, lanes_at(unit, a.hidden), out, kStrip * W);
     }
   }
 }

@@ -35,11 +35,12 @@ struct TileParts {
 #endif
 };
 
-// part[p][r][v] += sum over k of a[r * stride + k] * panel[k][v], k = p, p + kParts, ... A row of
-// the panel has kStep vectors.
-template <int kRows, int kVecs, int kStep, int kParts>
+// part[p][r][v] += sum over k of a[r * stride + k] * panel[k][v], k = p, p + kParts, ... Vector v
+// is in strip v / kStrip of the panel, and the strips are `apart`.
+template <int kRows, int kVecs, int kStrip, int kParts>
 LMFAST_INLINE void multiply_block(VecF (&part)[kParts][kRows][kVecs], const float* a,
-                                  int64_t stride, const float* panel, int64_t depth) {
+                                  int64_t stride, const float* panel, int64_t apart,
+                                  int64_t depth) {
   constexpr int W = VecF::kWidth;
   int64_t k = 0;
   for (; k + kParts <= depth; k += kParts) {
@@ -47,7 +48,9 @@ LMFAST_INLINE void multiply_block(VecF (&part)[kParts][kRows][kVecs], const floa
     for (int p = 0; p < kParts; ++p) {
       VecF row[kVecs];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) row[v] = VecF::load(panel + (p * kStep + v) * W);
+      for (int v = 0; v < kVecs; ++v) {
+        row[v] = VecF::load(panel + v / kStrip * apart + (p * kStrip + v % kStrip) * W);
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const VecF x = VecF::set1(a[r * stride + p]);
@@ -56,7 +59,7 @@ LMFAST_INLINE void multiply_block(VecF (&part)[kParts][kRows][kVecs], const floa
       }
     }
     a += kParts;
-    panel += kParts * kStep * W;
+    panel += kParts * kStrip * W;
   }
   for (; kParts > 1 && k < depth; ++k) {
 #pragma GCC unroll 8
@@ -64,11 +67,12 @@ LMFAST_INLINE void multiply_block(VecF (&part)[kParts][kRows][kVecs], const floa
       const VecF x = VecF::set1(a[r * stride]);
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) {
-        part[0][r][v] = fmadd(x, VecF::load(panel + v * W), part[0][r][v]);
+        const VecF row = VecF::load(panel + v / kStrip * apart + v % kStrip * W);
+        part[0][r][v] = fmadd(x, row, part[0][r][v]);
       }
     }
     ++a;
-    panel += kStep * W;
+    panel += kStrip * W;
   }
 }
 
@@ -81,8 +85,8 @@ LMFAST_INLINE void multiply_block(VecF (&part)[kParts][kRows][kVecs], const floa
 // by three quarters of the depth. A tile of the LSTM's backward has 260 of them and a core two
 // dozen places for misses: all at its start held up the loads of the product itself (128 rows, 30
 // steps, H = 128 on one core of Zen 4: LSTM 5.9 ms so, 4.95 spread out; its forward 7.0 and 6.05).
-template <int kRows, int kVecs, int kParts, int kStep, class Ask>
-LMFAST_INLINE void multiply_vecs(VecF (&sum)[kRows][kStep], int at, const float* a, int64_t stride,
+template <int kRows, int kVecs, int kStrip, int kParts, int kAll, class Ask>
+LMFAST_INLINE void multiply_vecs(VecF (&sum)[kRows][kAll], int at, const float* a, int64_t stride,
                                  const float* panel, int64_t depth, const Ask& ask) {
 #if defined(__FMA__)
   constexpr int64_t kBlock = 128;
@@ -108,9 +112,9 @@ LMFAST_INLINE void multiply_vecs(VecF (&sum)[kRows][kStep], int at, const float*
     for (int64_t k = first; k < past; k += kSegment) {
       const int64_t left = past - k;
       for (; asked * all < k * ask.count && asked < ask.count; ++asked) ask(asked);
-      multiply_block<kRows, kVecs, kStep, kParts>(part, a + k, stride,
-                                                  panel + (k * kStep + at) * VecF::kWidth,
-                                                  left < kSegment ? left : kSegment);
+      multiply_block<kRows, kVecs, kStrip, kParts>(
+          part, a + k, stride, panel + k * kStrip * VecF::kWidth, depth * kStrip * VecF::kWidth,
+          left < kSegment ? left : kSegment);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -136,10 +140,12 @@ template <int kRows, int kVecs, bool kSmall, class Ask>
 LMFAST_INLINE void multiply(VecF (&sum)[kRows][kVecs], const float* a, int64_t stride,
                             const float* panel, int64_t depth, const Ask& ask) {
   constexpr int kParts = TileParts<kRows, kSmall>::value;
-  constexpr int kAtOnce = kSmall ? kVecs : TileRows<kVecs>::at_once;
-  multiply_vecs<kRows, kAtOnce, kParts>(sum, 0, a, stride, panel, depth, ask);
+  constexpr int kStrip = TileRows<kVecs>::at_once, kAtOnce = kSmall ? kVecs : kStrip;
+  multiply_vecs<kRows, kAtOnce, kStrip, kParts>(sum, 0, a, stride, panel, depth, ask);
   if constexpr (kAtOnce < kVecs) {
-    multiply_vecs<kRows, kVecs - kAtOnce, kParts>(sum, kAtOnce, a, stride, panel, depth, AskNone{});
+    panel += kStrip * depth * VecF::kWidth;
+    multiply_vecs<kRows, kVecs - kAtOnce, kStrip, kParts>(sum, kAtOnce, a, stride, panel, depth,
+                                                          AskNone{});
   }
 }
 
