@@ -28,9 +28,11 @@ Tensor product_f32(Tensor a, Tensor b, std::optional<Tensor> bias, int64_t chunk
 
   const int64_t panels = (p.columns + kProductLanes - 1) / kProductLanes;
   const bool few = p.rows <= kFewRows;
-  p.packing = few && p.b.by_columns && p.columns % 16 == 0 ? ProductPacking::kNone
-              : few && !p.b.by_columns && !p.a.by_columns  ? ProductPacking::kByUnit
-                                                           : ProductPacking::kBefore;
+  bool reads_columns;
+  product_traits_kernel()({&reads_columns}, 0, 0);
+  p.packing = few && p.b.by_columns && p.columns % 16 == 0 && reads_columns ? ProductPacking::kNone
+              : few && !p.b.by_columns && !p.a.by_columns ? ProductPacking::kByUnit
+                                                          : ProductPacking::kBefore;
   ScratchMemory packed(nullptr, &std::free);
   if (p.packing == ProductPacking::kBefore) {
     packed = allocate_scratch(panels * p.depth * kProductLanes * 4);

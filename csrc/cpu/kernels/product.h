@@ -22,7 +22,7 @@ struct ProductArgs {
   const float* bias;  // (columns); null: none
   float* c;           // contiguous
   ProductPacking packing;
-  float* packed_b;  // all panels of B: kProductLanes columns, the depth in order, zeros behind
+  float* packed_b;  // all panels of B, zeros behind the last column: chunk by chunk of the depth
   int64_t chunk;    // products are summed in chunks of the depth of at most this many
   // A unit is a block of rows by `group` panels; the units of a row of blocks lie together. The
   // blocks are as even as tiles of kProductRows rows allow, and none has more than `block` rows.
@@ -46,16 +46,18 @@ inline void divide_product_rows(ProductArgs& a, int64_t blocks) {
   a.block = (tiles + a.blocks - 1) / a.blocks * kProductRows;
 }
 
-// Whether a unit packs its rows of A: if its columns are contiguous, and so far apart that 6
-// numbers of each fall into few sets of L1. Up to 512 bytes apart they are read where they lie.
-inline bool product_packs_a(const ProductArgs& a) { return a.a.by_columns && a.a.stride > 128; }
-
 inline int64_t product_scratch_floats(const ProductArgs& a) {
-  const int64_t of_a = product_packs_a(a) ? a.block * a.chunk : 0;
-  const int64_t of_b = a.packing != ProductPacking::kBefore ? kProductLanes * a.chunk : 0;
+  const int64_t of_a = a.block * a.chunk + kProductRows;
+  const int64_t of_b = a.packing == ProductPacking::kByUnit ? kProductLanes * a.chunk : 0;
   return of_a + of_b + (a.block + 1) * kProductLanes;
 }
 
+// What this level's kernels are best at: reading contiguous columns of B where they lie.
+struct ProductTraits {
+  bool* reads_columns;
+};
+
+LMFAST_DECLARE_KERNEL(product_traits, ProductTraits)  // range: unused
 LMFAST_DECLARE_KERNEL(product_pack, ProductArgs)      // range: panels of B, for kBefore
 LMFAST_DECLARE_KERNEL(product_multiply, ProductArgs)  // range: units
 
