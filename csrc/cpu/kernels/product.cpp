@@ -13,9 +13,11 @@
 // cores, or none where B's columns are contiguous.
 //
 // Floor: the FMA units, 237 GF/s on two cores of Zen 4 at 3.7 GHz; PyTorch's product has 150 to
-// 200. Gained nothing: sums over pieces of the depth, so that each operand is read once; panels of
-// B packed where its columns are contiguous; the roles of A and B exchanged and the result
-// transposed.
+// 200. With AVX2 on one core of Zen 3 at 2.9 GHz it is 93 GF/s, a tile out of L1 reaches 89, and
+// 2240 rows by 2048 columns of depth 512: 41 with panels of 64 columns, 76 in strips, 81 with A
+// packed; PyTorch's 71 to 78. Gained nothing: sums over pieces of the depth, so that each operand
+// is read once; panels of B packed where its columns are contiguous; the roles of A and B exchanged
+// and the result transposed.
 #include "product.h"
 
 #include "../gemm_f32.h"
