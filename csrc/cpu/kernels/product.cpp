@@ -208,7 +208,7 @@ void multiply_unit(const ProductArgs& a, int64_t unit) {
   const int64_t all = (a.columns + kProductLanes - 1) / kProductLanes;
   const int64_t past = panel + a.group < all ? panel + a.group : all;
   float* packed_a = a.scratch;
-  float* packed_b = packed_a + a.block * a.chunk + kProductRows;
+  float* packed_b = packed_a + product_packed_a_floats(a);
   // Sums of a last panel with an odd number of columns, whose whole vectors would run into the next
   // row of C, and its bias behind them.
   float* edge = packed_b + (a.packing == ProductPacking::kByUnit ? kProductLanes * a.chunk : 0);

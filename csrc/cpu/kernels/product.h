@@ -46,8 +46,13 @@ inline void divide_product_rows(ProductArgs& a, int64_t blocks) {
   a.block = (tiles + a.blocks - 1) / a.blocks * kProductRows;
 }
 
+// Of a unit's packed rows of A, and a line behind them that stores may run over into.
+inline int64_t product_packed_a_floats(const ProductArgs& a) {
+  return (a.block * a.chunk + 31) / 16 * 16;
+}
+
 inline int64_t product_scratch_floats(const ProductArgs& a) {
-  const int64_t of_a = a.block * a.chunk + kProductRows;
+  const int64_t of_a = product_packed_a_floats(a);
   const int64_t of_b = a.packing == ProductPacking::kByUnit ? kProductLanes * a.chunk : 0;
   return of_a + of_b + (a.block + 1) * kProductLanes;
 }

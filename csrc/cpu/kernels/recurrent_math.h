@@ -100,8 +100,8 @@ LMFAST_INLINE VecF gate_tanh(VecF x) {
   const GatePower e = gate_power<2>(magnitude(x));
   const VecF bottom = e.plus(one);
 #if defined(__AVX512F__)
-  const VecF top = e.plus(VecF::zero() - one), inverse = reciprocal(bottom),
-             quotient = top * inverse;
+  const VecF top = e.plus(VecF::set1(-1.0f)), inverse = reciprocal(bottom);
+  const VecF quotient = top * inverse;
   const VecF far = fmadd(fmadd(VecF::zero() - quotient, bottom, top), inverse, quotient);
 #else
   const VecF far = one - VecF::set1(2.0f) / bottom;
