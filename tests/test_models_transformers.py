@@ -155,8 +155,9 @@ def test_logits_and_gradients_are_those_of_transformers(kind: str) -> None:
     for name, gradient in plain.items():  # the error of eight sums in a row is much chance
         assert_within_error_rule(found[name], gradient, wide[name], name, 4.0, 4.0)
     every = [torch.cat([g[name].flatten() for name in plain]) for g in (found, plain, wide)]
-    # The largest of all errors is one value's; on Zen processors PyTorch's own is half of Xeon's.
-    assert_within_error_rule(every[0], every[1], every[2], "all gradients", 2.5, 1.5)
+    # The largest of all errors is one value's; on Zen processors PyTorch's own is half of Xeon's,
+    # on Zen 3 a third.
+    assert_within_error_rule(every[0], every[1], every[2], "all gradients", 3.5, 1.5)
 
 
 @pytest.mark.parametrize("kind", MODELS)

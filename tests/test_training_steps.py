@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from lmfast import _extension
 from lmfast.models import DecoderLanguageModel, RecurrentLanguageModel
 from lmfast.models.textbook import TextbookRecurrent, textbook_loss
 from lmfast.training import (
@@ -227,7 +228,8 @@ def test_autocast_computes_in_bf16_and_keeps_fp32_parameters():
     assert set(seen) == {(torch.float32, torch.bfloat16)}
     # bf16 has 8 bits: the losses agree to 2 digits.
     assert reports[1].losses == pytest.approx(reports[0].losses, abs=2e-2)
-    assert reports[1].losses != reports[0].losses
+    if _extension.has_bf16_tiles():  # elsewhere the layers compute in fp32 all the same
+        assert reports[1].losses != reports[0].losses
     assert not torch.is_autocast_enabled("cpu")
 
 
