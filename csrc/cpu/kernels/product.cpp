@@ -10,14 +10,15 @@
 // each row of a matrix whose rows are a power of two apart fall into few sets of L1. (Up to 128
 // columns they are read where they lie: 128 by 128 of depth 3840 1.24 -> 1.17 ms on one core.) With
 // few rows (below 640) packing counts: a unit packs its own panels, which saves moving them between
-// cores, or none where B's columns are contiguous.
+// cores, or none where B's columns are contiguous. All that holds for AVX-512; with narrower tiles
+// A is always packed, and contiguous columns of B too.
 //
 // Floor: the FMA units, 237 GF/s on two cores of Zen 4 at 3.7 GHz; PyTorch's product has 150 to
 // 200. With AVX2 on one core of Zen 3 at 2.9 GHz it is 93 GF/s, a tile out of L1 reaches 89, and
 // 2240 rows by 2048 columns of depth 512: 41 with panels of 64 columns, 76 in strips, 81 with A
 // packed; PyTorch's 71 to 78. Gained nothing: sums over pieces of the depth, so that each operand
-// is read once; panels of B packed where its columns are contiguous; the roles of A and B exchanged
-// and the result transposed.
+// is read once; on AVX-512, panels of B packed where its columns are contiguous; the roles of A and
+// B exchanged and the result transposed.
 #include "product.h"
 
 #include "../gemm_f32.h"

@@ -76,7 +76,7 @@ LMFAST_INLINE void multiply_block(VecF (&part)[kParts][kRows][kVecs], const floa
   }
 }
 
-// sum[r][first + v] = sum over k of a[r * stride + k] * panel[k][first + v], v < kVecs. In blocks:
+// sum[r][at + v] = sum over k of a[r * stride + k] * panel[k][v], v < kVecs. In blocks:
 // one chain of additions over H = 512 has 1.5 times the error of PyTorch's product, chains of 128
 // have less than it. Without a fused multiply-add there are twice as many roundings, and shorter
 // chains.
